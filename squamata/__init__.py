@@ -1,0 +1,35 @@
+"""Squamata: quantize Mamba-family language models, run them fast on any machine, and study what that costs.
+
+``squamata.quantize``, ``squamata.load``, ``squamata.evaluate`` and ``squamata.generate`` are the verbs of the command
+line with the same names and defaults; each is also the name of a room (a subpackage), so the package keeps those
+names for the functions. They are imported on first use: ``squamata.kernels`` needs only torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+__version__ = "0.1.0"
+
+_VERBS = ("quantize", "load", "evaluate", "generate")
+
+
+class _Package(ModuleType):
+    """Keeps the verbs' names for functions: importing a room of the same name does not take them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _VERBS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS:
+        raise AttributeError(f"module 'squamata' has no attribute '{name}'")
+    from squamata import pipeline
+
+    return getattr(pipeline, name)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,1 @@
+"""Calibration: model x tokens -> statistics per site."""

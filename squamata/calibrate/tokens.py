@@ -1,0 +1,98 @@
+"""Calibration data: documents sampled with a seed, and a record exact enough to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from squamata.errors import SquamataError
+from squamata.spec.recipe import Calibration
+from squamata.text import read_documents
+
+CHARACTERS_A_TOKEN = 40  # a document is cut to this many a token before it is tokenised: some are megabytes long
+
+
+class Encoder(Protocol):
+    """What calibration needs of a tokenizer."""
+
+    def encode(self, text: str, begin: bool = True) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token ids of every sample, each starting with the document-start token, and where they came from."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    sha256: str
+    settings: Calibration
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sequence) for sequence in self.sequences)
+
+    def batches(self) -> list[Tensor]:
+        """int64 (B, L): neighbours of equal length together, in order, at most ``settings.batch`` at once."""
+        batches = []
+        for _, group in itertools.groupby(sorted(self.sequences, key=len), key=len):
+            batches += [torch.tensor(rows) for rows in _batched(group, self.settings.batch)]
+        return batches
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint remembers: counts, settings, and fingerprints of the file and of the tokens drawn."""
+        drawn = hashlib.sha256(repr(self.sequences).encode()).hexdigest()
+        return {
+            "samples": len(self.sequences),
+            "tokens": self.tokens,
+            "sha256": self.sha256,
+            "tokens_sha256": drawn,
+            "seed": self.seed,
+            "settings": self.settings.model_dump(),
+        }
+
+
+def _batched(items: Iterator[tuple[int, ...]], size: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    while batch := tuple(itertools.islice(items, size)):
+        yield batch
+
+
+def sample(path: Path, tokenizer: Encoder, settings: Calibration, seed: int) -> CalibrationSet:
+    """Draw ``settings.samples`` documents of at most ``settings.length`` tokens each.
+
+    With fewer documents than samples (a .txt file is one document) consecutive pieces of them are drawn instead.
+    SquamataError if the file cannot be read or holds no text.
+    """
+    documents = read_documents(path)
+    if len(documents) >= settings.samples:
+        order = list(range(len(documents)))
+        if settings.order == "shuffled":
+            random.Random(seed).shuffle(order)
+        pieces = (
+            tokenizer.encode(documents[number][: settings.length * CHARACTERS_A_TOKEN])[: settings.length]
+            for number in order
+        )
+    else:
+        pieces = iter(_shuffled_pieces(documents, tokenizer, settings, seed))
+    sequences = tuple(itertools.islice((tuple(piece) for piece in pieces if len(piece) > 1), settings.samples))
+    if not sequences:
+        raise SquamataError(f"{path}: holds no document of at least two tokens to calibrate with")
+    return CalibrationSet(sequences, hashlib.sha256(Path(path).read_bytes()).hexdigest(), settings, seed)
+
+
+def _shuffled_pieces(documents: list[str], tokenizer: Encoder, settings: Calibration, seed: int) -> list[list[int]]:
+    pieces = []
+    for document in documents:
+        begin, *ids = tokenizer.encode(document)
+        step = settings.length - 1
+        pieces += [[begin, *ids[start : start + step]] for start in range(0, len(ids), step)]
+    if settings.order == "shuffled":
+        random.Random(seed).shuffle(pieces)
+    return pieces

@@ -1,0 +1,229 @@
+"""Perplexity of a model on a text, and how far it is from another model: the numbers behind ``squamata evaluate``."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from squamata.errors import SquamataError, nearest
+from squamata.evaluate.measure import Measured, measure, rows_that_fit
+from squamata.evaluate.result import Result
+from squamata.evaluate.uncertainty import Interval, ratio_interval
+from squamata.evaluate.windows import Batch, Corpus, Progress, batches, cut, tokenizer_of
+from squamata.text import read_documents
+
+if TYPE_CHECKING:
+    from squamata.models.lm import LanguageModel
+
+_RECURRENT_ROWS = 32  # windows that step side by side
+
+
+@dataclass(frozen=True)
+class UnitSums:
+    """Sums over each resampling unit, float64 (n,): a document, or a window if the text is a single document."""
+
+    kind: str  # documents | windows
+    tokens: np.ndarray
+    nats: np.ndarray
+    kl: np.ndarray | None = None
+    agrees: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation(Result):
+    """A model on a text: ``perplexity`` and ``nats_per_token`` are of a token, ``bits_per_byte`` of a UTF-8 byte.
+
+    ``kl`` (nats a token, KL(reference || model)) and ``top1_agreement`` are None without a reference. ``*_ci``:
+    bootstrap 95 % intervals over documents, or over the windows of a single document; None for a single unit.
+    """
+
+    perplexity: float
+    perplexity_ci: Interval | None
+    bits_per_byte: float
+    nats_per_token: float
+    tokens: int
+    kl: float | None
+    kl_ci: Interval | None
+    top1_agreement: float | None
+    top1_agreement_ci: Interval | None
+    mode: str
+    window: int
+    seconds: float
+    documents: int
+    sums: UnitSums = field(repr=False, compare=False)
+
+
+def evaluate(
+    model: LanguageModel,
+    text: str | Path | Sequence[str],
+    against: LanguageModel | None = None,
+    window: int = 2048,
+    max_tokens: int | None = None,
+    mode: str = "parallel",
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Judge a model on a text: a ``.txt`` or ``.jsonl`` file, or a list of documents.
+
+    Windows of ``window`` tokens do not overlap, and each starts from a fresh state. ``mode``: ``parallel`` runs a
+    window in one forward pass, ``recurrent`` token by token through the (quantized) state. ``batch``: windows side by
+    side; by default as many as memory for their logits allows. The reference runs in the same mode. SquamataError for
+    a bad file, a text of fewer than two tokens, models of different vocabularies, and logits that are not finite.
+    """
+    runner = _runner(mode, model.config.vocab_size, batch)
+    tokenizer = tokenizer_of(model)
+    if against is not None and against.config.vocab_size != model.config.vocab_size:
+        sizes = f"{model.config.vocab_size} and {against.config.vocab_size}"
+        raise SquamataError(f"the two models have vocabularies of {sizes} tokens: compare models that share one")
+    started = time.perf_counter()
+    documents = read_documents(text) if isinstance(text, str | Path) else text
+    corpus = cut(documents, tokenizer, window, max_tokens)
+    sums = _unit_sums(corpus, _measurements(corpus, model, against, runner, progress))
+    return _summarize(corpus, sums, mode, window, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """How a mode gets logits: pieces (B, l, V) of consecutive positions, in batches of so many rows."""
+
+    pieces: Callable[[LanguageModel, torch.Tensor], Iterator[torch.Tensor]]
+    rows: Callable[[int], int]
+    mixed_lengths: bool
+
+
+def _runner(mode: str, vocabulary: int, batch: int | None) -> _Runner:
+    if batch is not None and batch < 1:
+        raise SquamataError(f"batch must be at least 1, not {batch}")
+    if mode == "parallel":
+        return _Runner(_one_pass, lambda length: batch or rows_that_fit(length, vocabulary), mixed_lengths=False)
+    if mode == "recurrent":
+        return _Runner(_step_by_step, lambda length: batch or _RECURRENT_ROWS, mixed_lengths=True)
+    raise SquamataError(f"no evaluation mode '{mode}'{nearest(mode, ('parallel', 'recurrent'))}")
+
+
+def _one_pass(model: LanguageModel, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield model(ids)
+
+
+def _step_by_step(model: LanguageModel, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    cache = model.new_cache(batch=len(ids))
+    for position in range(ids.shape[1]):
+        yield model.step(ids[:, position], cache)[:, None]
+
+
+def _measurements(
+    corpus: Corpus, model: LanguageModel, against: LanguageModel | None, runner: _Runner, progress: Progress | None
+) -> Iterator[tuple[torch.Tensor, Measured]]:
+    """For every piece of logits: the window (n,) of each predicted token, and its measures."""
+    done = 0
+    for batch in batches(corpus.windows, runner.rows, runner.mixed_lengths):
+        position = 0
+        with torch.no_grad():
+            references = runner.pieces(against, batch.ids) if against is not None else None
+            for logits in runner.pieces(model, batch.ids):
+                reference = next(references) if references is not None else None
+                here = slice(position, position + logits.shape[1])
+                yield _measure_piece(batch, here, logits, reference)
+                position = here.stop
+        done += batch.predicted
+        if progress is not None:
+            progress(done, corpus.tokens)
+
+
+def _measure_piece(
+    batch: Batch, here: slice, logits: torch.Tensor, reference: torch.Tensor | None
+) -> tuple[torch.Tensor, Measured]:
+    mask = batch.mask[:, here]
+    rows = torch.tensor(batch.windows)[:, None].expand_as(mask)[mask]
+    kept_reference = None if reference is None else _kept(reference, mask)
+    measured = measure(_kept(logits, mask), batch.targets[:, here][mask], kept_reference)
+    return rows, measured
+
+
+def _kept(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return logits.flatten(0, 1) if mask.all() else logits[mask]  # (n, V), no copy when nothing is padding
+
+
+def _unit_sums(corpus: Corpus, measurements: Iterator[tuple[torch.Tensor, Measured]]) -> UnitSums:
+    by_window = torch.zeros(4, len(corpus.windows), dtype=torch.float64)  # tokens, nats, kl, agrees
+    compared = False
+    for rows, measured in measurements:
+        ones = torch.ones_like(measured.nats)
+        compared = measured.kl is not None
+        columns = (ones, measured.nats, measured.kl, measured.agrees)
+        for total, values in zip(by_window, columns, strict=True):
+            if values is not None:
+                total.index_add_(0, rows, values)
+    kind = "windows" if corpus.documents == 1 else "documents"
+    if kind == "documents":
+        documents = torch.tensor([window.document for window in corpus.windows])
+        _, unit = documents.unique(return_inverse=True)
+        by_window = torch.zeros(4, corpus.documents, dtype=torch.float64).index_add_(1, unit, by_window)
+    tokens, nats, kl, agrees = by_window.numpy()
+    return UnitSums(kind, tokens, nats, kl if compared else None, agrees if compared else None)
+
+
+def _summarize(corpus: Corpus, sums: UnitSums, mode: str, window: int, seconds: float) -> Evaluation:
+    nats_per_token = float(sums.nats.sum() / corpus.tokens)
+    nats_ci = ratio_interval(sums.nats, sums.tokens)
+    kl, kl_ci = _mean_and_interval(sums.kl, sums.tokens)
+    agreement, agreement_ci = _mean_and_interval(sums.agrees, sums.tokens)
+    return Evaluation(
+        perplexity=math.exp(nats_per_token),
+        perplexity_ci=None if nats_ci is None else (math.exp(nats_ci[0]), math.exp(nats_ci[1])),
+        bits_per_byte=float(sums.nats.sum()) / math.log(2) / corpus.text_bytes,
+        nats_per_token=nats_per_token,
+        tokens=corpus.tokens,
+        kl=kl,
+        kl_ci=kl_ci,
+        top1_agreement=agreement,
+        top1_agreement_ci=agreement_ci,
+        mode=mode,
+        window=window,
+        seconds=seconds,
+        documents=corpus.documents,
+        sums=sums,
+    )
+
+
+def _mean_and_interval(sums: np.ndarray | None, tokens: np.ndarray) -> tuple[float | None, Interval | None]:
+    if sums is None:
+        return None, None
+    return float(sums.sum() / tokens.sum()), ratio_interval(sums, tokens)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How many nats a token the second model needs more than the first, on the same text."""
+
+    nats_per_token: float
+    ci: Interval | None
+    verdict: str  # better | worse | not significant: the second model, beside the first
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return math.exp(self.nats_per_token)
+
+
+def paired_difference(first: Evaluation, second: Evaluation) -> PairedDifference:
+    """The second model's nats a token minus the first's, resampling the same units of both.
+
+    Not significant if the 95 % interval holds zero, or if there is only one unit. SquamataError if the two were not
+    judged on the same units.
+    """
+    if not np.array_equal(first.sums.tokens, second.sums.tokens) or first.sums.kind != second.sums.kind:
+        raise SquamataError("the two evaluations are of different texts or windows: judge both models on the same ones")
+    differences = second.sums.nats - first.sums.nats
+    interval = ratio_interval(differences, first.sums.tokens)
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        verdict = "not significant"
+    else:
+        verdict = "worse" if interval[0] > 0 else "better"
+    return PairedDifference(float(differences.sum() / first.sums.tokens.sum()), interval, verdict)

@@ -1,0 +1,51 @@
+"""Composition of the fine ops: the definition a fused kernel is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from squamata.kernels.causal_conv1d import causal_conv1d
+from squamata.kernels.conv_selective_scan import SelectiveScanLayer
+from squamata.kernels.linear import linear
+from squamata.kernels.qtensor import QTensor, Value, as_float, store
+from squamata.kernels.rms_norm.ref import normalize
+from squamata.kernels.selective_scan import selective_scan
+from squamata.kernels.site import Site
+
+OBSERVED_EVERY = 64  # tokens between two looks at the state while observing
+
+
+def run(
+    x: Value, z: Value, layer: SelectiveScanLayer, conv: Value, state: Value, sites: Mapping[str, Site]
+) -> Value:
+    (u,) = causal_conv1d((x,), layer.conv_weight, layer.conv_bias, conv, (sites["u"],))
+    if layer.bcdt_norm_epsilon is None:
+        dt_low, B, C = linear(u, layer.x_proj, (sites["dt_low"], sites["B"], sites["C"]))
+    else:
+        parts = linear(u, layer.x_proj, (None, None, None))
+        normed = (normalize(as_float(part), layer.bcdt_norm_epsilon) for part in parts)
+        dt_low, B, C = (sites[name].land(part) for name, part in zip(("dt_low", "B", "C"), normed, strict=True))
+    (dt,) = linear(dt_low, layer.dt_proj, (sites["dt"],))
+    running = as_float(state, layer.A.dtype)
+    length = u.shape[1]
+    span = OBSERVED_EVERY if sites["state"].mode == "observe" else length
+    ys = []
+    for start in range(0, length, span):
+        cut = [piece(value, start, start + span) for value in (u, dt, B, C, z)]
+        y, running = selective_scan(*cut[:2], layer.A, *cut[2:4], layer.D, cut[4], layer.dt_bias, running, sites["y"])
+        landed = sites["state"].land(running)
+        ys.append(y)
+    store(state, landed)
+    return ys[0] if len(ys) == 1 else torch.cat([as_float(y, layer.A.dtype) for y in ys], dim=1)
+
+
+def piece(value: Value, start: int, stop: int) -> Value:
+    """Tokens start..stop of a value (B, L, C)."""
+    if not isinstance(value, QTensor):
+        return value[:, start:stop]
+    per_token = value.scale.ndim == 3
+    scale = value.scale[:, start:stop] if per_token else value.scale
+    zero = value.zero[:, start:stop] if per_token and value.zero is not None else value.zero
+    return QTensor(value.data[:, start:stop], scale, value.spec, zero)

@@ -1,0 +1,33 @@
+"""Composition of the fine ops: the definition a fused kernel is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from squamata.kernels.causal_conv1d import causal_conv1d
+from squamata.kernels.conv_selective_scan.ref import OBSERVED_EVERY, piece
+from squamata.kernels.conv_ssd_scan import SSDScanLayer
+from squamata.kernels.qtensor import Value, as_float, store
+from squamata.kernels.site import Site
+from squamata.kernels.ssd_scan import ssd_scan
+
+
+def run(
+    x: Value, B: Value, C: Value, dt: Value, layer: SSDScanLayer, conv: Value, state: Value, sites: Mapping[str, Site]
+) -> Tensor:
+    landing = (sites["u"], sites["B_conv"], sites["C_conv"])
+    u, B, C = causal_conv1d((x, B, C), layer.conv_weight, layer.conv_bias, conv, landing)
+    running = as_float(state, layer.A.dtype)
+    length = u.shape[1]
+    span = OBSERVED_EVERY if sites["state"].mode == "observe" else length
+    ys = []
+    for start in range(0, length, span):
+        cut = [piece(value, start, start + span) for value in (u, dt, B, C)]
+        y, running = ssd_scan(*cut[:2], layer.A, *cut[2:], layer.D, layer.dt_bias, running, layer.layout)
+        landed = sites["state"].land(running)
+        ys.append(y)
+    store(state, landed)
+    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)

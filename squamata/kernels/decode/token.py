@@ -1,0 +1,439 @@
+"""The compiled token: phases of a layer, each run by every thread on its own rows, three fork-joins a layer.
+
+Small things (norm, rotation, x_proj) every thread computes for itself: cheaper than another fork-join. Rows are dealt
+out in tiles of sixteen. All functions here take records (``records.py``) and addresses.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from squamata.kernels.gemv import scale_rows, sum_groups, tile_products
+from squamata.kernels.lanes import (
+    butterfly_16,
+    head_row,
+    head_row_int8,
+    largest_magnitude,
+    selective_row,
+    selective_row_int8,
+    sum_of_squares,
+)
+from squamata.kernels.memory import view_float32, view_int8, view_int32
+from squamata.kernels.simd import clamp, divide, exp, rint, round_away, silu, softplus, sqrt, truncate
+
+_ONE = np.float32(1.0)
+_ZERO = np.float32(0.0)
+_LEAST_SCALE = np.float32(1e-8)
+_STATIC, _DYNAMIC = 1, 2
+_INTEGER_ACTIVATIONS = 4  # first such Kind
+
+
+@njit(cache=True)
+def round_row(values, start, stop, low, high, rounding):
+    """Round float32 values in place to integers within low..high."""
+    v = view_float32(values, stop)
+    if rounding == 0:
+        for i in range(start, stop):
+            v[i] = clamp(rint(v[i]), low, high)
+    elif rounding == 1:
+        for i in range(start, stop):
+            v[i] = clamp(round_away(v[i]), low, high)
+    else:
+        for i in range(start, stop):
+            v[i] = clamp(truncate(v[i]), low, high)
+
+
+@njit(cache=True)
+def store_codes(values, codes, start, stop):
+    """Float32 integers -> int8."""
+    v = view_float32(values, stop)
+    q = view_int8(codes, stop)
+    for i in range(start, stop):
+        q[i] = np.int8(np.int32(v[i]))
+
+
+@njit(cache=True)
+def land(site, values, codes, start, stop):
+    """Put values[start:stop] on the grid of a static site, in place; the integers also to ``codes`` (0: nowhere)."""
+    if site.mode != _STATIC:
+        return
+    v = view_float32(values, stop)
+    inverse = view_float32(site.inverse, stop)
+    for i in range(start, stop):
+        v[i] = v[i] * inverse[i]
+    round_row(values, start, stop, site.low, site.high, site.rounding)
+    if codes != 0:
+        store_codes(values, codes, start, stop)
+    scale = view_float32(site.scale, stop)
+    for i in range(start, stop):
+        v[i] = v[i] * scale[i]
+
+
+@njit(cache=True)
+def land_row(site, values, codes, count):
+    """``land`` of a whole row, also with the row's own scale; returns the scale of the integers."""
+    if site.mode != _DYNAMIC:
+        land(site, values, codes, 0, count)
+        return site.value
+    v = view_float32(values, count)
+    most = largest_magnitude(values, count // 16)
+    for i in range(count - count % 16, count):
+        most = max(most, abs(v[i]))
+    scale = max(divide(most, site.span), _LEAST_SCALE)
+    inverse = divide(_ONE, scale)
+    for i in range(count):
+        v[i] = v[i] * inverse
+    round_row(values, 0, count, site.low, site.high, site.rounding)
+    store_codes(values, codes, 0, count)
+    for i in range(count):
+        v[i] = v[i] * scale
+    return scale
+
+
+@njit(cache=True)
+def prepare_sums(layer, codes, sums):
+    """Sums of the activations' groups, which int4 weights with int8 activations need."""
+    if layer.kind == 5:
+        sum_groups(codes, layer.group_lines * 8, layer.lines // layer.group_lines, sums)
+
+
+@njit(cache=True)
+def multiply(layer, values, codes, x_scale, sums, out, first, last):
+    """Rows of tiles first..last of a linear layer, with scales and bias."""
+    integer = layer.kind >= _INTEGER_ACTIVATIONS
+    x = codes if integer else values
+    tile_products(layer.kind, out, x, layer.tiles, layer.extra, sums, layer.lines, layer.group_lines, first, last)
+    scale_rows(out, layer.scale, layer.bias, x_scale if integer else _ONE, first * 16, last * 16)
+
+
+@njit(cache=True)
+def rms_factor(row, count, epsilon):
+    """1 / sqrt(mean of squares + epsilon)."""
+    total = sum_of_squares(row, count // 16)
+    v = view_float32(row, count)
+    for i in range(count - count % 16, count):
+        total += v[i] * v[i]
+    return divide(_ONE, sqrt(divide(total, np.float32(count)) + epsilon))
+
+
+@njit(cache=True)
+def normalize(source, target, weight, start, stop, factor):
+    """target = source * factor, times weight unless that address is 0."""
+    x = view_float32(source, stop)
+    y = view_float32(target, stop)
+    if weight == 0:
+        for i in range(start, stop):
+            y[i] = x[i] * factor
+    else:
+        w = view_float32(weight, stop)
+        for i in range(start, stop):
+            y[i] = (x[i] * factor) * w[i]
+
+
+@njit(cache=True)
+def enter(norm, epsilon, site, h, residual, row, codes, count):
+    """residual += h; row = its RMS norm, landed. Returns the scale of the integers."""
+    r = view_float32(residual, count)
+    x = view_float32(h, count)
+    for i in range(count):
+        r[i] = r[i] + x[i]
+    normalize(residual, row, norm, 0, count, rms_factor(residual, count, epsilon))
+    return land_row(site, row, codes, count)
+
+
+@njit(cache=True)
+def convolve_history(conv, history, x, u, offset, start, stop):
+    """u[c] = sum over taps of history and x, and the history moves on by one."""
+    taps = view_float32(conv.taps, conv.width * conv.channels)
+    value = view_float32(x, stop)
+    out = view_float32(u, stop)
+    channels, past = conv.channels, conv.width - 1
+    if past == 3:
+        for c in range(start, stop):
+            at, channel = (offset + c) * 3, offset + c
+            a, b, d, e = np.float32(history[at]), np.float32(history[at + 1]), np.float32(history[at + 2]), value[c]
+            total = a * taps[channel] + b * taps[channels + channel]
+            out[c] = total + d * taps[2 * channels + channel] + e * taps[3 * channels + channel]
+            history[at] = history[at + 1]
+            history[at + 1] = history[at + 2]
+            history[at + 2] = e
+        return
+    for c in range(start, stop):
+        at, total = (offset + c) * past, _ZERO
+        for tap in range(past):
+            total += np.float32(history[at + tap]) * taps[tap * channels + offset + c]
+        out[c] = total + value[c] * taps[past * channels + offset + c]
+        for tap in range(past - 1):
+            history[at + tap] = history[at + tap + 1]
+        if past:
+            history[at + past - 1] = value[c]
+
+
+@njit(cache=True)
+def convolve(conv, x, u, offset, start, stop):
+    """Causal convolution and SiLU of channels start..stop of a part that begins at channel ``offset``."""
+    if conv.integer:
+        convolve_history(conv, view_int8(conv.state, conv.channels * (conv.width - 1)), x, u, offset, start, stop)
+    else:
+        convolve_history(conv, view_float32(conv.state, conv.channels * (conv.width - 1)), x, u, offset, start, stop)
+    out = view_float32(u, stop)
+    scale = view_float32(conv.scale + 4 * offset, stop)
+    bias = view_float32(conv.bias + 4 * offset, stop)
+    for c in range(start, stop):
+        out[c] = silu(out[c] * scale[c] + bias[c])
+
+
+@njit(cache=True)
+def project(linear, site, private, x_scale, out, thread, threads):
+    """This thread's rows of one segment of in_proj, landed. Returns its first row and the one after its last."""
+    first, last = linear.tile_count * thread // threads, linear.tile_count * (thread + 1) // threads
+    start, stop = first * 16, min(last * 16, linear.rows)
+    if last > first:
+        multiply(linear, private.row, private.codes, x_scale, private.sums, out, first, last)
+        land(site, out, 0, start, stop)
+    return start, stop
+
+
+@njit(cache=True)
+def project_and_convolve(layer, width, shared, private, thread, threads):
+    """Phase 1: norm, in_proj, convolution; z leaves as SiLU(z)."""
+    x_scale = enter(layer.norm, layer.epsilon, layer.input, shared.h, private.residual, private.row, private.codes, width)
+    prepare_sums(layer.in_x, private.codes, private.sums)
+    start, stop = project(layer.in_z, layer.z, private, x_scale, shared.z, thread, threads)
+    z = view_float32(shared.z, stop)
+    for i in range(start, stop):
+        z[i] = silu(z[i])
+    start, stop = project(layer.in_x, layer.x, private, x_scale, shared.x, thread, threads)
+    if start < stop:
+        convolve(layer.conv, shared.x, shared.u, 0, start, stop)
+        land(layer.u, shared.u, shared.u_codes, start, stop)
+    if layer.selective:
+        return
+    project(layer.in_dt, layer.dt, private, x_scale, shared.dt, thread, threads)
+    start, stop = project(layer.in_B, layer.B, private, x_scale, shared.B, thread, threads)
+    if start < stop:
+        convolve(layer.conv, shared.B, shared.B_conv, layer.inner, start, stop)
+        land(layer.B_conv, shared.B_conv, 0, start, stop)
+    start, stop = project(layer.in_C, layer.C, private, x_scale, shared.C, thread, threads)
+    if start < stop:
+        convolve(layer.conv, shared.C, shared.C_conv, layer.inner + layer.groups * layer.states, start, stop)
+        land(layer.C_conv, shared.C_conv, 0, start, stop)
+
+
+@njit(cache=True)
+def low_rank_input(layer, shared, private, linear, site, out, codes, count):
+    """One of dt_low, B, C: all rows of its part of x_proj, FalconMamba's norm if there is one, landed."""
+    multiply(linear, shared.u, shared.u_codes, layer.u.value, private.sums, out, 0, linear.tile_count)
+    if layer.bcdt_epsilon >= _ZERO:
+        normalize(out, out, 0, 0, count, rms_factor(out, count, layer.bcdt_epsilon))
+    land(site, out, codes, 0, count)
+
+
+@njit(cache=True)
+def update_row(state, row, states, a, b, c, decay, drive, selective):
+    """Row ``row`` of the state (states,) moves on by one token; returns its product with C."""
+    blocks = states // 16
+    done = blocks * 16
+    scale = inverse = np.int64(0)
+    if state.integer:
+        table = np.int64(view_int32(state.index, row + 1)[row]) * states * 4
+        scale, inverse = state.scale + table, state.inverse + table
+        where = state.data + row * states
+        if selective:
+            y = selective_row_int8(
+                where, a, b, c, scale, inverse, blocks, decay, drive, state.low, state.high, state.rounding
+            )
+        else:
+            y = head_row_int8(where, a, b, c, scale, inverse, blocks, decay, drive, state.low, state.high, state.rounding)
+    else:
+        where = state.data + row * states * 4
+        if selective:
+            y = selective_row(where, a, b, c, scale, inverse, blocks, decay, drive, _ZERO, _ZERO, np.int64(0))
+        else:
+            y = head_row(where, a, b, c, scale, inverse, blocks, decay, drive, _ZERO, _ZERO, np.int64(0))
+    if done < states:
+        y += update_rest(state, where, done, states, a, b, c, scale, inverse, decay, drive, selective)
+    return y
+
+
+@njit(cache=True)
+def update_rest(state, where, done, states, a, b, c, scale, inverse, decay, drive, selective):
+    """``update_row`` for the state indices after the last whole block."""
+    y = _ZERO
+    B, C = view_float32(b, states), view_float32(c, states)
+    for n in range(done, states):
+        factor = exp(decay * view_float32(a, states)[n]) if selective else decay
+        if state.integer:
+            codes, inverses = view_int8(where, states), view_float32(inverse, states)
+            s = factor * (np.float32(codes[n]) * view_float32(scale, states)[n]) + drive * B[n]
+            scaled = s * inverses[n]
+            code = rint(scaled) if state.rounding == 0 else truncate(scaled)
+            if state.rounding == 1:
+                code = round_away(scaled)
+            codes[n] = np.int8(np.int32(clamp(code, state.low, state.high)))
+        else:
+            values = view_float32(where, states)
+            s = factor * values[n] + drive * B[n]
+            values[n] = s
+        y += s * C[n]
+    return y
+
+
+@njit(cache=True)
+def scan_selective(layer, shared, private, thread, threads):
+    """Phase 2, Mamba-1: x_proj, dt_proj, state update, skip and gate."""
+    prepare_sums(layer.x_proj_dt, shared.u_codes, private.sums)
+    low_rank_input(
+        layer, shared, private, layer.x_proj_dt, layer.dt_low, private.low, private.low_codes, layer.low_rank
+    )
+    low_rank_input(layer, shared, private, layer.x_proj_B, layer.B, private.B, 0, layer.states)
+    low_rank_input(layer, shared, private, layer.x_proj_C, layer.C, private.C, 0, layer.states)
+    tiles = layer.dt_proj.tile_count
+    first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+    start, stop = first * 16, min(last * 16, layer.inner)
+    if last == first:
+        return
+    prepare_sums(layer.dt_proj, private.low_codes, private.sums)
+    multiply(
+        layer.dt_proj, private.low, private.low_codes, layer.dt_low.value, private.sums, shared.dt, first, last
+    )
+    land(layer.dt, shared.dt, 0, start, stop)
+    dt, u, y = view_float32(shared.dt, stop), view_float32(shared.u, stop), view_float32(shared.y, stop)
+    bias, skip, gate = view_float32(layer.dt_bias, stop), view_float32(layer.skip, stop), view_float32(shared.z, stop)
+    for e in range(start, stop):
+        dt[e] = softplus(dt[e] + bias[e])
+    states = layer.states
+    for e in range(start, stop):
+        y[e] = update_row(
+            layer.state, e, states, layer.A + e * states * 4, private.B, private.C, dt[e], dt[e] * u[e], True
+        )
+    for e in range(start, stop):
+        y[e] = (y[e] + skip[e] * u[e]) * gate[e]
+    land(layer.y, shared.y, 0, start, stop)
+
+
+@njit(cache=True)
+def scan_heads(layer, shared, private, thread, threads):
+    """Phase 2, Mamba-2: state update and skip of this thread's share of (head, channel) rows."""
+    rows, head_dim, states = layer.inner, layer.head_dim, layer.states
+    start, stop = rows * thread // threads, rows * (thread + 1) // threads
+    dt, u, y = view_float32(shared.dt, layer.heads), view_float32(shared.u, stop), view_float32(shared.y, stop)
+    bias, A, skip = view_float32(layer.dt_bias, layer.heads), view_float32(layer.A, layer.heads), layer.skip
+    per_group = layer.heads // layer.groups
+    for head in range(start // head_dim, (stop + head_dim - 1) // head_dim):
+        step = clamp(softplus(dt[head] + bias[head]), layer.dt_low_limit, layer.dt_high_limit)
+        decay = exp(step * A[head])
+        through = view_float32(skip, layer.heads)[head]
+        group = head // per_group * states * 4
+        for row in range(max(start, head * head_dim), min(stop, (head + 1) * head_dim)):
+            drive = step * u[row]
+            total = update_row(
+                layer.state, row, states, 0, shared.B_conv + group, shared.C_conv + group, decay, drive, False
+            )
+            y[row] = total + through * u[row]
+
+
+@njit(cache=True)
+def rotate(rotation, row, spare):
+    """Blocks of ``order * power`` floats times H_order (x) H_power, normalized. Returns the address of the result."""
+    order, power = rotation.order, rotation.power
+    x = view_float32(row, rotation.size)
+    width = 1
+    if power >= 16:
+        butterfly_16(row, rotation.size // 16)
+        width = 16
+    while width < power:
+        for low in range(0, rotation.size, 2 * width):
+            for i in range(low, low + width):
+                a, b = x[i], x[i + width]
+                x[i] = a + b
+                x[i + width] = a - b
+        width *= 2
+    if order == 1:
+        for i in range(rotation.size):
+            x[i] = x[i] * rotation.factor
+        return row
+    signs = view_float32(rotation.matrix, order * order)
+    for block in range(rotation.size // (order * power)):
+        for i in range(order):
+            out = view_float32(spare + 4 * (block * order + i) * power, power)
+            for j in range(0, order, 2):
+                one = view_float32(row + 4 * (block * order + j) * power, power)
+                two = view_float32(row + 4 * (block * order + j + 1) * power, power)
+                p, q = signs[i * order + j], signs[i * order + j + 1]
+                if j == 0:
+                    for k in range(power):
+                        out[k] = p * one[k] + q * two[k]
+                else:
+                    for k in range(power):
+                        out[k] += p * one[k] + q * two[k]
+            for k in range(power):
+                out[k] = out[k] * rotation.factor
+    return spare
+
+
+@njit(cache=True)
+def gate_rotate_project(layer, shared, private, thread, threads):
+    """Phase 3: gated norm (Mamba-2), rotation, out_proj."""
+    inner = layer.inner
+    row = private.inner
+    x, y, z = view_float32(row, inner), view_float32(shared.y, inner), view_float32(shared.z, inner)
+    if layer.selective:
+        for i in range(inner):
+            x[i] = y[i]
+    else:
+        for i in range(inner):
+            x[i] = y[i] * z[i]
+        size = inner // layer.groups
+        for group in range(layer.groups):
+            start = group * size
+            factor = rms_factor(row + 4 * start, size, layer.gate_epsilon)
+            normalize(row, row, layer.gate_norm, start, start + size, factor)
+        land(layer.y, row, 0, 0, inner)
+    if layer.rotation.size:
+        row = rotate(layer.rotation, row, private.mixed)
+    x_scale = land_row(layer.out, row, private.inner_codes, inner)
+    prepare_sums(layer.out_proj, private.inner_codes, private.sums)
+    tiles = layer.out_proj.tile_count
+    first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+    multiply(layer.out_proj, row, private.inner_codes, x_scale, private.sums, shared.h, first, last)
+
+
+@njit(cache=True)
+def scan(layer, shared, private, thread, threads):
+    """Phase 2 of either architecture."""
+    if layer.selective:
+        scan_selective(layer, shared, private, thread, threads)
+    else:
+        scan_heads(layer, shared, private, thread, threads)
+
+
+@njit(cache=True)
+def project_head(model, shared, private, thread, threads):
+    """Final norm and this thread's rows of the head."""
+    x_scale = enter(
+        model.final_norm, model.epsilon, model.head_input, shared.h, private.residual, private.row, private.codes,
+        model.width,
+    )  # fmt: skip
+    prepare_sums(model.head, private.codes, private.sums)
+    first, last = model.head.tile_count * thread // threads, model.head.tile_count * (thread + 1) // threads
+    multiply(model.head, private.row, private.codes, x_scale, private.sums, shared.logits, first, last)
+
+
+@njit(parallel=True, cache=True)
+def decode_token(model, layers, shared, privates, threads):
+    """One token through all layers and the head; ``shared.h`` holds the embedding row, residuals are cleared."""
+    width = model[0].width
+    for t in prange(threads):
+        view_float32(privates[t].residual, width)[:] = _ZERO
+    for index in range(layers.size):
+        for t in prange(threads):
+            project_and_convolve(layers[index], width, shared[0], privates[t], t, threads)
+        for t in prange(threads):
+            scan(layers[index], shared[0], privates[t], t, threads)
+        for t in prange(threads):
+            gate_rotate_project(layers[index], shared[0], privates[t], t, threads)
+    for t in prange(threads):
+        project_head(model[0], shared[0], privates[t], t, threads)

@@ -1,0 +1,64 @@
+"""Which sibling computes an op: an explicit ``backend=``, else the context, else the first that accepts the call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache, wraps
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+from squamata.errors import SquamataError, nearest
+
+BACKENDS = ("triton", "cpu", "ref")  # in order of preference; ref accepts every call
+_NEEDS = {"triton": "triton", "cpu": "numba"}
+_chosen: ContextVar[str | None] = ContextVar("backend", default=None)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Prefer one backend within the block; calls it does not accept go to the reference."""
+    if name is not None and name not in BACKENDS:
+        raise SquamataError(f"no backend named '{name}'{nearest(name, BACKENDS)}")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@lru_cache(maxsize=None)
+def sibling(package: str, backend: str) -> ModuleType | None:
+    """The module that implements an op for a backend, or None if there is none or its library is missing."""
+    if importlib.util.find_spec(f"{package}.{backend}") is None:
+        return None
+    needs = _NEEDS.get(backend)
+    if needs and importlib.util.find_spec(needs) is None:
+        return None
+    return importlib.import_module(f"{package}.{backend}")
+
+
+def operation(contract: Callable[P, R]) -> Callable[P, R]:
+    """Make a contract (signature and docstring, no body) call its siblings.
+
+    A sibling module has ``run`` with the contract's signature and, except ref, ``accepts`` that says whether it can
+    take these arguments.
+    """
+    package = contract.__module__
+
+    @wraps(contract)
+    def call(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        wanted = backend or _chosen.get()
+        for name in BACKENDS if wanted is None else (wanted, "ref"):
+            module = sibling(package, name)
+            if module is not None and (name == "ref" or module.accepts(*args, **kwargs)):
+                return module.run(*args, **kwargs)
+        raise SquamataError(f"{package}: no backend accepts this call")
+
+    return call  # type: ignore[return-value]

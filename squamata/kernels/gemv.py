@@ -1,0 +1,271 @@
+"""Matrix-vector products over packed tiles: ``y[n] = (sum_k w[n, k] x[k]) * (s_x * s_w[n]) + bias[n]``.
+
+Every kind streams one line of 64 bytes after the other (see ``packing``) and advances sixteen rows a line. The
+loops are emitted as LLVM IR, because LLVM does not find ``vpdpbusd`` in a numba loop by itself; without that
+instruction the same IR multiplies 16-bit pairs, with identical integers.
+
+Exactness. Integer sums are exact in int32. ``int8 x int8``: y = float32(sum) * (s_x * s_w[n]), the product of the
+scales formed once in float32. ``int4 x int8``: sum over groups, in increasing order, of float32(sum_g) * s_g[n],
+multiplied and added with separate roundings, then times s_x. Kinds with float activations accumulate in float32 in
+four interleaved partial sums with fused multiply-add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from squamata.kernels.memory import address, view_float32, view_int8, view_int32
+from squamata.kernels.packing import LINE_BYTES, ROWS, UNROLL, Kind, PackedLinear
+from squamata.kernels.simd import FLOAT, INT32, constant, emit_fma, has_vnni
+
+_FLOATS = ir.VectorType(FLOAT, ROWS)
+_INTS = ir.VectorType(INT32, ROWS)
+_BYTES = ir.VectorType(ir.IntType(8), 4 * ROWS)
+_PAIRS = ir.VectorType(ir.IntType(16), 2 * ROWS)
+_INT64 = ir.IntType(64)
+
+
+def load(builder: ir.IRBuilder, where: ir.Value, kind: ir.Type, align: int) -> ir.Value:
+    """Load a value of this LLVM type from an int64 address."""
+    value = builder.load(builder.inttoptr(where, kind.as_pointer()), typ=kind)
+    value.align = align
+    return value
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, where: ir.Value, align: int) -> None:
+    """Store a value at an int64 address."""
+    builder.store(value, builder.inttoptr(where, value.type.as_pointer())).align = align
+
+
+def offset(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, size: int, extra: int = 0) -> ir.Value:
+    """``base + index * size + extra``."""
+    return builder.add(builder.add(base, builder.mul(index, _INT64(size))), _INT64(extra))
+
+
+def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = ROWS) -> ir.Value:
+    """The same scalar in every lane."""
+    kind = ir.VectorType(value.type, lanes)
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT32(0))
+    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), constant(ir.VectorType(INT32, lanes), 0))
+
+
+def _dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    """``total[lane] += sum of four uint8 x int8 products``; all arguments are <16 x i32>."""
+    if vnni:
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        function = builder.module.globals.get(name)
+        if function is None:
+            function = ir.Function(builder.module, ir.FunctionType(_INTS, [_INTS, _BYTES, _BYTES]), name)
+        return builder.call(function, (total, builder.bitcast(u, _BYTES), builder.bitcast(s, _BYTES)))
+    eight, wide = constant(_PAIRS, 8), ir.VectorType(INT32, 2 * ROWS)
+    u, s = builder.bitcast(u, _PAIRS), builder.bitcast(s, _PAIRS)
+    even = builder.and_(u, constant(_PAIRS, 255)), builder.ashr(builder.shl(s, eight), eight)
+    odd = builder.lshr(u, eight), builder.ashr(s, eight)
+    for left, right in (even, odd):
+        product = builder.mul(builder.sext(left, wide), builder.sext(right, wide))
+        for first in (0, 1):  # the shape of pmaddwd
+            picks = ir.Constant(_INTS, [2 * lane + first for lane in range(ROWS)])
+            total = builder.add(total, builder.shuffle_vector(product, ir.Constant(wide, ir.Undefined), picks))
+    return total
+
+
+def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]:
+    """Function that adds one line of weights times its activations (read at address x) to an accumulator."""
+
+    def broadcast_float(builder: ir.IRBuilder, x: ir.Value, k: int) -> ir.Value:
+        return splat(builder, load(builder, builder.add(x, _INT64(4 * k)), FLOAT, 4))
+
+    def broadcast_quad(builder: ir.IRBuilder, x: ir.Value, k: int) -> ir.Value:
+        return splat(builder, load(builder, builder.add(x, _INT64(k)), INT32, 4))
+
+    def float32(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        return emit_fma(builder, builder.bitcast(line, _FLOATS), broadcast_float(builder, x, 0), total)
+
+    def bfloat16(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        low = builder.shl(line, constant(_INTS, 16))
+        high = builder.and_(line, constant(_INTS, 0xFFFF0000))
+        for k, half in enumerate((low, high)):
+            total = emit_fma(builder, builder.bitcast(half, _FLOATS), broadcast_float(builder, x, k), total)
+        return total
+
+    def field(builder: ir.IRBuilder, line: ir.Value, low: int, width: int) -> ir.Value:
+        """Bits low..low + width of each lane, sign-extended, as float."""
+        line = builder.shl(line, constant(_INTS, 32 - low - width))
+        return builder.sitofp(builder.ashr(line, constant(_INTS, 32 - width)), _FLOATS)
+
+    def int8(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        for k in range(4):
+            total = emit_fma(builder, field(builder, line, 8 * k, 8), broadcast_float(builder, x, k), total)
+        return total
+
+    def int4(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        line = builder.xor(line, constant(_INTS, 0x88888888))  # value + 8 -> two's complement
+        for k in range(8):
+            low = 8 * (k % 4) + 4 * (k // 4)
+            total = emit_fma(builder, field(builder, line, low, 4), broadcast_float(builder, x, k), total)
+        return total
+
+    def int8_int8(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        shifted = builder.xor(load(builder, x, INT32, 4), INT32(-0x7F7F7F80))  # x + 128, unsigned
+        return _dot_unsigned_signed(builder, vnni, total, splat(builder, shifted), line)
+
+    def int4_int8(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        nibbles = constant(_INTS, 0x0F0F0F0F)
+        low, high = builder.and_(line, nibbles), builder.and_(builder.lshr(line, constant(_INTS, 4)), nibbles)
+        total = _dot_unsigned_signed(builder, vnni, total, low, broadcast_quad(builder, x, 0))
+        return _dot_unsigned_signed(builder, vnni, total, high, broadcast_quad(builder, x, 4))
+
+    return (float32, bfloat16, int8, int4, int8_int8, int4_int8)[kind]
+
+
+def _tile_product(kind: Kind, vnni: bool) -> Any:
+    """Numba intrinsic for one kind: raw products of the rows of tiles ``first`` .. ``last``.
+
+    Arguments, all int64: addresses of the output (float32, at row 0), the activations, the tiles, ``extra`` (int4:
+    scales of the groups; int8 x int8: row sums) and ``sums`` (int4 x int8: int32, 8 x the sum of the activations of
+    each group); lines a tile, lines a group, first tile, last tile.
+    """
+    advance = _advance(kind, vnni)
+    accumulator = _INTS if kind.integer_activations else _FLOATS
+    grouped = kind in (Kind.INT4, Kind.INT4_INT8)
+    lane_bytes = kind.values_per_lane * (1 if kind.integer_activations else 4)
+
+    def finish(builder: ir.IRBuilder, total: ir.Value, row: ir.Value, extra: ir.Value, bias: ir.Value) -> ir.Value:
+        """Accumulator -> float32 (of a group, times its scales)."""
+        if kind == Kind.INT8_INT8:
+            total = builder.sub(total, load(builder, offset(builder, extra, row, 4), _INTS, 64))
+        if kind == Kind.INT4_INT8:
+            total = builder.sub(total, splat(builder, load(builder, bias, INT32, 4)))
+        if kind.integer_activations:
+            total = builder.sitofp(total, _FLOATS)
+        return builder.fmul(total, load(builder, offset(builder, extra, row, 4), _FLOATS, 64)) if grouped else total
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        out, x, tiles, extra, sums, lines, group_lines, first, last = arguments
+        add = builder.add if kind.integer_activations else builder.fadd
+        parts = [cgutils.alloca_once(builder, accumulator) for _ in range(UNROLL)]
+        result = cgutils.alloca_once(builder, _FLOATS)
+        groups = builder.udiv(lines, group_lines)
+        steps = builder.udiv(group_lines, _INT64(UNROLL))
+        with cgutils.for_range(builder, builder.sub(last, first)) as tile_loop:
+            tile = builder.add(first, tile_loop.index)
+            weights = offset(builder, tiles, builder.mul(tile, lines), LINE_BYTES)
+            builder.store(constant(_FLOATS, 0.0), result)
+            with cgutils.for_range(builder, groups) as group_loop:
+                start = builder.mul(group_loop.index, group_lines)
+                for part in parts:
+                    builder.store(constant(accumulator, 0), part)
+                with cgutils.for_range(builder, steps) as loop:
+                    line = builder.add(start, builder.mul(loop.index, _INT64(UNROLL)))
+                    for step, part in enumerate(parts):
+                        data = load(builder, offset(builder, weights, line, LINE_BYTES, step * LINE_BYTES), _INTS, 64)
+                        where = offset(builder, x, line, lane_bytes, step * lane_bytes)
+                        builder.store(advance(builder, builder.load(part), data, where), part)
+                a, b, c, d = (builder.load(part) for part in parts)
+                total = add(add(a, b), add(c, d))
+                block = builder.add(builder.mul(tile, groups), group_loop.index) if grouped else tile
+                bias = offset(builder, sums, group_loop.index, 4)
+                value = finish(builder, total, builder.mul(block, _INT64(ROWS)), extra, bias)
+                builder.store(builder.fadd(builder.load(result), value), result)
+            store(builder, builder.load(result), offset(builder, out, tile, LINE_BYTES), 4)
+        return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+    def typed(_typing: Any, out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+        return types.none(*[types.int64] * 9), codegen
+
+    return intrinsic(typed)
+
+
+_VNNI = has_vnni()
+_float32 = _tile_product(Kind.FLOAT32, _VNNI)
+_bfloat16 = _tile_product(Kind.BFLOAT16, _VNNI)
+_int8 = _tile_product(Kind.INT8, _VNNI)
+_int4 = _tile_product(Kind.INT4, _VNNI)
+_int8_int8 = _tile_product(Kind.INT8_INT8, _VNNI)
+_int4_int8 = _tile_product(Kind.INT4_INT8, _VNNI)
+_int8_int8_portable = _tile_product(Kind.INT8_INT8, False)
+_int4_int8_portable = _tile_product(Kind.INT4_INT8, False)
+
+
+@njit(cache=True)
+def tile_products(kind, out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    """Raw products of tiles ``first`` to ``last`` for any kind; see ``_tile_product`` for the arguments."""
+    if kind == 0:
+        _float32(out, x, tiles, extra, sums, lines, group_lines, first, last)
+    elif kind == 1:
+        _bfloat16(out, x, tiles, extra, sums, lines, group_lines, first, last)
+    elif kind == 2:
+        _int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
+    elif kind == 3:
+        _int4(out, x, tiles, extra, sums, lines, group_lines, first, last)
+    elif kind == 4:
+        _int8_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
+    else:
+        _int4_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+@njit(cache=True)
+def tile_products_portable(kind, out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    """``tile_products`` of the integer kinds without the int8 dot-product instruction, for tests."""
+    if kind == 4:
+        _int8_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
+    else:
+        _int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+@njit(cache=True)
+def sum_groups(x, group, groups, sums):  # type: ignore[no-untyped-def]
+    """``sums[g] = 8 * sum of x over group g``, at addresses: x int8 (groups * group,), sums int32 (groups,)."""
+    row = view_int8(x, groups * group)
+    out = view_int32(sums, groups)
+    for g in range(groups):
+        total = types.int32(0)
+        for k in range(g * group, (g + 1) * group):
+            total = types.int32(total + row[k])
+        out[g] = total * types.int32(8)
+
+
+@njit(cache=True)
+def scale_rows(out, scale, bias, x_scale, start, stop):  # type: ignore[no-untyped-def]
+    """In place ``out[n] = out[n] * (x_scale * scale[n]) + bias[n]`` at addresses; no bias if its address is 0."""
+    y = view_float32(out, stop)
+    s = view_float32(scale, stop)
+    if bias == 0:
+        for n in range(start, stop):
+            y[n] = y[n] * (x_scale * s[n])
+    else:
+        b = view_float32(bias, stop)
+        for n in range(start, stop):
+            y[n] = y[n] * (x_scale * s[n]) + b[n]
+
+
+def gemv(packed: PackedLinear, x: NDArray, x_scale: float = 1.0, portable: bool = False) -> NDArray[np.float32]:
+    """One product on one thread: x (K,) int8 or float32, as the kind wants -> y (N,) float32.
+
+    ``portable`` avoids the int8 dot-product instruction (integer kinds only), to test one against the other.
+    """
+    dtype = np.int8 if packed.kind.integer_activations else np.float32
+    if x.dtype != dtype or x.shape != (packed.columns,):
+        raise ValueError(f"activations must be {np.dtype(dtype)} ({packed.columns},), not {x.dtype} {x.shape}")
+    row = np.zeros(packed.padded_columns, dtype)
+    row[: packed.columns] = x
+    out = np.full(packed.padded_rows, np.nan, np.float32)
+    tiles, lines, _ = packed.tiles.shape
+    groups = lines // packed.group_lines
+    sums = np.zeros(groups, np.int32)
+    if packed.kind == Kind.INT4_INT8:
+        sum_groups(address(row), packed.group_lines * 8, groups, address(sums))
+    extra = packed.groups if packed.groups is not None else packed.row_sums
+    product = tile_products_portable if portable else tile_products
+    where = (address(out), address(row), address(packed.tiles), address(extra), address(sums))
+    product(int(packed.kind), *where, lines, packed.group_lines, 0, tiles)
+    scale_rows(address(out), address(packed.scale), address(packed.bias), np.float32(x_scale), 0, packed.padded_rows)
+    return out[: packed.rows]

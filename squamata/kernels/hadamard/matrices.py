@@ -1,0 +1,55 @@
+"""Hadamard matrices of the orders that the models' widths need: m * 2^k with m in 1, 12, 20, 28 (40 = 20 * 2)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+PALEY_I = {12: 11, 20: 19}  # order q + 1, prime q = 3 mod 4
+PALEY_II = {28: 13}  # order 2 (q + 1), prime q = 1 mod 4
+
+
+def decompose(size: int) -> tuple[int, int] | None:
+    """(m, 2^k) with size = m * 2^k and a known Hadamard matrix of order m, the smallest m; None if there is none."""
+    power = size & -size
+    odd = size // power
+    if odd == 1:
+        return 1, size
+    order = 4 * odd
+    return (order, power // 4) if order in PALEY_I | PALEY_II and power >= 4 else None
+
+
+@lru_cache(maxsize=None)
+def base_matrix(order: int) -> Tensor:
+    """H_m, float32 entries +-1, H H^T = m I. Paley 1933, constructions I and II."""
+    if order == 1:
+        return torch.ones(1, 1)
+    if order in PALEY_I:
+        skew = _bordered(PALEY_I[order], sign=-1)
+        return torch.eye(order) + skew
+    symmetric = _bordered(PALEY_II[order], sign=1)
+    plus, cross = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
+    return torch.kron(symmetric, plus) + torch.kron(torch.eye(len(symmetric)), cross)
+
+
+def _bordered(q: int, sign: int) -> Tensor:
+    """The conference matrix of order q + 1: Jacobsthal's matrix of quadratic residues with a border of ones."""
+    residues = {value * value % q for value in range(1, q)}
+    legendre = torch.tensor([0.0] + [1.0 if value in residues else -1.0 for value in range(1, q)])
+    differences = (torch.arange(q)[:, None] - torch.arange(q)[None, :]) % q
+    matrix = torch.zeros(q + 1, q + 1)
+    matrix[0, 1:], matrix[1:, 0], matrix[1:, 1:] = 1.0, float(sign), legendre[differences]
+    return matrix
+
+
+def hadamard_matrix(size: int) -> Tensor:
+    """The whole matrix H_m (x) H_{2^k}, entries +-1, for tests and folding into weights."""
+    parts = decompose(size)
+    if parts is None:
+        raise ValueError(f"no Hadamard matrix of order {size} is known here")
+    matrix = base_matrix(parts[0])
+    for _ in range(parts[1].bit_length() - 1):
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    return matrix

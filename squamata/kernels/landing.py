@@ -1,0 +1,203 @@
+"""What the CPU kernels share: reading a value row by row, and landing a row of float32 on a site.
+
+Kernels see a value as a :class:`Source` and a site as a :class:`Target`, plain tuples of arrays whose types never
+vary, so that every kernel is compiled once whatever is quantized. Rows are tokens, B x L of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit, types
+from numpy.typing import NDArray
+from torch import Tensor
+
+from squamata.kernels import simd
+from squamata.kernels.compilation import announce_compilation
+from squamata.kernels.qtensor import QTensor, Value, as_float
+from squamata.kernels.site import Site
+
+FLOAT, ROUNDINGS = -1, {"half-even": 0, "half-away": 1, "truncate": 2}
+_SMALLEST_SCALE = np.float32(1e-8)  # of a dynamic site, as in ``site.range_to_scale``
+_NO_CODES, _NO_VALUES = np.empty((0, 0), np.int8), np.empty((0, 0), np.float32)
+_NOTHING = np.empty(0, np.float32)
+
+announce_compilation()
+
+
+class Source(NamedTuple):
+    """A value of rows x features: either int8 codes and their scale, one a feature, or float32 values."""
+
+    codes: NDArray[np.int8]
+    values: NDArray[np.float32]
+    scale: NDArray[np.float32]
+
+
+class Target(NamedTuple):
+    """Where rows land. ``rounding``: FLOAT (values), or how codes are rounded.
+
+    ``inverse``: reciprocal scale, one a feature; empty if the scale is taken from each row and left in ``scales``.
+    """
+
+    rounding: int
+    low: np.float32
+    high: np.float32
+    span: np.float32
+    inverse: NDArray[np.float32]
+    scales: NDArray[np.float32]
+    codes: NDArray[np.int8]
+    values: NDArray[np.float32]
+
+
+def array(x: Tensor) -> NDArray:
+    """The tensor as a C-contiguous array, without copying if it is contiguous."""
+    return x.detach().contiguous().numpy()
+
+
+def vector(x: Tensor, size: int) -> NDArray[np.float32]:
+    """A scale (one number, or one a feature) as float32 (size,)."""
+    return array(x.float().reshape(-1).expand(size))
+
+
+def plain(x: Tensor | None) -> bool:
+    """True if kernels can read this tensor: float32, on the CPU, and no gradient is wanted."""
+    return x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and not needs_gradient(x))
+
+
+def needs_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def readable(value: Value) -> bool:
+    """True if kernels can read this value, if need be after dequantizing it."""
+    if isinstance(value, Tensor):
+        return plain(value)
+    return not value.simulated and value.data.device.type == "cpu" and not needs_gradient(value.scale)
+
+
+def source(value: Value) -> Source:
+    """A value (..., features) as kernels read it; scales that vary along other axes are applied here."""
+    features = value.shape[-1]
+    if isinstance(value, QTensor):
+        per_feature = value.scale.ndim == 0 or value.scale.shape == (features,)
+        if per_feature and value.zero is None and value.data.dtype == torch.int8:
+            return Source(array(value.data).reshape(-1, features), _NO_VALUES, vector(value.scale, features))
+    return Source(_NO_CODES, array(as_float(value)).reshape(-1, features), _NOTHING)
+
+
+@dataclass
+class Landing:
+    """Uninitialised room for a kernel's output (..., features), and what it is worth once written."""
+
+    site: Site | None
+    target: Target
+    data: Tensor
+    scale: Tensor | None = None
+
+    def value(self) -> Value:
+        """Call after the kernel has run."""
+        if self.scale is not None:
+            assert self.site is not None and self.site.spec is not None
+            return QTensor(self.data, self.scale, self.site.spec)
+        return self.data if self.site is None else self.site.land(self.data)
+
+
+def landing(site: Site | None, *shape: int, per_token: bool = False) -> Landing:
+    """Room for an output of this shape on a site (None: float32).
+
+    ``per_token``: the kernel can take the scale of a row from the row itself, because it holds a whole one.
+    """
+    features = shape[-1]
+    spec = None if site is None else site.spec
+    fused = site is not None and site.static
+    dynamic = per_token and site is not None and _per_token(site)
+    if site is None or spec is None or not (fused or dynamic):
+        data = torch.empty(shape, dtype=torch.float32)
+        zero = np.float32(0)
+        target = Target(FLOAT, zero, zero, zero, _NOTHING, _NOTHING, _NO_CODES, data.numpy().reshape(-1, features))
+        return Landing(site, target, data)
+    data = torch.empty(shape, dtype=torch.int8)
+    if fused:
+        scale, inverse, _ = site.expanded()
+        inverses, scales = vector(inverse, features), _NOTHING
+    else:
+        scale = torch.empty((*shape[:-1], 1), dtype=torch.float32)
+        inverses, scales = _NOTHING, scale.numpy().reshape(-1)
+    low, high = (np.float32(code) for code in spec.code_range)
+    codes = data.numpy().reshape(-1, features)
+    rounding = ROUNDINGS[spec.rounding]
+    return Landing(
+        site, Target(rounding, low, high, np.float32(spec.span), inverses, scales, codes, _NO_VALUES), data, scale
+    )
+
+
+def _per_token(site: Site) -> bool:
+    spec = site.spec
+    if spec is None or not (site.quantized and site.mode == "integer" and spec.dynamic and spec.symmetric):
+        return False
+    return spec.granularity.axes == ("token",) and spec.granularity.group is None
+
+
+@njit(cache=True, nogil=True)
+def read_row(origin, row, first, out, start, count):  # type: ignore[no-untyped-def]
+    """``out[start:start + count]`` = features ``first`` .. of a row of a Source, dequantized."""
+    if origin.codes.size:
+        for c in range(count):
+            out[start + c] = types.float32(origin.codes[row, first + c]) * origin.scale[first + c]
+    else:
+        for c in range(count):
+            out[start + c] = origin.values[row, first + c]
+
+
+@njit(cache=True, nogil=True)
+def write_row(target, row, first, x, start, count):  # type: ignore[no-untyped-def]
+    """Land ``x[start:start + count]`` as features ``first`` .. of a row of a Target with a scale a feature."""
+    rounding, low, high = target.rounding, target.low, target.high
+    if rounding == FLOAT:
+        for c in range(count):
+            target.values[row, first + c] = x[start + c]
+    elif rounding == 0:
+        for c in range(count):
+            code = simd.rint(x[start + c] * target.inverse[first + c])
+            target.codes[row, first + c] = types.int8(types.int32(simd.clamp(code, low, high)))
+    elif rounding == 1:
+        for c in range(count):
+            code = _half_away(x[start + c] * target.inverse[first + c])
+            target.codes[row, first + c] = types.int8(types.int32(simd.clamp(code, low, high)))
+    else:
+        for c in range(count):
+            code = simd.truncate(x[start + c] * target.inverse[first + c])
+            target.codes[row, first + c] = types.int8(types.int32(simd.clamp(code, low, high)))
+
+
+@njit(cache=True, nogil=True)
+def _half_away(x):  # type: ignore[no-untyped-def]
+    """As ``site.round_codes``: the sum with one half is rounded before it is cut."""
+    return simd.truncate(x + (types.float32(0.5) if x >= types.float32(0.0) else types.float32(-0.5)))
+
+
+@njit(cache=True, nogil=True)
+def write_whole_row(target, row, x, count):  # type: ignore[no-untyped-def]
+    """Land a whole row; on a dynamic site by its own scale, largest magnitude / span."""
+    if target.scales.size == 0:
+        write_row(target, row, 0, x, 0, count)
+        return
+    largest = types.float32(0.0)
+    for c in range(count):
+        magnitude = abs(x[c])
+        largest = magnitude if magnitude > largest else largest
+    scale = max(simd.divide(largest, target.span), _SMALLEST_SCALE)
+    target.scales[row] = scale
+    inverse = simd.divide(types.float32(1.0), scale)
+    for c in range(count):
+        scaled = x[c] * inverse
+        if target.rounding == 0:
+            scaled = simd.rint(scaled)
+        elif target.rounding == 1:
+            scaled = _half_away(scaled)
+        else:
+            scaled = simd.truncate(scaled)
+        target.codes[row, c] = types.int8(types.int32(simd.clamp(scaled, target.low, target.high)))

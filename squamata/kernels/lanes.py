@@ -1,0 +1,143 @@
+"""Row kernels emitted as sixteen-lane LLVM IR: reductions, the state update, the in-register butterfly.
+
+LLVM keeps the order of a float sum and therefore does not vectorize one; these loops say which order they use
+(sixteen interleaved partial sums, then pairwise). Lengths are in blocks of sixteen; callers do the rest one by one.
+All addresses are int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from squamata.kernels.gemv import load, offset, splat, store
+from squamata.kernels.simd import FLOAT, INT32, call, constant, emit_clamp, emit_exp, emit_round_away
+
+LANES = 16
+_FLOATS = ir.VectorType(FLOAT, LANES)
+_INTS = ir.VectorType(INT32, LANES)
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+_INT64 = ir.IntType(64)
+
+
+def _shuffle(builder: ir.IRBuilder, value: ir.Value, picks: Sequence[int]) -> ir.Value:
+    mask = ir.Constant(ir.VectorType(INT32, len(picks)), list(picks))
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
+
+
+def _horizontal(builder: ir.IRBuilder, value: ir.Value, maximum: bool = False) -> ir.Value:
+    """Sum (or maximum) of the lanes, by halves."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        low, high = _shuffle(builder, value, range(width)), _shuffle(builder, value, range(width, 2 * width))
+        if maximum:
+            value = builder.select(builder.fcmp_ordered(">", high, low), high, low)
+        else:
+            value = builder.fadd(low, high)
+    return builder.extract_element(value, INT32(0))
+
+
+@intrinsic
+def sum_of_squares(_typing, row, blocks):  # type: ignore[no-untyped-def]
+    """Sum of squares of float32 (16 * blocks,)."""
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        row, blocks = arguments
+        total = cgutils.alloca_once_value(builder, constant(_FLOATS, 0.0))
+        with cgutils.for_range(builder, blocks) as loop:
+            x = load(builder, offset(builder, row, loop.index, 64), _FLOATS, 4)
+            builder.store(builder.fadd(builder.load(total), builder.fmul(x, x)), total)
+        return _horizontal(builder, builder.load(total))
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def largest_magnitude(_typing, row, blocks):  # type: ignore[no-untyped-def]
+    """Largest absolute value of float32 (16 * blocks,)."""
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        row, blocks = arguments
+        most = cgutils.alloca_once_value(builder, constant(_FLOATS, 0.0))
+        with cgutils.for_range(builder, blocks) as loop:
+            x = call(builder, "fabs", (load(builder, offset(builder, row, loop.index, 64), _FLOATS, 4),))
+            so_far = builder.load(most)
+            builder.store(builder.select(builder.fcmp_ordered(">", x, so_far), x, so_far), most)
+        return _horizontal(builder, builder.load(most), maximum=True)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def butterfly_16(_typing, row, blocks):  # type: ignore[no-untyped-def]
+    """Walsh-Hadamard transform, not normalized, of every block of sixteen float32, in place."""
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        row, blocks = arguments
+        with cgutils.for_range(builder, blocks) as loop:
+            where = offset(builder, row, loop.index, 64)
+            x = load(builder, where, _FLOATS, 4)
+            for width in (1, 2, 4, 8):
+                signs = ir.Constant(_FLOATS, [-1.0 if lane & width else 1.0 for lane in range(LANES)])
+                swapped = _shuffle(builder, x, [lane ^ width for lane in range(LANES)])
+                x = builder.fadd(swapped, builder.fmul(x, signs))
+            store(builder, x, where, 4)
+        return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+    return types.none(types.int64, types.int64), codegen
+
+
+def _state_row(per_state_decay: bool, integer: bool) -> Any:
+    """Numba intrinsic: update of one row of the state, and its product with C.
+
+    s[n] = decay * s[n] + drive * B[n]; returns sum_n s[n] C[n], s in float32 before it is stored. ``decay`` is
+    exp(dt * A[n]) if ``per_state_decay``, where the float argument is dt, else the float argument itself. Integer
+    rows hold codes: s = code * scale[n] and code = clamp(round(s * inverse[n])).
+
+    Arguments: addresses of the row, A, B, C, scale, inverse; blocks; decay or dt, drive, low, high (float32);
+    rounding (0 half-even, 1 half-away, 2 towards zero).
+    """
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        row, a, b, c, scale, inverse, blocks, decay, drive, low, high, rounding = arguments
+        total = cgutils.alloca_once_value(builder, constant(_FLOATS, 0.0))
+        rate, drive, low, high = (splat(builder, value) for value in (decay, drive, low, high))
+        even = builder.icmp_signed("==", rounding, rounding.type(0))
+        away = builder.icmp_signed("==", rounding, rounding.type(1))
+        with cgutils.for_range(builder, blocks) as loop:
+
+            def at(base: ir.Value) -> ir.Value:
+                return load(builder, offset(builder, base, loop.index, 64), _FLOATS, 4)
+
+            where = offset(builder, row, loop.index, LANES if integer else 4 * LANES)
+            state = load(builder, where, _BYTES if integer else _FLOATS, 1)
+            if integer:
+                state = builder.fmul(builder.sitofp(builder.sext(state, _INTS), _FLOATS), at(scale))
+            factor = emit_exp(builder, builder.fmul(rate, at(a))) if per_state_decay else rate
+            state = builder.fadd(builder.fmul(factor, state), builder.fmul(drive, at(b)))
+            builder.store(builder.fadd(builder.load(total), builder.fmul(state, at(c))), total)
+            if integer:
+                scaled = builder.fmul(state, at(inverse))
+                code = builder.select(away, emit_round_away(builder, scaled), call(builder, "trunc", (scaled,)))
+                code = builder.select(even, call(builder, "rint", (scaled,)), code)
+                code = emit_clamp(builder, code, low, high)
+                state = builder.trunc(builder.fptosi(code, _INTS), _BYTES)
+            store(builder, state, where, 1)
+        return _horizontal(builder, builder.load(total))
+
+    def typed(_typing, row, a, b, c, scale, inverse, blocks, decay, drive, low, high, rounding):  # type: ignore[no-untyped-def]
+        return types.float32(*[types.int64] * 7, *[types.float32] * 4, types.int64), codegen
+
+    return intrinsic(typed)
+
+
+selective_row = _state_row(True, False)
+selective_row_int8 = _state_row(True, True)
+head_row = _state_row(False, False)
+head_row_int8 = _state_row(False, True)

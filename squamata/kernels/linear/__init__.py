@@ -1,0 +1,45 @@
+"""Linear projection of float or integer activations by float or integer weights, landing on one site a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from squamata.kernels.dispatch import operation
+from squamata.kernels.qtensor import QTensor, Value
+from squamata.kernels.site import Site
+
+
+@dataclass
+class Linear:
+    """A weight (out, in), its bias (out,), and how many output rows go to each site.
+
+    ``packed``: what a backend made of the weight for its own use; never saved.
+    """
+
+    weight: Value
+    bias: Tensor | None = None
+    segments: tuple[int, ...] = ()
+    packed: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.segments or (self.weight.shape[0],)
+
+
+@operation
+def linear(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:  # type: ignore[empty-body]
+    """y = x W^T + bias, split along the rows in ``layer.rows``, segment i landed on ``out[i]`` (None: left float).
+
+    ``x``: (..., in). Integers meet integers exactly: accumulators are exact, then
+    y = float32(accumulator) * (scale_x * scale_w) + bias, groups of a grouped weight added in increasing order as
+    float32(accumulator_g) * scale_w[g] before scale_x. Anything else is dequantized first.
+    """
+
+
+def integer_product(x: Value, weight: Value) -> bool:
+    """True if both operands are quantized, so that the product accumulates integers."""
+    return isinstance(x, QTensor) and isinstance(weight, QTensor)

@@ -1,0 +1,206 @@
+"""Weight packing: canonical int4 bytes for the checkpoint, and the 16-row tiles the CPU kernels read.
+
+**Canonical** (on disk): int8 is row-major ``(N, K)``; int4 is ``uint8 (N, ceil(K / 2))``, even k in the low nibble,
+each value in two's complement.
+
+**Tiles** (in memory, CPU): 16 rows side by side. A line of 64 bytes is 16 lanes of 32 bits, lane = row, and a lane
+holds consecutive k of that row: one float32, two bfloat16, four int8, or eight int4 (low nibbles k..k+3, high
+nibbles k+4..k+7, each stored as value + 8). The lines of a tile follow each other, tiles follow each other: one
+stream from memory, and sixteen dot products advance at once without a horizontal sum. Rows are padded to 16 and
+lines to 4 (the number of accumulators) with zeros.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+ROWS = 16
+UNROLL = 4
+LINE_BYTES = 64
+HUGE_PAGE = 2 << 20
+
+
+class Kind(IntEnum):
+    """Weights x activations of a matrix-vector product."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+    INT4 = 3
+    INT8_INT8 = 4
+    INT4_INT8 = 5
+
+    @property
+    def integer_activations(self) -> bool:
+        return self in (Kind.INT8_INT8, Kind.INT4_INT8)
+
+    @property
+    def values_per_lane(self) -> int:
+        """How many consecutive k a 32-bit lane holds."""
+        return {Kind.FLOAT32: 1, Kind.BFLOAT16: 2, Kind.INT4: 8, Kind.INT4_INT8: 8}.get(self, 4)
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A weight matrix (rows N, columns K) as tiles.
+
+    ``tiles``: uint32 (T, lines, 16). ``scale``: float32 (16 T,), per row; ones where the weight has none or has
+    scales per group. ``groups``: int4, float32 (T, lines / group_lines, 16). ``row_sums``: int8 x int8, int32
+    (16 T,), 128 times the sum of the row. ``bias``: float32 (16 T,) or None.
+    """
+
+    kind: Kind
+    rows: int
+    columns: int
+    tiles: NDArray[np.uint32]
+    scale: NDArray[np.float32]
+    group_lines: int
+    groups: NDArray[np.float32] | None = None
+    row_sums: NDArray[np.int32] | None = None
+    bias: NDArray[np.float32] | None = None
+
+    @property
+    def padded_columns(self) -> int:
+        """Length of the activation row the kernel reads; elements from K on must be zero."""
+        return self.tiles.shape[1] * self.kind.values_per_lane
+
+    @property
+    def padded_rows(self) -> int:
+        return self.tiles.shape[0] * ROWS
+
+
+def pack_int4(q: torch.Tensor) -> torch.Tensor:
+    """Canonical int4 bytes: int8 (..., K) with values -8..7 -> uint8 (..., ceil(K / 2)), low nibble = even k."""
+    if q.shape[-1] % 2:
+        q = torch.nn.functional.pad(q, (0, 1))
+    nibbles = q.view(torch.uint8) & 15
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Inverse of ``pack_int4``: uint8 (..., ceil(K / 2)) -> int8 (..., K)."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :columns]
+    return (nibbles ^ 8).to(torch.int8) - 8
+
+
+def allocate(count: int, dtype: type) -> NDArray:
+    """Zeroed, page-aligned array of ``count`` elements; on huge pages where the system has them (faster to stream)."""
+    size = max(1, count * np.dtype(dtype).itemsize)
+    memory = mmap.mmap(-1, size)
+    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without huge pages
+    return np.frombuffer(memory, dtype)[:count]
+
+
+def tile_float32(weight: NDArray[np.float32], bias: NDArray[np.float32] | None = None) -> PackedLinear:
+    """Tiles of a float32 (N, K) matrix."""
+    weight = np.ascontiguousarray(weight, np.float32)
+    return _packed(Kind.FLOAT32, weight.shape, weight.view(np.uint32), bias=bias)
+
+
+def tile_bfloat16(weight: NDArray[np.uint16], bias: NDArray[np.float32] | None = None) -> PackedLinear:
+    """Tiles of a bfloat16 (N, K) matrix given as its bits in uint16."""
+    if weight.dtype != np.uint16:
+        raise TypeError("bfloat16 weights are passed as their uint16 bits")
+    lanes = _pad_columns(weight, 2).view(np.uint32)
+    return _packed(Kind.BFLOAT16, weight.shape, lanes, bias=bias)
+
+
+def tile_int8(
+    q: NDArray[np.int8],
+    scale: NDArray[np.float32] | float = 1.0,
+    bias: NDArray[np.float32] | None = None,
+    integer_activations: bool = True,
+) -> PackedLinear:
+    """Tiles of an int8 (N, K) matrix; ``scale`` is per row (N,) or one number."""
+    lanes = _pad_columns(np.ascontiguousarray(q, np.int8), 4).view(np.uint32)
+    kind = Kind.INT8_INT8 if integer_activations else Kind.INT8
+    sums = 128 * q.sum(1, dtype=np.int32) if integer_activations else None
+    return _packed(kind, q.shape, lanes, scale=scale, row_sums=sums, bias=bias)
+
+
+def tile_int4(
+    q: NDArray[np.int8],
+    scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+    integer_activations: bool = True,
+    group: int | None = None,
+) -> PackedLinear:
+    """Tiles of an int4 matrix given as int8 (N, K), values -8..7, with scales (N, ceil(K / group)).
+
+    ``group`` is a multiple of 32, or None for one group a row. Raises ValueError for another group size.
+    """
+    rows, columns = q.shape
+    width = 8 * UNROLL
+    group = -(-columns // width) * width if group is None else group
+    if group % width:
+        raise ValueError(f"int4 groups are multiples of {width} columns, not {group}")
+    q = _pad_columns(np.ascontiguousarray(q, np.int8), group)
+    codes = (q + np.int8(8)).view(np.uint8).reshape(rows, -1, 2, 4)
+    lanes = (codes[:, :, 0] | (codes[:, :, 1] << 4)).reshape(rows, -1).view(np.uint32)
+    kind = Kind.INT4_INT8 if integer_activations else Kind.INT4
+    scale = np.asarray(scale, np.float32).reshape(rows, -1)
+    if scale.shape[1] != q.shape[1] // group:
+        raise ValueError(f"{q.shape[1] // group} scales a row expected, {scale.shape[1]} given")
+    return _packed(kind, (rows, columns), lanes, groups=scale, group_lines=group // 8, bias=bias)
+
+
+def _pad_columns(matrix: NDArray, multiple: int) -> NDArray:
+    missing = -matrix.shape[1] % multiple
+    return np.ascontiguousarray(np.pad(matrix, ((0, 0), (0, missing))) if missing else matrix)
+
+
+def _packed(
+    kind: Kind,
+    shape: tuple[int, ...],
+    lanes: NDArray[np.uint32],
+    scale: NDArray[np.float32] | float = 1.0,
+    groups: NDArray[np.float32] | None = None,
+    group_lines: int = 0,
+    row_sums: NDArray[np.int32] | None = None,
+    bias: NDArray[np.float32] | None = None,
+) -> PackedLinear:
+    """Lay (N, lines) lanes out as tiles and pad everything that is per row."""
+    rows = shape[0]
+    tiles = -(-rows // ROWS)
+    padded_rows = tiles * ROWS
+    lanes = _pad_columns(lanes, UNROLL)
+
+    def per_row(values: NDArray | float, fill: float, dtype: type) -> NDArray:
+        padded = allocate(padded_rows, dtype)
+        padded[:] = fill
+        padded[:rows] = values
+        return padded
+
+    out = allocate(tiles * lanes.shape[1] * ROWS, np.uint32).reshape(tiles, lanes.shape[1], ROWS)
+    if kind in (Kind.INT4, Kind.INT4_INT8):
+        out[:] = 0x88888888  # zero is stored as 8
+    full = rows // ROWS
+    out[:full] = lanes[: full * ROWS].reshape(full, ROWS, -1).transpose(0, 2, 1)
+    if full < tiles:
+        out[full, :, : rows - full * ROWS] = lanes[full * ROWS :].T
+    tiled_groups = None
+    if groups is not None:
+        tiled_groups = allocate(padded_rows * groups.shape[1], np.float32).reshape(tiles, groups.shape[1], ROWS)
+        padded_groups = np.pad(groups, ((0, padded_rows - rows), (0, 0)))
+        tiled_groups[:] = padded_groups.reshape(tiles, ROWS, -1).transpose(0, 2, 1)
+    return PackedLinear(
+        kind=kind,
+        rows=rows,
+        columns=shape[1],
+        tiles=out,
+        scale=per_row(scale, 0.0, np.float32),
+        group_lines=group_lines or lanes.shape[1],
+        groups=tiled_groups,
+        row_sums=None if row_sums is None else per_row(row_sums, 0, np.int32),
+        bias=None if bias is None else per_row(bias, 0.0, np.float32),
+    )

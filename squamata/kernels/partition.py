@@ -1,0 +1,128 @@
+"""Partition: granularity settled once, by one reshape or one index map, before anything else sees the tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from squamata.spec.granularity import Granularity
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Feature axes of a tensor (those after batch and length) with their sizes; ``segments`` split ``out``.
+
+    ``flat``: the features arrive as one axis (activations), so expanded scales are flattened too.
+    """
+
+    axes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    segments: tuple[int, ...] = ()
+    flat: bool = True
+
+    @property
+    def flat_size(self) -> int:
+        return prod(self.sizes)
+
+    def segment_index(self) -> Tensor:
+        """Segment number of every row, int64 (out,)."""
+        sizes = self.segments or (self.sizes[0],)
+        return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How the features of one site fall into groups that share a scale.
+
+    ``split`` gives the members of every group to a scale strategy; ``expand`` turns one number a group into a
+    tensor that broadcasts against the features. Ragged partitions need ``index``, an int64 tensor over the leading
+    axes.
+    """
+
+    granularity: Granularity
+    layout: Layout
+    index: Tensor | None = None
+
+    def with_index(self, index: Tensor | None) -> Partition:
+        return replace(self, index=index)
+
+    @property
+    def kept(self) -> tuple[bool, ...]:
+        """For every feature axis: does the scale vary along it?"""
+        axes = self.granularity.axes
+        if self.layout.axes[0] == "out":  # a weight: 'channel' means an output row
+            return ("out" in axes or "channel" in axes, False)
+        every = "channel" in axes
+        return tuple(axis in axes or (every and axis not in ("state", "tap")) for axis in self.layout.axes)
+
+    @property
+    def _index(self) -> Tensor | None:
+        return self.layout.segment_index() if "segment" in self.granularity.axes else self.index
+
+    def shape(self) -> tuple[int, ...]:
+        """Shape in which scales of this partition are stored."""
+        if (index := self._index) is not None:
+            trailing = self.layout.sizes[index.ndim :]
+            return (int(index.max()) + 1, *(size for size, keep in zip(trailing, self._trailing(index), strict=True) if keep))
+        kept = tuple(size for size, keep in zip(self.layout.sizes, self.kept, strict=True) if keep)
+        if self.granularity.group:
+            rows = prod(self.layout.sizes[:-1])
+            return (rows, -(-self.layout.sizes[-1] // self.granularity.group))
+        return kept
+
+    def _trailing(self, index: Tensor) -> tuple[bool, ...]:
+        return tuple(axis in self.granularity.axes for axis in self.layout.axes[index.ndim :])
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Members of every group: tensors (groups, members) that, concatenated, follow ``shape()`` flattened.
+
+        ``x``: (observations, ...features). A ragged partition gives one tensor an index value; a last group that is
+        not full is padded with zeros, which change no magnitude.
+        """
+        x = x.reshape(-1, *self.layout.sizes)
+        if (index := self._index) is not None:
+            return self._split_ragged(x, index)
+        if group := self.granularity.group:
+            x = x.reshape(len(x), -1, self.layout.sizes[-1])
+            x = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
+            return [x.unflatten(-1, (-1, group)).permute(1, 2, 0, 3).reshape(-1, len(x) * group)]
+        kept = [axis + 1 for axis, keep in enumerate(self.kept) if keep]
+        rest = [0] + [axis + 1 for axis, keep in enumerate(self.kept) if not keep]
+        return [x.permute(*kept, *rest).reshape(prod(x.shape[axis] for axis in kept), -1)]
+
+    def _split_ragged(self, x: Tensor, index: Tensor) -> list[Tensor]:
+        parts = []
+        for value in range(int(index.max()) + 1):
+            members = x[:, index == value]  # (observations, members, ...trailing)
+            kept = [axis + 2 for axis, keep in enumerate(self._trailing(index)) if keep]
+            rest = [axis for axis in range(members.ndim) if axis not in kept]
+            parts.append(members.permute(*kept, *rest).reshape(prod(members.shape[axis] for axis in kept), -1))
+        return parts
+
+    def expand(self, values: Tensor) -> Tensor:
+        """One number a group, ``shape()`` -> a tensor that broadcasts against the features.
+
+        Groups along the last axis of a weight stay (out, in / group): products apply them group by group.
+        """
+        if self.granularity.per_tensor or (self.granularity.group and not self.layout.flat):
+            return values
+        if (index := self._index) is not None:
+            expanded = values[index]
+            expanded = expanded.reshape(*expanded.shape, *(1,) * (len(self.layout.sizes) - expanded.ndim))
+        elif group := self.granularity.group:
+            expanded = values.repeat_interleave(group, dim=-1)[:, : self.layout.sizes[-1]].reshape(self.layout.sizes)
+        else:
+            sizes = [size if keep else 1 for size, keep in zip(self.layout.sizes, self.kept, strict=True)]
+            expanded = values.reshape(sizes)
+        if not self.layout.flat:
+            return expanded
+        return expanded.broadcast_to(self.layout.sizes).reshape(-1)
+
+
+def gather(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Per-group numbers of ``split`` parts -> the stored shape."""
+    return torch.cat([part.reshape(-1) for part in parts]).reshape(shape)

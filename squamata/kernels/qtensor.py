@@ -1,0 +1,80 @@
+"""QTensor: integers, their scale, and the spec that says what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squamata.kernels.packing import unpack_int4
+from squamata.spec.quant import QuantSpec
+
+
+@dataclass
+class QTensor:
+    """A quantized tensor: value = (data - zero) * scale.
+
+    ``data``: int8 codes; uint8 with two 4-bit codes a byte when ``length`` (the unpacked last axis) is given; or, in
+    simulation, the same integers carried in floating point so that gradients pass. ``scale``: float32, broadcasts
+    against data, or (out, in / group) for grouped weights. ``zero``: like scale, for asymmetric specs.
+    """
+
+    data: Tensor
+    scale: Tensor
+    spec: QuantSpec
+    zero: Tensor | None = None
+    length: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the unpacked tensor."""
+        return tuple(self.data.shape) if self.length is None else (*self.data.shape[:-1], self.length)
+
+    @property
+    def simulated(self) -> bool:
+        return self.data.dtype.is_floating_point
+
+    def codes(self) -> Tensor:
+        """Integer codes less the zero point: int8, or the carrier's floating type; int16 when asymmetric."""
+        codes = self.data if self.length is None else unpack_int4(self.data, self.length)
+        if self.zero is None:
+            return codes
+        return codes - self.zero if self.simulated else codes.to(torch.int16) - self.zero.to(torch.int16)
+
+    def element_scale(self) -> Tensor:
+        """The scale in a form that broadcasts against the codes, grouped weights included."""
+        group = self.spec.granularity.group
+        if group is None or self.scale.ndim < 2:
+            return self.scale
+        return self.scale.repeat_interleave(group, dim=-1)[..., : self.shape[-1]]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values in floating point."""
+        return self.codes().to(dtype) * self.element_scale().to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        zero = 0 if self.zero is None else self.zero.nbytes
+        return self.data.nbytes + self.scale.nbytes + zero
+
+
+Value = Tensor | QTensor
+
+
+def as_float(value: Value, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The value in floating point, whatever it is stored in (a float tensor keeps its own type)."""
+    return value.dequantize(dtype) if isinstance(value, QTensor) else value
+
+
+def store(storage: Value, value: Value) -> None:
+    """Write a value into a cache's storage in place (a dynamic scale is written with it)."""
+    if isinstance(storage, QTensor) and isinstance(value, QTensor):
+        storage.data.copy_(value.data.detach())
+        if storage.spec.dynamic:
+            storage.scale.copy_(value.scale)
+            if storage.zero is not None and value.zero is not None:
+                storage.zero.copy_(value.zero)
+    else:
+        assert isinstance(storage, Tensor)
+        storage.copy_(as_float(value, storage.dtype).detach())

@@ -1,0 +1,60 @@
+"""Reference: the recurrence for a few tokens, chunks (three products each) for many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from squamata.kernels.qtensor import Value, as_float
+from squamata.kernels.ssd_scan import HeadLayout
+
+FEW = 4  # tokens up to which stepping is cheaper than a chunk
+
+
+def run(
+    u: Value, dt: Value, A: Tensor, B: Value, C: Value, D: Tensor, dt_bias: Tensor, state: Tensor, layout: HeadLayout
+) -> tuple[Tensor, Tensor]:
+    u, dt, B, C = (as_float(value, A.dtype) for value in (u, dt, B, C))
+    batch, length, _ = u.shape
+    dt = softplus(dt + dt_bias).clamp(*layout.time_step_limit)  # (B, L, H)
+    u = u.reshape(batch, length, layout.heads, layout.head_dim)
+    B = B.reshape(batch, length, layout.groups, layout.d_state)
+    C = C.reshape(batch, length, layout.groups, layout.d_state)
+    advance = _step if length <= FEW else _chunk
+    ys = []
+    for start in range(0, length, 1 if length <= FEW else layout.chunk):
+        span = slice(start, start + (1 if length <= FEW else layout.chunk))
+        y, state = advance(u[:, span], dt[:, span], A, B[:, span], C[:, span], state)
+        ys.append(y)
+    y = torch.cat(ys, dim=1) + D[:, None] * u
+    return y.reshape(batch, length, -1), state
+
+
+def _step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    per_group = state.shape[1] // B.shape[2]
+    B = B[:, 0].repeat_interleave(per_group, dim=1)  # (B, H, N)
+    C = C[:, 0].repeat_interleave(per_group, dim=1)
+    decay = torch.exp(dt[:, 0] * A)[..., None, None]
+    state = decay * state + (dt[:, 0, :, None] * u[:, 0])[..., None] * B[:, :, None, :]
+    return (state * C[:, :, None, :]).sum(-1).unsqueeze(1), state
+
+
+def _chunk(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One chunk of l tokens: inside it as masked attention, the state before it by its decay (section 6)."""
+    batch, length, heads, _ = u.shape
+    groups = B.shape[2]
+    log_decay = (dt * A).cumsum(1).transpose(1, 2)  # (B, H, l), from before the chunk to token t
+    between = log_decay[..., :, None] - log_decay[..., None, :]  # (B, H, t, s)
+    causal = torch.ones(length, length, dtype=torch.bool, device=u.device).tril()
+    between = torch.exp(between.masked_fill(~causal, -torch.inf))
+    scores = torch.einsum("btgn,bsgn->bgts", C, B).repeat_interleave(heads // groups, dim=1)
+    weighted = (u * dt[..., None]).transpose(1, 2)  # (B, H, l, P)
+    inside = (scores * between) @ weighted
+    grouped = (batch, groups, heads // groups, *state.shape[2:])
+    before = torch.einsum("btgn,bgrpn->bgrtp", C, state.reshape(grouped)).reshape(batch, heads, length, -1)
+    y = inside + torch.exp(log_decay)[..., None] * before
+    to_end = torch.exp(log_decay[..., -1:] - log_decay)[..., None] * weighted
+    added = torch.einsum("bgrsp,bsgn->bgrpn", to_end.reshape(batch, groups, heads // groups, length, -1), B)
+    state = torch.exp(log_decay[..., -1])[..., None, None] * state + added.reshape(state.shape)
+    return y.transpose(1, 2), state

@@ -1,0 +1,121 @@
+"""What every kind of block has in common: its sites, its parameters as the kernels want them, its cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squamata.kernels.hadamard import Rotation
+from squamata.kernels.linear import Linear
+from squamata.kernels.partition import Layout
+from squamata.kernels.qtensor import QTensor, Value, as_float
+from squamata.kernels.site import Mode, Site
+from squamata.models.checkpoint import under
+from squamata.models.config import ModelConfig
+from squamata.spec.quant import QuantSpec
+from squamata.spec.sites import BLOCKS
+
+
+@dataclass
+class LayerCache:
+    """One layer's memory of the past, updated in place: last convolution inputs, and the state."""
+
+    conv: Value
+    state: Value
+
+    @property
+    def nbytes(self) -> int:
+        return self.conv.nbytes + self.state.nbytes
+
+
+class Block(ABC):
+    """One layer of the network. Subclasses read their tensors in ``__init__`` and define ``forward``.
+
+    ``tensors``: this layer's tensors without the ``layers.N.`` prefix. ``dtype``: of the float computation.
+    """
+
+    kind: str
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Value], sites: dict[str, Site], dtype: torch.dtype
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.sites = under("mixer.", sites)
+        self.norm = as_float(tensors["norm.weight"]).to(dtype)
+        self._mixer = under("mixer.", tensors)
+
+    @staticmethod
+    @abstractmethod
+    def site_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Sizes of the feature axes of every activation and state site, by the site's name in the block."""
+
+    @staticmethod
+    @abstractmethod
+    def segments(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Rows of fused tensors, by what they are for: ``in_proj``, ``conv``..."""
+
+    @abstractmethod
+    def forward(self, h: Tensor, residual: Tensor | None, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """(h, residual) float (B, L, D) -> the block's output and the residual stream before it is added."""
+
+    @abstractmethod
+    def new_cache(self, batch: int) -> LayerCache:
+        """An empty cache in the storage of the sites."""
+
+    def parameter(self, name: str) -> Tensor:
+        """A small tensor, dequantized."""
+        return as_float(self._mixer[name]).to(self.dtype)
+
+    def convolution(self) -> tuple[Value, Tensor | None]:
+        """Weight (C, K), codes if quantized, and bias (C,) of the convolution."""
+        weight = self._mixer["conv.weight"]
+        bias = self.parameter("conv.bias") if "conv.bias" in self._mixer else None
+        return weight if isinstance(weight, QTensor) else weight.to(self.dtype), bias
+
+    def linear(self, name: str) -> Linear:
+        """A projection of this block."""
+        weight = self._mixer[f"{name}.weight"]
+        bias = self.parameter(f"{name}.bias") if f"{name}.bias" in self._mixer else None
+        return Linear(weight if isinstance(weight, QTensor) else weight.to(self.dtype), bias, self.segments(self.config).get(name, ()))
+
+    def rotation(self) -> Rotation | None:
+        """The rotation before out_proj that a transform left here (int64: size, block)."""
+        if "rotation" not in self._mixer:
+            return None
+        size, block = (int(value) for value in as_float(self._mixer["rotation"]))
+        return Rotation(size, block)
+
+
+def tensor_layouts(kind: type[Block], config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
+    """Layout of every tensor of a layer that may be quantized (names without ``layers.N.``)."""
+    segments = kind.segments(config)
+    return {
+        name: Layout(info.axes, shapes[name], segments.get(name.split(".")[1], ()), flat=False)
+        for name, info in BLOCKS[kind.kind].items()
+        if info.kind in ("weight", "parameter") and name in shapes
+    }
+
+
+def make_sites(
+    kind: str,
+    sizes: Mapping[str, tuple[int, ...]],
+    specs: Mapping[str, QuantSpec],
+    site_tensors: Mapping[str, Tensor],
+    mode: Mode,
+    prefix: str = "",
+) -> dict[str, Site]:
+    """The activation and state sites of a block (names without ``layers.N.``), with their scales where known."""
+    sites = {}
+    for name, info in BLOCKS[kind].items():
+        if info.kind not in ("activation", "state"):
+            continue
+        layout = Layout(info.axes, sizes[name.removeprefix("mixer.")], flat=info.kind == "activation")
+        parts = under(f"{name}.", site_tensors)
+        scale, zero, index = (parts.get(part) for part in ("scale", "zero", "index"))
+        sites[name] = Site(prefix + name, layout, specs.get(name), scale, zero, index, mode)
+    return sites

@@ -1,0 +1,36 @@
+"""Checkpoint: everything a model is made of, by name, in memory. What loaders give and the saver writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from squamata.kernels.qtensor import Value
+from squamata.models.config import ModelConfig
+from squamata.spec.recipe import Recipe
+
+
+@dataclass
+class Checkpoint:
+    """Tensors under our names, plus what the recipe's sites need to run.
+
+    ``tensors``: weights and parameters, float or quantized, ``layers.3.mixer.in_proj.weight``; transforms may add
+    tensors of their own (``layers.3.mixer.rotation``). ``site_tensors``: ``layers.3.mixer.u.scale`` (and ``.zero``,
+    ``.index``). ``provenance``: calibration fingerprint, seed, package version: recorded, never interpreted.
+    """
+
+    config: ModelConfig
+    tensors: Mapping[str, Value]
+    recipe: Recipe
+    site_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+def under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries whose name starts with ``prefix``, with the prefix taken off."""
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,138 @@
+"""ModelConfig: the shape of a model, one frozen description whatever its file said."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from squamata.errors import SquamataError, nearest
+
+
+class ModelConfig(BaseModel):
+    """Shape of a language model. Letters as in the papers: D d_model, E d_inner, N d_state, H heads, P head_dim.
+
+    ``blocks``: the kind of each layer (``mamba1``, ``mamba2``). ``bcdt_norm_epsilon``: FalconMamba's RMS norm on
+    dt_low, B and C, absent elsewhere. ``time_step_limit``: clamp of dt after softplus (Mamba-2).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    blocks: tuple[str, ...]
+    d_model: int
+    vocab_size: int
+    d_inner: int
+    d_state: int
+    d_conv: int = 4
+    dt_rank: int = 0
+    head_dim: int = 0
+    n_groups: int = 1
+    norm_epsilon: float = 1e-5
+    gate_norm_epsilon: float = 1e-5
+    bcdt_norm_epsilon: float | None = None
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    chunk_size: int = 256
+    projection_bias: bool = False
+    conv_bias: bool = True
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if "mamba2" in self.blocks and (self.head_dim < 1 or self.d_inner % self.head_dim):
+            raise ValueError(f"head_dim {self.head_dim} does not divide d_inner {self.d_inner}")
+        if "mamba2" in self.blocks and self.n_heads % self.n_groups:
+            raise ValueError(f"{self.n_groups} groups do not divide {self.n_heads} heads")
+        return self
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_inner // self.head_dim if self.head_dim else 0
+
+    @property
+    def architecture(self) -> str:
+        """``mamba1``, ``mamba2``, or ``hybrid``."""
+        kinds = set(self.blocks)
+        return kinds.pop() if len(kinds) == 1 else "hybrid"
+
+
+def _published(kind: str, d_model: int, layers: int, **overrides: Any) -> ModelConfig:
+    fields: dict[str, Any] = {"blocks": (kind,) * layers, "d_model": d_model, "d_inner": 2 * d_model}
+    if kind == "mamba1":
+        fields |= {"vocab_size": 50280, "d_state": 16, "dt_rank": math.ceil(d_model / 16)}
+    else:
+        fields |= {"vocab_size": 50288, "d_state": 128, "head_dim": 64}
+    return ModelConfig(**(fields | overrides))
+
+
+SHAPES: dict[str, ModelConfig] = {
+    f"{name}-{size}": _published(kind, d_model, layers)
+    for name, kind in (("mamba", "mamba1"), ("mamba2", "mamba2"))
+    for size, d_model, layers in (
+        ("130m", 768, 24),
+        ("370m", 1024, 48),
+        ("790m", 1536, 48),
+        ("1.4b", 2048, 48),
+        ("2.8b" if kind == "mamba1" else "2.7b", 2560, 64),
+    )
+} | {"mamba2-8b": _published("mamba2", 4096, 56, n_groups=8, vocab_size=256000, tie_embeddings=False)}
+SHAPES["mamba2-1.3b"] = SHAPES["mamba2-1.4b"]
+
+
+def shape(name: str) -> ModelConfig:
+    """A published model's shape by name; SquamataError with the nearest name if there is none."""
+    if name not in SHAPES:
+        raise SquamataError(f"no shape named '{name}'{nearest(name, SHAPES)}")
+    return SHAPES[name]
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape of every tensor of the model, in file order; a tied head has no tensor of its own."""
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.d_model)}
+    for layer, kind in enumerate(config.blocks):
+        mixer = {"mamba1": _mamba1_shapes, "mamba2": _mamba2_shapes}[kind](config)
+        shapes[f"layers.{layer}.norm.weight"] = (config.d_model,)
+        shapes |= {f"layers.{layer}.mixer.{name}": dims for name, dims in mixer.items()}
+    shapes["final_norm.weight"] = (config.d_model,)
+    if not config.tie_embeddings:
+        shapes["head.weight"] = (config.vocab_size, config.d_model)
+    return shapes
+
+
+def _mamba1_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, E, N, R = config.d_model, config.d_inner, config.d_state, config.dt_rank
+    return {
+        **_projection("in_proj", 2 * E, D, config.projection_bias),
+        **_conv(E, config),
+        "x_proj.weight": (R + 2 * N, E),
+        "dt_proj.weight": (E, R),
+        "dt_bias": (E,),
+        "A_log": (E, N),
+        "D": (E,),
+        **_projection("out_proj", D, E, config.projection_bias),
+    }
+
+
+def _mamba2_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, E, GN, H = config.d_model, config.d_inner, config.n_groups * config.d_state, config.n_heads
+    return {
+        **_projection("in_proj", 2 * E + 2 * GN + H, D, config.projection_bias),  # rows: z, x, B, C, dt
+        **_conv(E + 2 * GN, config),
+        "dt_bias": (H,),
+        "A_log": (H,),
+        "D": (H,),
+        "gate_norm.weight": (E,),
+        **_projection("out_proj", D, E, config.projection_bias),
+    }
+
+
+def _projection(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
+
+
+def _conv(channels: int, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {"conv.weight": (channels, config.d_conv)} | ({"conv.bias": (channels,)} if config.conv_bias else {})

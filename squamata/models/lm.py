@@ -1,0 +1,148 @@
+"""LanguageModel: embedding, blocks, final norm, head. One definition for float, simulation and integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squamata.kernels import ops
+from squamata.kernels.linear import Linear
+from squamata.kernels.partition import Layout
+from squamata.kernels.qtensor import QTensor, Value, as_float
+from squamata.kernels.site import Mode, Site
+from squamata.models.block import Block, LayerCache, make_sites, tensor_layouts
+from squamata.models.checkpoint import Checkpoint, under
+from squamata.models.config import ModelConfig, parameter_shapes
+from squamata.models.mamba1 import Mamba1
+from squamata.models.mamba2 import Mamba2
+from squamata.spec.quant import QuantSpec
+
+KINDS: dict[str, type[Block]] = {"mamba1": Mamba1, "mamba2": Mamba2}
+
+Cache = list[LayerCache]
+
+
+def build_block(
+    config: ModelConfig,
+    layer: int,
+    tensors: Mapping[str, Value],
+    specs: Mapping[str, QuantSpec] | None = None,
+    site_tensors: Mapping[str, Tensor] | None = None,
+    mode: Mode = "float",
+    dtype: torch.dtype = torch.float32,
+) -> Block:
+    """One layer from its tensors, specs and site tensors, all named without the ``layers.N.`` prefix."""
+    kind = KINDS[config.blocks[layer]]
+    sites = make_sites(
+        kind.kind, kind.site_sizes(config), specs or {}, site_tensors or {}, mode, prefix=f"layers.{layer}."
+    )
+    return kind(config, tensors, sites, dtype)
+
+
+def model_layouts(config: ModelConfig) -> dict[str, Layout]:
+    """Layout of every tensor of a model that may be quantized, by its full name."""
+    shapes = parameter_shapes(config)
+    table = (config.vocab_size, config.d_model)
+    layouts = {name: Layout(("out", "in"), table, flat=False) for name in ("embedding.weight", "head.weight")}
+    for layer, kind in enumerate(config.blocks):
+        prefix = f"layers.{layer}."
+        inside = tensor_layouts(KINDS[kind], config, under(prefix, shapes))
+        layouts |= {prefix + name: layout for name, layout in inside.items()}
+    return layouts
+
+
+def head_site(
+    config: ModelConfig,
+    spec: QuantSpec | None = None,
+    site_tensors: Mapping[str, Tensor] | None = None,
+    mode: Mode = "float",
+) -> Site:
+    """The site of the final norm's output, as it enters the head."""
+    scale, zero = ((site_tensors or {}).get(f"head.in.{part}") for part in ("scale", "zero"))
+    return Site("head.in", Layout(("channel",), (config.d_model,)), spec, scale, zero, None, mode)
+
+
+class LanguageModel:
+    """A causal language model. ``model(ids)`` gives logits (B, L, V) from a fresh state.
+
+    ``mode``: *integer* runs quantized sites as int8 (fast kernels where there are any), *simulate* carries the same
+    integers in float (differentiable), *float* ignores the activation sites' specs.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        mode: Mode = "integer",
+        dtype: torch.dtype = torch.float32,
+        tokenizer: Any = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.dtype = dtype
+        self.tokenizer = tokenizer
+        self.specs = checkpoint.recipe.resolve(self.config.blocks)
+        tensors = checkpoint.tensors
+        self.embedding = _storage(tensors["embedding.weight"], dtype)
+        self.blocks = [
+            build_block(
+                self.config,
+                layer,
+                under(f"layers.{layer}.", tensors),
+                under(f"layers.{layer}.", self.specs),
+                under(f"layers.{layer}.", checkpoint.site_tensors),
+                mode,
+                dtype,
+            )
+            for layer in range(self.config.n_layers)
+        ]
+        self.final_norm = as_float(tensors["final_norm.weight"]).to(dtype)
+        head = self.embedding if "head.weight" not in tensors else _storage(tensors["head.weight"], dtype)
+        self.head = Linear(head)
+        self.head_site = head_site(self.config, self.specs.get("head.in"), checkpoint.site_tensors, mode)
+
+    def sites(self) -> Iterator[Site]:
+        """Every activation and state site, in the order the data meets them."""
+        for block in self.blocks:
+            yield from block.sites.values()
+        yield self.head_site
+
+    def set_mode(self, mode: Mode) -> None:
+        """Change what landing on the sites means; caches made before are of the old mode."""
+        for site in self.sites():
+            site.mode = mode
+
+    def new_cache(self, batch: int = 1) -> Cache:
+        """An empty cache for ``batch`` sequences; its size does not depend on their length."""
+        return [block.new_cache(batch) for block in self.blocks]
+
+    def forward(self, ids: Tensor, cache: Cache, last_only: bool = False) -> Tensor:
+        """Token ids (B, L) -> logits (B, L, V), or (B, 1, V) with ``last_only``; the cache is updated in place."""
+        h: Tensor = ops.embedding(ids, self.embedding, self.dtype)
+        residual = None
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            h, residual = block.forward(h, residual, layer_cache)
+        if last_only:
+            h, residual = h[:, -1:], None if residual is None else residual[:, -1:]
+        return self.logits(h, residual)
+
+    def logits(self, h: Tensor, residual: Tensor | None) -> Tensor:
+        """Final norm and head."""
+        (logits,), _ = ops.norm_linear(
+            h, residual, self.final_norm, self.config.norm_epsilon, self.head, self.head_site, (None,)
+        )
+        return as_float(logits, self.dtype)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) -> logits (B, L, V) from a fresh state."""
+        return self.forward(ids, self.new_cache(ids.shape[0]))
+
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """One token for every sequence: ids (B,) -> logits (B, V)."""
+        return self.forward(ids[:, None], cache)[:, 0]
+
+
+def _storage(weight: Value, dtype: torch.dtype) -> Value:
+    return weight if isinstance(weight, QTensor) else weight.to(dtype)

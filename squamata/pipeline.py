@@ -1,0 +1,206 @@
+"""The whole story on one screen: load -> transform -> observe -> quantize -> save, a layer at a time.
+
+Memory is bounded by one layer, the calibration stream (samples x length x d_model x 8 bytes) and one shard, whatever
+the size of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from squamata import __version__, scales, transform
+from squamata.calibrate.observe import Stream, attach, observe_head, run_layer, scales_of
+from squamata.calibrate.tokens import CalibrationSet, sample
+from squamata.errors import SquamataError
+from squamata.evaluate.perplexity import evaluate
+from squamata.kernels import ops
+from squamata.kernels.qtensor import Value
+from squamata.kernels.site import Mode
+from squamata.load.hub import resolve
+from squamata.load.source import is_squamata_checkpoint, open_source
+from squamata.load.tokenizer import Tokenizer, check_fits
+from squamata.memory import peak_rss_bytes
+from squamata.models.checkpoint import Checkpoint, under
+from squamata.models.config import ModelConfig
+from squamata.models.lm import LanguageModel, build_block, model_layouts
+from squamata.quantize import check as check_weight_quantizer
+from squamata.quantize import quantize_tensors
+from squamata.run.generate import generate
+from squamata.save.format import describe
+from squamata.save.read import read_checkpoint
+from squamata.save.write import CheckpointWriter
+from squamata.spec.recipe import Recipe
+from squamata.spec.sites import all_sites
+
+__all__ = ["Quantization", "evaluate", "generate", "load", "quantize"]
+
+Progress = Callable[[int, int], None]  # steps done, steps in all
+
+
+class TensorSource(Protocol):
+    """Float tensors under our names, read a layer at a time."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What ``quantize`` did. Sizes in bytes, time in seconds."""
+
+    recipe: str
+    architecture: str
+    out: str
+    bytes_float: int
+    bytes_quantized: int
+    seconds: float
+    peak_rss_bytes: int
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+
+def quantize(
+    source: str | Path,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    calibration: str | Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Quantization:
+    """Quantize a float checkpoint by a recipe and write the result to the folder ``out``.
+
+    ``source``: a folder, a hub name or ``bundled``. ``calibration``: a .txt or .jsonl file, needed if the recipe has
+    static activation scales; ``samples`` documents of ``length`` tokens (the recipe's numbers unless given).
+    Raises SquamataError for anything the caller can put right; then nothing is written.
+    """
+    started = time.perf_counter()
+    opened = open_source(source)
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+    given = {key: value for key, value in (("samples", samples), ("length", length)) if value is not None}
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=given)})
+    check(recipe, opened.config)
+    with CheckpointWriter(Path(out), opened.config, force) as writer:
+        drawn = _draw(opened.folder, opened.config, recipe, calibration, seed)
+        parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [])
+        for tensors in parts.each(progress):
+            writer.add(tensors)
+        record = {"seed": seed, "squamata_version": __version__, "calibration": drawn.record() if drawn else {}}
+        writer.publish(describe(parts.config, recipe.to_mapping(), record), opened.folder)
+    return Quantization(
+        recipe=recipe.name,
+        architecture=parts.config.architecture,
+        out=str(out),
+        bytes_float=parts.bytes_read,
+        bytes_quantized=writer.bytes,
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        calibration=drawn.record() if drawn else {},
+    )
+
+
+def load(path: str | Path, mode: Mode = "integer") -> LanguageModel:
+    """Load any checkpoint, float or quantized: ``model(ids)`` with ids int64 (B, L) gives logits (B, L, V)."""
+    folder = resolve(path)
+    if is_squamata_checkpoint(folder):
+        checkpoint = read_checkpoint(folder)
+    else:
+        source = open_source(path)
+        checkpoint = Checkpoint(source.config, source.tensors(), Recipe.read("float"), folder=source.folder)
+    tokenizer = Tokenizer.read(folder) if (folder / "tokenizer.json").is_file() else None
+    if tokenizer is not None:
+        check_fits(tokenizer, checkpoint.config)
+    return LanguageModel(checkpoint, mode, tokenizer=tokenizer)
+
+
+def check(recipe: Recipe, config: ModelConfig) -> None:
+    """Refuse a recipe that cannot be carried out on this model, before any work is done."""
+    for kind in set(config.blocks) - set(recipe.architectures):
+        raise SquamataError(f"recipe {recipe.name} is for {', '.join(recipe.architectures)}, not {kind}")
+    for site, spec in recipe.resolve(config.blocks).items():
+        scales.check(spec, site)
+    transform.check(recipe)
+    check_weight_quantizer(recipe)
+
+
+class QuantizedParts:
+    """The quantized model as it becomes ready: embedding, every layer, head. ``each`` walks once."""
+
+    def __init__(self, source: TensorSource, recipe: Recipe, batches: list[Tensor]) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.batches = batches
+        self.specs = recipe.resolve(source.config.blocks)
+        untie = self.specs.get("head.weight") != self.specs.get("embedding.weight")
+        tied = source.config.tie_embeddings and not untie
+        self.config = source.config.model_copy(update={"tie_embeddings": tied})
+        self.layouts = model_layouts(source.config)
+        self.bytes_read = 0
+
+    def each(self, progress: Progress | None = None) -> Iterator[Mapping[str, Value]]:
+        steps = self.config.n_layers + 1
+        embedding = self._read("embedding.weight")
+        table = embedding["embedding.weight"]
+        yield self._quantize(embedding)
+        stream: Stream = [(ops.embedding(ids, table, torch.float32), None) for ids in self.batches]
+        for layer in range(self.config.n_layers):
+            yield from self._layer(layer, stream)
+            if progress:
+                progress(layer + 1, steps)
+        final = self._read("final_norm.weight")
+        yield final
+        yield observe_head(self.config, final["final_norm.weight"], stream, self.specs)
+        if not self.config.tie_embeddings:
+            stored = self._read("head.weight")
+            yield self._quantize(stored or {"head.weight": table})
+        if progress:
+            progress(steps, steps)
+
+    def _layer(self, layer: int, stream: Stream) -> Iterator[Mapping[str, Value]]:
+        prefix = f"layers.{layer}."
+        tensors = transform.apply(self.recipe, self.config, under(prefix, self._read(prefix)))
+        if stream:
+            block = build_block(self.config, layer, tensors)
+            statistics = attach(block.sites.values(), self.specs)
+            run_layer(block, stream)
+            yield scales_of(statistics, self.specs)
+        yield self._quantize({prefix + name: tensor for name, tensor in tensors.items()})
+
+    def _read(self, prefix: str) -> dict[str, Tensor]:
+        tensors = self.source.tensors(prefix)
+        self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
+
+    def _quantize(self, tensors: Mapping[str, Tensor]) -> dict[str, Value]:
+        return quantize_tensors(self.recipe, tensors, self.specs, self.layouts)
+
+
+def _draw(
+    folder: Path, config: ModelConfig, recipe: Recipe, calibration: str | Path | None, seed: int
+) -> CalibrationSet | None:
+    """The calibration sample, or None for a recipe that needs none."""
+    infos = all_sites(config.blocks)
+    needed = [
+        site
+        for site, spec in recipe.resolve(config.blocks).items()
+        if infos[site].kind in ("activation", "state") and not spec.dynamic
+    ]
+    if not needed:
+        return None
+    if calibration is None:
+        raise SquamataError(
+            f"recipe {recipe.name} has static scales ({needed[0]} ...): give a text with --calibration FILE"
+        )
+    tokenizer = Tokenizer.read(folder)
+    check_fits(tokenizer, config)
+    return sample(Path(calibration), tokenizer, recipe.calibration, seed)

@@ -1,0 +1,162 @@
+"""Write a checkpoint: shard by shard into a temporary folder beside the target, which is renamed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from squamata.errors import SquamataError
+from squamata.kernels.partition import Partition
+from squamata.kernels.qtensor import QTensor, Value
+from squamata.models.checkpoint import Checkpoint
+from squamata.models.config import ModelConfig
+from squamata.models.lm import model_layouts
+from squamata.save.format import CONFIG, INDEX, TOKENIZER_FILES, describe
+
+SHARD_BYTES = 2**30
+
+
+class CheckpointWriter:
+    """Takes tensors as they become ready and publishes the folder only when all are there.
+
+    Use as a context manager: leaving it normally publishes, an exception removes the temporary folder. A killed
+    process leaves the old checkpoint or none; the next writer to the same place clears what it left.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder = folder.absolute()
+        if self.folder.exists() and not force:
+            raise SquamataError(f"{folder} exists already; choose another folder or add --force to replace it")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise SquamataError(f"{folder} is a file, not a folder")
+        self.layouts = model_layouts(config)
+        self.shard_bytes = shard_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.shards: list[list[str]] = []
+        self.bytes = 0
+
+    def __enter__(self) -> CheckpointWriter:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.parent.glob(f".{self.folder.name}.partial-*"):
+                if not _alive(int(left_over.name.rpartition("-")[2])):
+                    shutil.rmtree(left_over, ignore_errors=True)
+            self.partial = self.folder.with_name(f".{self.folder.name}.partial-{os.getpid()}")
+            self.partial.mkdir()
+        except OSError as error:
+            raise SquamataError(f"cannot write to {self.folder.parent}: {error.strerror}") from None
+        return self
+
+    def add(self, tensors: Mapping[str, Value]) -> None:
+        """Queue tensors under their full names; full shards go to disk at once."""
+        for name, value in tensors.items():
+            self.pending |= self._stored(name, value)
+        if sum(tensor.nbytes for tensor in self.pending.values()) >= self.shard_bytes:
+            self._flush()
+
+    def _stored(self, name: str, value: Value) -> dict[str, Tensor]:
+        if not isinstance(value, QTensor):
+            return {name: value.contiguous()}
+        partition = Partition(value.spec.granularity, self.layouts[name])
+        stored = {name: value.data.contiguous()}
+        scale = value.scale.reshape(-1)[_representatives(partition)].reshape(partition.shape())
+        stored[f"{name}.scale"] = scale.to(getattr(torch, value.spec.scale_dtype)).contiguous()
+        if value.zero is not None:
+            stored[f"{name}.zero"] = value.zero.reshape(-1)[_representatives(partition)].reshape(partition.shape())
+        return stored
+
+    def _flush(self) -> None:
+        path = self.partial / f"shard-{len(self.shards)}.safetensors"
+        try:
+            safetensors.torch.save_file(self.pending, path, metadata={"format": "pt"})
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SquamataError(f"cannot write {self.folder}: {_reason(error)}; nothing was changed") from None
+        self.bytes += sum(tensor.nbytes for tensor in self.pending.values())
+        self.shards.append(list(self.pending))
+        self.pending = {}
+
+    def publish(self, description: Mapping[str, Any], tokenizer_folder: Path | None) -> None:
+        """Write config, index and tokenizer, and rename the folder into place."""
+        if self.pending or not self.shards:
+            self._flush()
+        try:
+            self._name_shards()
+            (self.partial / CONFIG).write_text(json.dumps(description, indent=1) + "\n")
+            for name in TOKENIZER_FILES if tokenizer_folder else ():
+                assert tokenizer_folder is not None
+                if (tokenizer_folder / name).is_file():
+                    shutil.copyfile(tokenizer_folder / name, self.partial / name)
+            for path in self.partial.iterdir():
+                _sync(path)
+            self._replace()
+        except OSError as error:
+            raise SquamataError(f"cannot write {self.folder}: {_reason(error)}; nothing was changed") from None
+
+    def _name_shards(self) -> None:
+        count = len(self.shards)
+        names = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
+        names = ["model.safetensors"] if count == 1 else names
+        for number, name in enumerate(names):
+            (self.partial / f"shard-{number}.safetensors").rename(self.partial / name)
+        if count > 1:
+            where = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(where.items()))}
+            (self.partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+    def _replace(self) -> None:
+        old = self.folder.with_name(f".{self.folder.name}.partial-{os.getpid()}-old")
+        if self.folder.exists():
+            self.folder.rename(old)
+        self.partial.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, force: bool = False) -> int:
+    """Write a whole checkpoint at once; returns the bytes of its tensors."""
+    with CheckpointWriter(folder, checkpoint.config, force) as writer:
+        writer.add(checkpoint.tensors)
+        writer.add(checkpoint.site_tensors)
+        description = describe(checkpoint.config, checkpoint.recipe.to_mapping(), checkpoint.provenance)
+        writer.publish(description, checkpoint.folder)
+        return writer.bytes
+
+
+def _representatives(partition: Partition) -> Tensor:
+    """Where in an expanded scale each stored scale is found: the first element of its group."""
+    count = torch.Size(partition.shape()).numel()
+    numbers = partition.expand(torch.arange(count).reshape(partition.shape())).reshape(-1)
+    first = torch.full((count,), len(numbers)).scatter_reduce(0, numbers, torch.arange(len(numbers)), "amin")
+    return first
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]

@@ -1,0 +1,218 @@
+"""Recipes: ordered rules ``site glob -> QuantSpec | float`` (last match wins), plus transforms and calibration.
+
+YAML form::
+
+    name: quamba-w8a8
+    description: one line
+    extends: w8a8                      # another recipe; its rules come first
+    architectures: [mamba1, mamba2]
+    specs: {int8: {bits: 8}}           # names usable in the rules
+    transforms: [{hadamard: {sites: [out]}}]
+    weights: rtn                       # weight quantizer
+    calibration: {samples: 128, length: 512}
+    rules:
+      - {site: "*.mixer.u", spec: {bits: 8, scale: {percentile: {alpha: 0.9999}}}}
+      - {site: "*.mixer.u", spec: float, layers: [0, 11], architectures: [mamba2]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
+
+from squamata.errors import SquamataError, nearest
+from squamata.spec.quant import Data, QuantSpec
+from squamata.spec.sites import BLOCKS, SiteInfo, all_sites
+
+SpecOrFloat = Annotated[
+    QuantSpec | None,
+    BeforeValidator(lambda value: None if value == "float" else value),
+    PlainSerializer(lambda spec: spec.model_dump(exclude_defaults=True) if spec else "float", return_type=dict | str),
+]
+
+
+class Rule(Data):
+    """One line of a recipe: every site that matches is represented so."""
+
+    site: str
+    spec: SpecOrFloat
+    layers: tuple[int, ...] | None = None
+    architectures: tuple[str, ...] | None = None
+
+    def matches(self, site: str, architecture: str) -> bool:
+        """True if the rule speaks of this full site name in a layer of this architecture."""
+        if self.architectures is not None and architecture not in self.architectures:
+            return False
+        if self.layers is not None and (not site.startswith("layers.") or int(site.split(".")[1]) not in self.layers):
+            return False
+        return fnmatchcase(site, self.site)
+
+
+class Calibration(Data):
+    """How many documents, how many tokens of each, and how many at once."""
+
+    samples: Annotated[int, Field(ge=1)] = 128
+    length: Annotated[int, Field(ge=2)] = 512
+    batch: Annotated[int, Field(ge=1)] = 8
+    order: Literal["shuffled", "first"] = "shuffled"
+
+
+def _named_parameters(value: Any) -> Any:
+    """``hadamard`` or ``{hadamard: {...}}`` -> ``(name, parameters)``."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+        ((name, parameters),) = value.items()
+        return {"name": name, "parameters": parameters or {}}
+    return value
+
+
+class Named(Data):
+    """Name of a transform or weight quantizer, and its parameters."""
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+NamedField = Annotated[Named, BeforeValidator(_named_parameters)]
+
+
+class Recipe(Data):
+    """A whole quantization method as data. ``Recipe.read`` resolves ``extends`` and ``specs``."""
+
+    name: str
+    description: str = ""
+    architectures: tuple[str, ...] = tuple(BLOCKS)
+    transforms: tuple[NamedField, ...] = ()
+    weights: NamedField = Named(name="rtn")
+    calibration: Calibration = Calibration()
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def read(cls, name_or_path: str | Path) -> Recipe:
+        """Read a recipe by its name or from a YAML file.
+
+        Raises SquamataError for an unknown name, an unknown key or a value that is out of range.
+        """
+        return cls.from_mapping(_read_yaml(name_or_path), origin=str(name_or_path))
+
+    @classmethod
+    def from_mapping(cls, mapping: dict[str, Any], origin: str = "recipe") -> Recipe:
+        """Build a recipe from parsed YAML or JSON; resolves ``extends`` and named ``specs``."""
+        merged = _merge_ancestors(mapping, origin)
+        specs = merged.pop("specs", {})
+        for rule in merged.get("rules", []):
+            if isinstance(rule, dict) and isinstance(rule.get("spec"), str) and rule["spec"] != "float":
+                if rule["spec"] not in specs:
+                    raise SquamataError(f"{origin}: no spec named '{rule['spec']}'{nearest(rule['spec'], specs)}")
+                rule["spec"] = specs[rule["spec"]]
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise SquamataError(f"{origin}: {_first_problem(error)}") from None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The resolved recipe as plain data: what a checkpoint stores."""
+        return self.model_dump(mode="json", exclude_defaults=True) | {"name": self.name}
+
+    def resolve(self, blocks: tuple[str, ...]) -> dict[str, QuantSpec]:
+        """Site name -> spec for a model whose layers are of these kinds; sites left in float are absent.
+
+        Raises SquamataError if a spec cannot run where it is put (see ``refuse_illegal``).
+        """
+        chosen: dict[str, QuantSpec] = {}
+        infos = all_sites(blocks)
+        for site in infos:
+            architecture = blocks[int(site.split(".")[1])] if site.startswith("layers.") else blocks[0]
+            matching = [rule for rule in self.rules if rule.matches(site, architecture)]
+            if matching and matching[-1].spec is not None:
+                chosen[site] = matching[-1].spec
+        for site, spec in chosen.items():
+            refuse_illegal(site, spec, infos[site])
+        for rule in self.rules:
+            if not any(fnmatchcase(site, rule.site) for kind in BLOCKS for site in all_sites((kind,) * len(blocks))):
+                raise SquamataError(f"recipe {self.name}: no site matches '{rule.site}'")
+        return chosen
+
+
+def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
+    """The one rule that decides which recipes can run.
+
+    A product sums over one axis: a scale may vary along every axis that survives it, and in groups that accumulate
+    separately (weights), never along the summed one. Where a tensor is dequantized first anything is legal.
+    """
+    axes = set(spec.granularity.axes) - {"token"}
+    if info.summed and (axes or spec.granularity.group):
+        raise SquamataError(
+            f"{site}: a scale per {spec.granularity} cannot run: the product that reads it sums over "
+            f"{' and '.join(info.summed)}; use 'tensor' or 'token'"
+        )
+    if info.kind == "weight" and "in" in axes:
+        raise SquamataError(f"{site}: a scale along 'in' cannot run: the product sums over it; use group(N)")
+    if "token" in spec.granularity.axes and not spec.dynamic:
+        raise SquamataError(f"{site}: a scale per token is known only at run time; add 'dynamic: true'")
+    if spec.dynamic and info.kind in ("weight", "parameter"):
+        raise SquamataError(f"{site}: weights do not change at run time; remove 'dynamic: true'")
+    unknown = axes - set(info.axes) - {"channel", "index", "segment"}
+    if unknown:
+        raise SquamataError(f"{site}: has no axis '{sorted(unknown)[0]}' (its axes: {', '.join(info.axes)})")
+
+
+def recipe_folder() -> Path:
+    """Folder of the recipes that come with the package."""
+    return Path(__file__).parent.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def _read_yaml(name_or_path: str | Path) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(name_or_path) not in recipe_names():
+            raise SquamataError(f"no recipe named '{name_or_path}'{nearest(str(name_or_path), recipe_names())}")
+        path = recipe_folder() / f"{name_or_path}.yaml"
+    try:
+        mapping = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise SquamataError(f"{path}: no such recipe file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise SquamataError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
+    if not isinstance(mapping, dict):
+        raise SquamataError(f"{path}: a recipe is a YAML mapping with name and rules")
+    return mapping
+
+
+def _merge_ancestors(mapping: dict[str, Any], origin: str, seen: Iterable[str] = ()) -> dict[str, Any]:
+    mapping = {key: (list(value) if key == "rules" and value else value) for key, value in mapping.items()}
+    parent_name = mapping.pop("extends", None)
+    if parent_name is None:
+        return mapping
+    if parent_name in seen:
+        raise SquamataError(f"{origin}: 'extends' goes round in a circle at '{parent_name}'")
+    parent = _merge_ancestors(_read_yaml(parent_name), str(parent_name), (*seen, parent_name))
+    merged = parent | mapping
+    merged["rules"] = parent.get("rules", []) + (mapping.get("rules") or [])
+    merged["specs"] = parent.get("specs", {}) | mapping.get("specs", {})
+    return merged
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the first thing pydantic found, with the nearest valid key."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        owners: dict[str, type[Data]] = {"rules": Rule, "calibration": Calibration, "transforms": Named, "weights": Named}
+        owner: type[Data] = Recipe if len(problem["loc"]) == 1 else owners.get(str(problem["loc"][0]), QuantSpec)
+        if "spec" in problem["loc"][:-1]:
+            owner = QuantSpec
+        return f"unknown key '{where}'{nearest(key, owner.model_fields)}"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,97 @@
+"""Sites: the named edges of each block where a tensor may be represented in few bits.
+
+A site is written ``layers.7.mixer.u``; the tables give the part after the layer. Axis names are those a
+``Granularity`` may list; sizes come from the model's configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["activation", "state", "weight", "parameter"]
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What the recipe checker must know of a site.
+
+    ``axes``: feature axes (batch and length come before them). ``summed``: the site enters a product, which sums
+    over these axes, so no scale may vary along them. ``kind``: weights are split in ``out`` x ``in``; parameters are
+    small tensors that are always dequantized before use.
+    """
+
+    axes: tuple[str, ...]
+    kind: Kind = "activation"
+    summed: tuple[str, ...] = ()
+
+
+_LINEAR = SiteInfo(("out", "in"), "weight")
+_CONV = {"conv.weight": SiteInfo(("channel", "tap"), "parameter"), "conv.bias": SiteInfo(("channel",), "parameter")}
+
+MAMBA1 = {
+    "mixer.in": SiteInfo(("channel",), summed=("channel",)),
+    "mixer.x": SiteInfo(("channel",)),
+    "mixer.z": SiteInfo(("channel",)),
+    "mixer.u": SiteInfo(("channel",), summed=("channel",)),
+    "mixer.dt_low": SiteInfo(("channel",), summed=("channel",)),
+    "mixer.B": SiteInfo(("state",)),
+    "mixer.C": SiteInfo(("state",)),
+    "mixer.dt": SiteInfo(("channel",)),
+    "mixer.state": SiteInfo(("channel", "state"), "state"),
+    "mixer.y": SiteInfo(("channel",)),
+    "mixer.out": SiteInfo(("channel",), summed=("channel",)),
+    "mixer.in_proj.weight": _LINEAR,
+    "mixer.x_proj.weight": _LINEAR,
+    "mixer.dt_proj.weight": _LINEAR,
+    "mixer.out_proj.weight": _LINEAR,
+    **{f"mixer.{name}": info for name, info in _CONV.items()},
+    "mixer.dt_bias": SiteInfo(("channel",), "parameter"),
+    "mixer.A_log": SiteInfo(("channel", "state"), "parameter"),
+    "mixer.D": SiteInfo(("channel",), "parameter"),
+}
+
+MAMBA2 = {
+    "mixer.in": SiteInfo(("channel",), summed=("channel",)),
+    "mixer.z": SiteInfo(("head", "channel")),
+    "mixer.x": SiteInfo(("head", "channel")),
+    "mixer.B": SiteInfo(("ssd_group", "state")),
+    "mixer.C": SiteInfo(("ssd_group", "state")),
+    "mixer.dt": SiteInfo(("head",)),
+    "mixer.u": SiteInfo(("head", "channel")),
+    "mixer.B_conv": SiteInfo(("ssd_group", "state")),
+    "mixer.C_conv": SiteInfo(("ssd_group", "state")),
+    "mixer.state": SiteInfo(("head", "channel", "state"), "state"),
+    "mixer.y": SiteInfo(("head", "channel")),
+    "mixer.out": SiteInfo(("channel",), summed=("channel",)),
+    "mixer.in_proj.weight": _LINEAR,
+    "mixer.out_proj.weight": _LINEAR,
+    **{f"mixer.{name}": info for name, info in _CONV.items()},
+    "mixer.dt_bias": SiteInfo(("head",), "parameter"),
+    "mixer.A_log": SiteInfo(("head",), "parameter"),
+    "mixer.D": SiteInfo(("head",), "parameter"),
+}
+
+MODEL = {
+    "embedding.weight": SiteInfo(("out", "in"), "weight"),
+    "head.in": SiteInfo(("channel",), summed=("channel",)),
+    "head.weight": _LINEAR,
+}
+
+BLOCKS: dict[str, dict[str, SiteInfo]] = {"mamba1": MAMBA1, "mamba2": MAMBA2}
+
+
+def find(name: str, kind_of_layer: dict[int, str]) -> SiteInfo:
+    """Look a full site name up (``layers.3.mixer.u``); KeyError if there is no such site."""
+    if not name.startswith("layers."):
+        return MODEL[name]
+    _, layer, rest = name.split(".", 2)
+    return BLOCKS[kind_of_layer[int(layer)]][rest]
+
+
+def all_sites(blocks: tuple[str, ...]) -> dict[str, SiteInfo]:
+    """Every site of a model whose layers are of these kinds, in the order the data meets them."""
+    sites = {"embedding.weight": MODEL["embedding.weight"]}
+    for layer, kind in enumerate(blocks):
+        sites |= {f"layers.{layer}.{rest}": info for rest, info in BLOCKS[kind].items()}
+    return sites | {name: MODEL[name] for name in ("head.in", "head.weight")}

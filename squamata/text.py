@@ -1,0 +1,82 @@
+"""Reading text from files: the one reader that calibration and evaluation share."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from squamata.errors import SquamataError, nearest
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The documents of a text file, in file order, byte for byte.
+
+    A ``.txt`` file is one document; a ``.jsonl`` file has one JSON object a line with a ``text`` field, and documents
+    that are blank are left out. SquamataError, one line, for a missing file, another suffix, bytes that are not UTF-8,
+    a line that is not such an object, and a file without any text.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        documents = [row["text"] for row in read_rows(path, {"text": str})]
+    elif path.suffix == ".txt":
+        documents = [_read_utf8(path)]
+    else:
+        raise SquamataError(f"{path}: text must be a .txt file or a .jsonl file with a 'text' field a line")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise SquamataError(f"{path} holds no text: give a file with at least one document that is not blank")
+    return documents
+
+
+def read_rows(path: str | Path, fields: dict[str, type]) -> list[dict[str, Any]]:
+    """The JSON objects of a JSONL file; every one must have the named fields with values of the given types.
+
+    Blank lines are skipped. SquamataError names the line number and what is wrong with it.
+    """
+    path = Path(path)
+    rows = []
+    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+        if line.strip():
+            rows.append(_parse_row(line, fields, f"{path}, line {number}"))
+    if not rows:
+        raise SquamataError(f"{path} is empty: give a JSONL file with one object a line ({', '.join(fields)})")
+    return rows
+
+
+def _parse_row(line: str, fields: dict[str, type], place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SquamataError(f"{place}: not JSON ({error.msg} at column {error.colno}); mend or remove it") from None
+    if not isinstance(row, dict):
+        raise SquamataError(f"{place}: a JSON {type(row).__name__}, not an object with {_quoted(fields)}")
+    for field, kind in fields.items():
+        if field not in row:
+            raise SquamataError(f"{place}: no field '{field}'{nearest(field, row) if row else ' in an empty object'}")
+        if not isinstance(row[field], kind):
+            found = type(row[field]).__name__
+            raise SquamataError(f"{place}: field '{field}' must be a {kind.__name__}, not a {found}")
+    if any(isinstance(row[field], str) and _SURROGATE.search(row[field]) for field in fields):
+        raise SquamataError(f"{place}: half of a \\u surrogate pair; such a character has no UTF-8 form")
+    return row
+
+
+def _quoted(names: dict[str, type]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _read_utf8(path: Path) -> str:
+    if path.is_dir():
+        raise SquamataError(f"{path} is a folder: give a .txt or .jsonl file")
+    try:
+        return path.read_bytes().decode("utf-8-sig")  # a byte order mark is no part of the text
+    except FileNotFoundError:
+        raise SquamataError(f"no such file: {path}") from None
+    except OSError as error:
+        raise SquamataError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SquamataError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8 first") from None
