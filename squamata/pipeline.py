@@ -29,10 +29,11 @@ from squamata.load.tokenizer import Tokenizer, check_fits
 from squamata.memory import peak_rss_bytes
 from squamata.models.checkpoint import Checkpoint, under
 from squamata.models.config import ModelConfig
-from squamata.models.lm import LanguageModel, build_block, model_layouts
+from squamata.models.lm import build_block, model_layouts
 from squamata.quantize import check as check_weight_quantizer
 from squamata.quantize import quantize_tensors
 from squamata.run.generate import generate
+from squamata.run.model import Model
 from squamata.save.format import describe
 from squamata.save.read import read_checkpoint
 from squamata.save.write import CheckpointWriter
@@ -87,8 +88,7 @@ def quantize(
     started = time.perf_counter()
     opened = open_source(source)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
-    given = {key: value for key, value in (("samples", samples), ("length", length)) if value is not None}
-    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=given)})
+    recipe = recipe.with_calibration(samples=samples, length=length)
     check(recipe, opened.config)
     with CheckpointWriter(Path(out), opened.config, force) as writer:
         drawn = _draw(opened.folder, opened.config, recipe, calibration, seed)
@@ -109,7 +109,7 @@ def quantize(
     )
 
 
-def load(path: str | Path, mode: Mode = "integer") -> LanguageModel:
+def load(path: str | Path, mode: Mode = "integer") -> Model:
     """Load any checkpoint, float or quantized: ``model(ids)`` with ids int64 (B, L) gives logits (B, L, V)."""
     folder = resolve(path)
     if is_squamata_checkpoint(folder):
@@ -120,7 +120,7 @@ def load(path: str | Path, mode: Mode = "integer") -> LanguageModel:
     tokenizer = Tokenizer.read(folder) if (folder / "tokenizer.json").is_file() else None
     if tokenizer is not None:
         check_fits(tokenizer, checkpoint.config)
-    return LanguageModel(checkpoint, mode, tokenizer=tokenizer)
+    return Model(checkpoint, mode, tokenizer=tokenizer)
 
 
 def check(recipe: Recipe, config: ModelConfig) -> None:

@@ -75,7 +75,7 @@ def sample(path: Path, tokenizer: Encoder, settings: Calibration, seed: int) -> 
         order = list(range(len(documents)))
         if settings.order == "shuffled":
             random.Random(seed).shuffle(order)
-        pieces = (
+        pieces: Iterator[list[int]] = (
             tokenizer.encode(documents[number][: settings.length * CHARACTERS_A_TOKEN])[: settings.length]
             for number in order
         )
@@ -89,10 +89,11 @@ def sample(path: Path, tokenizer: Encoder, settings: Calibration, seed: int) -> 
 
 def _shuffled_pieces(documents: list[str], tokenizer: Encoder, settings: Calibration, seed: int) -> list[list[int]]:
     pieces = []
+    begin = tokenizer.encode("")  # the document-start token, if the tokenizer has one
+    step = settings.length - len(begin)
     for document in documents:
-        begin, *ids = tokenizer.encode(document)
-        step = settings.length - 1
-        pieces += [[begin, *ids[start : start + step]] for start in range(0, len(ids), step)]
+        ids = tokenizer.encode(document, begin=False)
+        pieces += [begin + ids[start : start + step] for start in range(0, len(ids), step)]
     if settings.order == "shuffled":
         random.Random(seed).shuffle(pieces)
     return pieces

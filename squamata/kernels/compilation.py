@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from numba.core import event
@@ -31,7 +31,7 @@ class _Announcer(event.Listener):
         """Nothing to say."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def announce_compilation() -> Any:
     """Listen from now on; calling it again changes nothing."""
     announcer = _Announcer()

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,7 +33,12 @@ def use_backend(name: str | None) -> Iterator[None]:
         _chosen.reset(token)
 
 
-@lru_cache(maxsize=None)
+def chosen_backend() -> str | None:
+    """The backend that the surrounding ``use_backend`` prefers."""
+    return _chosen.get()
+
+
+@cache
 def sibling(package: str, backend: str) -> ModuleType | None:
     """The module that implements an op for a backend, or None if there is none or its library is missing."""
     if importlib.util.find_spec(f"{package}.{backend}") is None:

@@ -13,16 +13,17 @@ four interleaved partial sums with fused multiply-add.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from squamata.kernels.memory import address, view_float32, view_int8, view_int32
+from squamata.kernels.memory import address, call_address, view_float32, view_int8, view_int32
 from squamata.kernels.packing import LINE_BYTES, ROWS, UNROLL, Kind, PackedLinear
 from squamata.kernels.simd import FLOAT, INT32, constant, emit_fma, has_vnni
 
@@ -195,30 +196,58 @@ _int8_int8_portable = _tile_product(Kind.INT8_INT8, False)
 _int4_int8_portable = _tile_product(Kind.INT4_INT8, False)
 
 
-@njit(cache=True)
-def tile_products(kind, out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
-    """Raw products of tiles ``first`` to ``last`` for any kind; see ``_tile_product`` for the arguments."""
-    if kind == 0:
-        _float32(out, x, tiles, extra, sums, lines, group_lines, first, last)
-    elif kind == 1:
-        _bfloat16(out, x, tiles, extra, sums, lines, group_lines, first, last)
-    elif kind == 2:
-        _int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
-    elif kind == 3:
-        _int4(out, x, tiles, extra, sums, lines, group_lines, first, last)
-    elif kind == 4:
-        _int8_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
-    else:
-        _int4_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
+def _rows_float32(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _float32(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+def _rows_bfloat16(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _bfloat16(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+def _rows_int8(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+def _rows_int4(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int4(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+def _rows_int8_int8(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int8_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+def _rows_int4_int8(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int4_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+def _rows_int8_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int8_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+def _rows_int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+_ROWS = (_rows_float32, _rows_bfloat16, _rows_int8, _rows_int4, _rows_int8_int8, _rows_int4_int8)
+_PORTABLE_ROWS = {Kind.INT8_INT8: _rows_int8_int8_portable, Kind.INT4_INT8: _rows_int4_int8_portable}
+
+
+@cache
+def product_address(kind: Kind, portable: bool = False) -> int:
+    """Address of the compiled ``void(9 x int64)`` of one kind, compiled on first use; see ``_tile_product``."""
+    rows = _PORTABLE_ROWS[kind] if portable else _ROWS[kind]
+    compiled = cfunc(types.void(*[types.int64] * 9), cache=True)(rows)
+    _COMPILED.append(compiled)
+    assert compiled.address is not None
+    return compiled.address
+
+
+_COMPILED: list[Any] = []  # keeps the machine code alive
 
 
 @njit(cache=True)
-def tile_products_portable(kind, out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
-    """``tile_products`` of the integer kinds without the int8 dot-product instruction, for tests."""
-    if kind == 4:
-        _int8_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
-    else:
-        _int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
+def _call(function, arguments):  # type: ignore[no-untyped-def]
+    call_address(function, arguments)
 
 
 @njit(cache=True)
@@ -264,8 +293,7 @@ def gemv(packed: PackedLinear, x: NDArray, x_scale: float = 1.0, portable: bool 
     if packed.kind == Kind.INT4_INT8:
         sum_groups(address(row), packed.group_lines * 8, groups, address(sums))
     extra = packed.groups if packed.groups is not None else packed.row_sums
-    product = tile_products_portable if portable else tile_products
     where = (address(out), address(row), address(packed.tiles), address(extra), address(sums))
-    product(int(packed.kind), *where, lines, packed.group_lines, 0, tiles)
+    _call(product_address(packed.kind, portable), (*where, lines, packed.group_lines, 0, tiles))
     scale_rows(address(out), address(packed.scale), address(packed.bias), np.float32(x_scale), 0, packed.padded_rows)
     return out[: packed.rows]

@@ -21,7 +21,7 @@ from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
 
 FLOAT, ROUNDINGS = -1, {"half-even": 0, "half-away": 1, "truncate": 2}
-_SMALLEST_SCALE = np.float32(1e-8)  # of a dynamic site, as in ``site.range_to_scale``
+_SMALLEST_SCALE = np.float32(1e-8)  # of a dynamic site, as in ``codec.range_to_scale``
 _NO_CODES, _NO_VALUES = np.empty((0, 0), np.int8), np.empty((0, 0), np.float32)
 _NOTHING = np.empty(0, np.float32)
 
@@ -78,12 +78,17 @@ def readable(value: Value) -> bool:
     return not value.simulated and value.data.device.type == "cpu" and not needs_gradient(value.scale)
 
 
+def uniform(value: QTensor) -> bool:
+    """True if value = code * scale with int8 codes."""
+    return value.zero is None and value.data.dtype == torch.int8 and value.spec.codec == "uniform"
+
+
 def source(value: Value) -> Source:
     """A value (..., features) as kernels read it; scales that vary along other axes are applied here."""
     features = value.shape[-1]
     if isinstance(value, QTensor):
         per_feature = value.scale.ndim == 0 or value.scale.shape == (features,)
-        if per_feature and value.zero is None and value.data.dtype == torch.int8:
+        if per_feature and uniform(value):
             return Source(array(value.data).reshape(-1, features), _NO_VALUES, vector(value.scale, features))
     return Source(_NO_CODES, array(as_float(value)).reshape(-1, features), _NOTHING)
 
@@ -138,61 +143,70 @@ def _per_token(site: Site) -> bool:
     spec = site.spec
     if spec is None or not (site.quantized and site.mode == "integer" and spec.dynamic and spec.symmetric):
         return False
-    return spec.granularity.axes == ("token",) and spec.granularity.group is None
+    return spec.codec == "uniform" and spec.granularity.axes == ("token",) and spec.granularity.group is None
 
 
 @njit(cache=True, nogil=True)
-def read_row(origin, row, first, out, start, count):  # type: ignore[no-untyped-def]
-    """``out[start:start + count]`` = features ``first`` .. of a row of a Source, dequantized."""
+def read_row(origin, row, first, out):  # type: ignore[no-untyped-def]
+    """Fill ``out`` with the features ``first`` .. of a row of a Source, dequantized."""
+    # slices, not sums of indices: numba would test each for being negative, and the loop would not vectorize
+    last = first + out.size
     if origin.codes.size:
-        for c in range(count):
-            out[start + c] = types.float32(origin.codes[row, first + c]) * origin.scale[first + c]
+        codes, scale = origin.codes[row, first:last], origin.scale[first:last]
+        for c in range(out.size):
+            out[c] = types.float32(codes[c]) * scale[c]
     else:
-        for c in range(count):
-            out[start + c] = origin.values[row, first + c]
+        values = origin.values[row, first:last]
+        for c in range(out.size):
+            out[c] = values[c]
 
 
 @njit(cache=True, nogil=True)
-def write_row(target, row, first, x, start, count):  # type: ignore[no-untyped-def]
-    """Land ``x[start:start + count]`` as features ``first`` .. of a row of a Target with a scale a feature."""
+def write_row(target, row, first, x):  # type: ignore[no-untyped-def]
+    """Land ``x`` as the features ``first`` .. of a row of a Target with a scale a feature."""
+    last = first + x.size
     rounding, low, high = target.rounding, target.low, target.high
     if rounding == FLOAT:
-        for c in range(count):
-            target.values[row, first + c] = x[start + c]
-    elif rounding == 0:
-        for c in range(count):
-            code = simd.rint(x[start + c] * target.inverse[first + c])
-            target.codes[row, first + c] = types.int8(types.int32(simd.clamp(code, low, high)))
+        values = target.values[row, first:last]
+        for c in range(x.size):
+            values[c] = x[c]
+        return
+    codes, inverse = target.codes[row, first:last], target.inverse[first:last]
+    if rounding == 0:
+        for c in range(x.size):
+            code = simd.rint(x[c] * inverse[c])
+            codes[c] = types.int8(types.int32(simd.clamp(code, low, high)))
     elif rounding == 1:
-        for c in range(count):
-            code = _half_away(x[start + c] * target.inverse[first + c])
-            target.codes[row, first + c] = types.int8(types.int32(simd.clamp(code, low, high)))
+        for c in range(x.size):
+            code = _half_away(x[c] * inverse[c])
+            codes[c] = types.int8(types.int32(simd.clamp(code, low, high)))
     else:
-        for c in range(count):
-            code = simd.truncate(x[start + c] * target.inverse[first + c])
-            target.codes[row, first + c] = types.int8(types.int32(simd.clamp(code, low, high)))
+        for c in range(x.size):
+            code = simd.truncate(x[c] * inverse[c])
+            codes[c] = types.int8(types.int32(simd.clamp(code, low, high)))
 
 
 @njit(cache=True, nogil=True)
 def _half_away(x):  # type: ignore[no-untyped-def]
-    """As ``site.round_codes``: the sum with one half is rounded before it is cut."""
+    """As ``codec.round_codes``: the sum with one half is rounded before it is cut."""
     return simd.truncate(x + (types.float32(0.5) if x >= types.float32(0.0) else types.float32(-0.5)))
 
 
 @njit(cache=True, nogil=True)
-def write_whole_row(target, row, x, count):  # type: ignore[no-untyped-def]
+def write_whole_row(target, row, x):  # type: ignore[no-untyped-def]
     """Land a whole row; on a dynamic site by its own scale, largest magnitude / span."""
     if target.scales.size == 0:
-        write_row(target, row, 0, x, 0, count)
+        write_row(target, row, 0, x)
         return
     largest = types.float32(0.0)
-    for c in range(count):
+    for c in range(x.size):
         magnitude = abs(x[c])
         largest = magnitude if magnitude > largest else largest
     scale = max(simd.divide(largest, target.span), _SMALLEST_SCALE)
     target.scales[row] = scale
     inverse = simd.divide(types.float32(1.0), scale)
-    for c in range(count):
+    codes = target.codes[row]
+    for c in range(x.size):
         scaled = x[c] * inverse
         if target.rounding == 0:
             scaled = simd.rint(scaled)
@@ -200,4 +214,4 @@ def write_whole_row(target, row, x, count):  # type: ignore[no-untyped-def]
             scaled = _half_away(scaled)
         else:
             scaled = simd.truncate(scaled)
-        target.codes[row, c] = types.int8(types.int32(simd.clamp(scaled, target.low, target.high)))
+        codes[c] = types.int8(types.int32(simd.clamp(scaled, target.low, target.high)))

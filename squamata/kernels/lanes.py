@@ -36,10 +36,8 @@ def _horizontal(builder: ir.IRBuilder, value: ir.Value, maximum: bool = False) -
     while width > 1:
         width //= 2
         low, high = _shuffle(builder, value, range(width)), _shuffle(builder, value, range(width, 2 * width))
-        if maximum:
-            value = builder.select(builder.fcmp_ordered(">", high, low), high, low)
-        else:
-            value = builder.fadd(low, high)
+        larger = builder.fcmp_ordered(">", high, low)
+        value = builder.select(larger, high, low) if maximum else builder.fadd(low, high)
     return builder.extract_element(value, INT32(0))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ def address(array: NDArray | None) -> int:
 
 
 @intrinsic
-def _pointer(_typing, where):  # type: ignore[no-untyped-def]
+def pointer(_typing, where):  # type: ignore[no-untyped-def]
     """int64 address -> void pointer."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -29,19 +30,50 @@ def _pointer(_typing, where):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), codegen
 
 
+@intrinsic
+def call_address(_typing, where, arguments):  # type: ignore[no-untyped-def]
+    """Call the C function ``void(...)`` at an address with a tuple of numbers.
+
+    Numba compiles a function again into every one that calls it; a call through an address is compiled once, and
+    the cache on disk stays valid when the address changes.
+    """
+    if not isinstance(arguments, types.BaseTuple):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kinds = [context.get_value_type(kind) for kind in arguments]  # type: ignore[attr-defined]
+        function = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), kinds).as_pointer())
+        builder.call(function, [builder.extract_value(values[1], i) for i in range(len(kinds))])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, arguments), codegen
+
+
+@intrinsic
+def record_address(_typing, record):  # type: ignore[no-untyped-def]
+    """Address of a record."""
+    if not isinstance(record, types.Record):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.ptrtoint(values[0], ir.IntType(64))
+
+    return types.int64(record), codegen
+
+
 @njit(cache=True)
 def view_float32(where, count):  # type: ignore[no-untyped-def]
     """float32 (count,) at an address."""
-    return carray(_pointer(where), (count,), np.float32)
+    return carray(pointer(where), (count,), np.float32)
 
 
 @njit(cache=True)
 def view_int32(where, count):  # type: ignore[no-untyped-def]
     """int32 (count,) at an address."""
-    return carray(_pointer(where), (count,), np.int32)
+    return carray(pointer(where), (count,), np.int32)
 
 
 @njit(cache=True)
 def view_int8(where, count):  # type: ignore[no-untyped-def]
     """int8 (count,) at an address."""
-    return carray(_pointer(where), (count,), np.int8)
+    return carray(pointer(where), (count,), np.int8)

@@ -13,6 +13,7 @@ lines to 4 (the number of accumulators) with zeros.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -94,10 +95,8 @@ def allocate(count: int, dtype: type) -> NDArray:
     size = max(1, count * np.dtype(dtype).itemsize)
     memory = mmap.mmap(-1, size)
     if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages
     return np.frombuffer(memory, dtype)[:count]
 
 
@@ -137,10 +136,13 @@ def tile_int4(
 ) -> PackedLinear:
     """Tiles of an int4 matrix given as int8 (N, K), values -8..7, with scales (N, ceil(K / group)).
 
-    ``group`` is a multiple of 32, or None for one group a row. Raises ValueError for another group size.
+    ``group`` is a multiple of 32, or None for a scale per row (N,). Raises ValueError for another group size.
     """
     rows, columns = q.shape
     width = 8 * UNROLL
+    row_scale: NDArray[np.float32] | float = 1.0
+    if group is None:
+        row_scale, scale = np.asarray(scale, np.float32).reshape(-1), np.ones((rows, 1), np.float32)
     group = -(-columns // width) * width if group is None else group
     if group % width:
         raise ValueError(f"int4 groups are multiples of {width} columns, not {group}")
@@ -151,7 +153,7 @@ def tile_int4(
     scale = np.asarray(scale, np.float32).reshape(rows, -1)
     if scale.shape[1] != q.shape[1] // group:
         raise ValueError(f"{q.shape[1] // group} scales a row expected, {scale.shape[1]} given")
-    return _packed(kind, (rows, columns), lanes, groups=scale, group_lines=group // 8, bias=bias)
+    return _packed(kind, (rows, columns), lanes, row_scale, scale, group // 8, bias=bias)
 
 
 def _pad_columns(matrix: NDArray, multiple: int) -> NDArray:
@@ -185,7 +187,7 @@ def _packed(
     if kind in (Kind.INT4, Kind.INT4_INT8):
         out[:] = 0x88888888  # zero is stored as 8
     full = rows // ROWS
-    out[:full] = lanes[: full * ROWS].reshape(full, ROWS, -1).transpose(0, 2, 1)
+    out[:full] = lanes[: full * ROWS].reshape(full, ROWS, lanes.shape[1]).transpose(0, 2, 1)
     if full < tiles:
         out[full, :, : rows - full * ROWS] = lanes[full * ROWS :].T
     tiled_groups = None

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from squamata.errors import SquamataError
 from squamata.spec.granularity import Granularity
 
 
@@ -61,13 +62,15 @@ class Partition:
 
     @property
     def _index(self) -> Tensor | None:
+        if self.granularity.ragged and self.index is None:
+            raise SquamataError(f"granularity '{self.granularity}' needs an index, which no transform here has made")
         return self.layout.segment_index() if "segment" in self.granularity.axes else self.index
 
     def shape(self) -> tuple[int, ...]:
         """Shape in which scales of this partition are stored."""
         if (index := self._index) is not None:
-            trailing = self.layout.sizes[index.ndim :]
-            return (int(index.max()) + 1, *(size for size, keep in zip(trailing, self._trailing(index), strict=True) if keep))
+            trailing = zip(self.layout.sizes[index.ndim :], self._trailing(index), strict=True)
+            return (int(index.max()) + 1, *(size for size, keep in trailing if keep))
         kept = tuple(size for size, keep in zip(self.layout.sizes, self.kept, strict=True) if keep)
         if self.granularity.group:
             rows = prod(self.layout.sizes[:-1])
@@ -81,14 +84,16 @@ class Partition:
         """Members of every group: tensors (groups, members) that, concatenated, follow ``shape()`` flattened.
 
         ``x``: (observations, ...features). A ragged partition gives one tensor an index value; a last group that is
-        not full is padded with zeros, which change no magnitude.
+        not full is filled with its own members again, which changes no extreme and hardly a quantile.
         """
         x = x.reshape(-1, *self.layout.sizes)
         if (index := self._index) is not None:
             return self._split_ragged(x, index)
         if group := self.granularity.group:
             x = x.reshape(len(x), -1, self.layout.sizes[-1])
-            x = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
+            if tail := x.shape[-1] % group:
+                repeated = x[..., -tail:].repeat(1, 1, -(-group // tail))
+                x = torch.cat([x, repeated[..., : group - tail]], dim=-1)
             return [x.unflatten(-1, (-1, group)).permute(1, 2, 0, 3).reshape(-1, len(x) * group)]
         kept = [axis + 1 for axis, keep in enumerate(self.kept) if keep]
         rest = [0] + [axis + 1 for axis, keep in enumerate(self.kept) if not keep]
@@ -108,7 +113,7 @@ class Partition:
 
         Groups along the last axis of a weight stay (out, in / group): products apply them group by group.
         """
-        if self.granularity.per_tensor or (self.granularity.group and not self.layout.flat):
+        if self.granularity.per_tensor or (self.granularity.group and self.layout.axes[0] == "out"):
             return values
         if (index := self._index) is not None:
             expanded = values[index]

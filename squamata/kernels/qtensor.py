@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squamata.kernels.codec import CODECS
 from squamata.kernels.packing import unpack_int4
 from squamata.spec.quant import QuantSpec
 
 
 @dataclass
 class QTensor:
-    """A quantized tensor: value = (data - zero) * scale.
+    """A quantized tensor: value = (data - zero) * scale (uniform codec).
 
     ``data``: int8 codes; uint8 with two 4-bit codes a byte when ``length`` (the unpacked last axis) is given; or, in
     simulation, the same integers carried in floating point so that gradients pass. ``scale``: float32, broadcasts
@@ -40,18 +41,22 @@ class QTensor:
         codes = self.data if self.length is None else unpack_int4(self.data, self.length)
         if self.zero is None:
             return codes
-        return codes - self.zero if self.simulated else codes.to(torch.int16) - self.zero.to(torch.int16)
+        zero = self._per_element(self.zero)
+        return codes - zero if self.simulated else codes.to(torch.int16) - zero.to(torch.int16)
 
     def element_scale(self) -> Tensor:
         """The scale in a form that broadcasts against the codes, grouped weights included."""
+        return self._per_element(self.scale)
+
+    def _per_element(self, part: Tensor) -> Tensor:
         group = self.spec.granularity.group
-        if group is None or self.scale.ndim < 2:
-            return self.scale
-        return self.scale.repeat_interleave(group, dim=-1)[..., : self.shape[-1]]
+        if group is None or part.ndim < 2 or part.shape[-1] == self.shape[-1]:
+            return part
+        return part.repeat_interleave(group, dim=-1)[..., : self.shape[-1]]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values in floating point."""
-        return self.codes().to(dtype) * self.element_scale().to(dtype)
+        return CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), dtype)
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from squamata.kernels.partition import Layout, Partition, gather
+from squamata.kernels.codec import CODECS, range_to_scale
+from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.spec.quant import QuantSpec
 
@@ -48,7 +49,8 @@ class Site:
     @property
     def static(self) -> bool:
         """True if a tensor that lands here becomes int8 with a scale known beforehand: what kernels may fuse."""
-        return self.quantized and self.mode == "integer" and not self.spec.dynamic and self.spec.symmetric  # type: ignore[union-attr]
+        spec = self.spec if self.quantized and self.mode == "integer" else None
+        return spec is not None and not spec.dynamic and spec.symmetric and spec.codec == "uniform"
 
     def set_scale(self, scale: Tensor, zero: Tensor | None = None) -> None:
         """Give the site its calibrated scale, stored form."""
@@ -75,17 +77,29 @@ class Site:
         return encode(x, scale, inverse, zero, self.spec, carry_float=self.mode == "simulate")
 
     def runtime_scale(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Scale taken from the tensor itself: per token, or over the whole tensor in the site's granularity."""
+        """Scale taken from the tensor itself, broadcastable against it.
+
+        A state keeps its sequences apart; an activation its tokens if the granularity says ``token``, else one scale
+        serves all tokens of the call.
+        """
         assert self.spec is not None
-        if "token" in self.spec.granularity.axes:
-            low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        else:
-            parts = self.partition.split(x)
-            shape = self.partition.shape()
-            low = self.partition.expand(gather([part.amin(-1) for part in parts], shape))
-            high = self.partition.expand(gather([part.amax(-1) for part in parts], shape))
+        sizes, kept = self.layout.sizes, self.partition.kept
+        lead = x.ndim - (1 if self.layout.flat else len(sizes))
+        features = x.reshape(*x.shape[:lead], *sizes)
+        apart = not self.layout.flat or "token" in self.spec.granularity.axes
+        reduced = [] if apart else list(range(lead))
+        reduced += [lead + axis for axis, keep in enumerate(kept) if not keep]
+        low, high = (features.amin(reduced, True), features.amax(reduced, True)) if reduced else (features, features)
         scale, zero = range_to_scale(low, high, self.spec)
+        if self.layout.flat:
+            scale, zero = self._flatten(scale, lead), None if zero is None else self._flatten(zero, lead)
         return scale, 1.0 / scale, zero
+
+    def _flatten(self, part: Tensor, lead: int) -> Tensor:
+        """(leading, ...sizes or 1s) -> (leading, 1 or features)."""
+        if not any(self.partition.kept):
+            return part.flatten(lead)
+        return part.expand(*part.shape[:lead], *self.layout.sizes).flatten(lead)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Value:
         """Zeros of this shape in the site's own storage: how caches are made."""
@@ -102,37 +116,9 @@ class Site:
         return QTensor(carrier, scale, self.spec, zero)
 
 
-def range_to_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Smallest and largest value a group must represent -> scale and, if asymmetric, zero point.
-
-    Symmetric: scale = max(|low|, |high|) / span, at least 1e-8.
-    """
-    if spec.symmetric:
-        return (torch.maximum(low.abs(), high.abs()) / spec.span).clamp_min(1e-8), None
-    smallest, largest = spec.code_range
-    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
-    scale = ((high - low) / (largest - smallest)).clamp_min(1e-8)
-    return scale, (smallest - torch.round(low / scale)).clamp(smallest, largest)
-
-
 def encode(
     x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor | None, spec: QuantSpec, carry_float: bool = False
 ) -> QTensor:
-    """Round to the grid: code = clamp(round(x * inverse) + zero). The definition every kernel must agree with."""
-    scaled = x.float() * inverse
-    rounded = round_codes(scaled, spec.rounding)
-    if carry_float:
-        rounded = scaled + (rounded - scaled).detach()
-    if zero is not None:
-        rounded = rounded + zero
-    codes = rounded.clamp(*spec.code_range)
+    """Round to the grid of the spec's codec, as int8 or carried in float."""
+    codes = CODECS[spec.codec].encode(x, inverse, zero, spec)
     return QTensor(codes if carry_float else codes.to(torch.int8), scale, spec, zero)
-
-
-def round_codes(x: Tensor, rounding: str) -> Tensor:
-    """Round to integers: ties to even, ties away from zero, or towards zero."""
-    if rounding == "half-even":
-        return torch.round(x)
-    if rounding == "half-away":
-        return torch.copysign(torch.floor(x.abs() + 0.5), x)
-    return torch.trunc(x)

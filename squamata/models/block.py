@@ -81,7 +81,11 @@ class Block(ABC):
         """A projection of this block."""
         weight = self._mixer[f"{name}.weight"]
         bias = self.parameter(f"{name}.bias") if f"{name}.bias" in self._mixer else None
-        return Linear(weight if isinstance(weight, QTensor) else weight.to(self.dtype), bias, self.segments(self.config).get(name, ()))
+        return Linear(
+            weight if isinstance(weight, QTensor) else weight.to(self.dtype),
+            bias,
+            self.segments(self.config).get(name, ()),
+        )
 
     def rotation(self) -> Rotation | None:
         """The rotation before out_proj that a transform left here (int64: size, block)."""

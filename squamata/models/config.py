@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from squamata.errors import SquamataError, nearest
+from squamata.spec.sites import BLOCKS
 
 
 class ModelConfig(BaseModel):
@@ -39,6 +40,11 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
+        if not self.blocks:
+            raise ValueError("a model has at least one layer")
+        for kind in self.blocks:
+            if kind not in BLOCKS:
+                raise ValueError(f"no kind of layer named '{kind}'{nearest(kind, BLOCKS)}")
         if "mamba2" in self.blocks and (self.head_dim < 1 or self.d_inner % self.head_dim):
             raise ValueError(f"head_dim {self.head_dim} does not divide d_inner {self.d_inner}")
         if "mamba2" in self.blocks and self.n_heads % self.n_groups:

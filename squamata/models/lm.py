@@ -65,6 +65,15 @@ def head_site(
     return Site("head.in", Layout(("channel",), (config.d_model,)), spec, scale, zero, None, mode)
 
 
+def model_sites(config: ModelConfig, specs: Mapping[str, QuantSpec]) -> Iterator[Site]:
+    """The activation and state sites of a model without its tensors: names, layouts and specs."""
+    for layer, kind in enumerate(config.blocks):
+        prefix = f"layers.{layer}."
+        sizes = KINDS[kind].site_sizes(config)
+        yield from make_sites(kind, sizes, under(prefix, specs), {}, "float", prefix).values()
+    yield head_site(config, specs.get("head.in"))
+
+
 class LanguageModel:
     """A causal language model. ``model(ids)`` gives logits (B, L, V) from a fresh state.
 

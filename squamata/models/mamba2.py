@@ -37,17 +37,27 @@ class Mamba2(Block):
             A=-torch.exp(self.parameter("A_log")),
             D=self.parameter("D"),
             layout=HeadLayout(
-                config.n_heads, config.head_dim, config.n_groups, config.d_state, config.chunk_size, config.time_step_limit
+                config.n_heads,
+                config.head_dim,
+                config.n_groups,
+                config.d_state,
+                config.chunk_size,
+                config.time_step_limit,
             ),
         )
 
     @staticmethod
     def site_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         D, E, N, G, H, P = (
-            config.d_model, config.d_inner, config.d_state, config.n_groups, config.n_heads, config.head_dim
+            config.d_model,
+            config.d_inner,
+            config.d_state,
+            config.n_groups,
+            config.n_heads,
+            config.head_dim,
         )
-        heads = {name: (H, P) for name in ("z", "x", "u", "y")}
-        groups = {name: (G, N) for name in ("B", "C", "B_conv", "C_conv")}
+        heads = dict.fromkeys(("z", "x", "u", "y"), (H, P))
+        groups = dict.fromkeys(("B", "C", "B_conv", "C_conv"), (G, N))
         return {"in": (D,), "dt": (H,), "state": (H, P, N), "out": (E,), **heads, **groups}
 
     @staticmethod
@@ -58,7 +68,12 @@ class Mamba2(Block):
     def forward(self, h: Tensor, residual: Tensor | None, cache: LayerCache) -> tuple[Tensor, Tensor]:
         sites = self.sites
         (z, x, B, C, dt), residual = ops.norm_linear(
-            h, residual, self.norm, self.config.norm_epsilon, self.in_proj, sites["in"],
+            h,
+            residual,
+            self.norm,
+            self.config.norm_epsilon,
+            self.in_proj,
+            sites["in"],
             (sites["z"], sites["x"], sites["B"], sites["C"], sites["dt"]),
         )
         y = ops.conv_ssd_scan(x, B, C, dt, self.scan, cache.conv, cache.state, sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,10 +21,14 @@ QUANTIZERS: dict[str, Quantizer] = {"rtn": round_to_nearest}
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse an unknown weight quantizer, naming the nearest."""
-    if recipe.weights.name not in QUANTIZERS:
-        name = recipe.weights.name
+    """Refuse an unknown weight quantizer or parameter, naming the nearest."""
+    name = recipe.weights.name
+    if name not in QUANTIZERS:
         raise SquamataError(f"recipe {recipe.name}: no weight quantizer named '{name}'{nearest(name, QUANTIZERS)}")
+    known = list(inspect.signature(QUANTIZERS[name]).parameters)[3:]
+    for key in recipe.weights.parameters:
+        if key not in known:
+            raise SquamataError(f"weight quantizer {name}: no parameter '{key}'{nearest(key, known)}")
 
 
 def quantize_tensors(

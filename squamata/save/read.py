@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,26 @@ from squamata.kernels.partition import Partition
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig, parameter_shapes
-from squamata.models.lm import model_layouts
+from squamata.models.lm import model_layouts, model_sites
 from squamata.save.format import CONFIG, INDEX, VERSION, data_signature, scale_signature
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
 from squamata.spec.sites import all_sites
 
 _DTYPES = {
-    "I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "I64": torch.int64, "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
 }
-_ADDED_BY_TRANSFORMS = ("mixer.rotation",)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ADDED_BY = {"hadamard": "mixer.rotation"}  # transform -> the int64 (2,) that it leaves in every layer
+
+Signature = tuple[tuple[int, ...] | None, torch.dtype | None]  # shape, dtype; None: any shape, any float
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -37,18 +47,28 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     specs = recipe.resolve(config.blocks)
     shards = _shards(folder)
     stored = {name: signature for path in shards for name, signature in _signatures(path).items()}
-    _check(folder, stored, config, specs)
+    added = {
+        f"layers.{layer}.{_ADDED_BY[transform.name]}"
+        for transform in recipe.transforms
+        if transform.name in _ADDED_BY
+        for layer in range(config.n_layers)
+    }
+    _check(folder, stored, _expected(config, specs) | dict.fromkeys(added, ((2,), torch.int64)))
     raw = {name: tensor for path in shards for name, tensor in _load(path).items()}
     tensors: dict[str, Value] = {}
     layouts = model_layouts(config)
     for name, shape in parameter_shapes(config).items():
-        spec = specs.get(name)
-        tensors[name] = raw[name] if spec is None else _quantized(name, raw, spec, Partition(spec.granularity, layouts[name]), shape)
-    tensors |= {name: tensor for name, tensor in raw.items() if name.endswith(_ADDED_BY_TRANSFORMS)}
+        if name in specs:
+            partition = Partition(specs[name].granularity, layouts[name])
+            tensors[name] = _quantized(name, raw, specs[name], partition, shape)
+        else:
+            tensors[name] = raw[name]
+    tensors |= {name: raw[name] for name in added}
     sites = _site_names(config, specs)
     site_tensors = {name: tensor for name, tensor in raw.items() if name.rpartition(".")[0] in sites}
     _refuse_nan(folder, raw)
-    provenance = {key: value for key, value in description["quantization_config"].items() if key not in ("quant_method", "recipe")}
+    recorded = description["quantization_config"].items()
+    provenance = {key: value for key, value in recorded if key not in ("quant_method", "recipe")}
     return Checkpoint(config, tensors, recipe, site_tensors, provenance, folder)
 
 
@@ -57,10 +77,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         description = json.loads(path.read_text())
-        version = description["squamata_format"]
+        version = int(description["squamata_format"])
     except FileNotFoundError:
         raise SquamataError(f"{folder}: no {CONFIG}, so this is not a checkpoint") from None
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise SquamataError(f"{path}: not the {CONFIG} of a Squamata checkpoint") from None
     if version > VERSION:
         raise SquamataError(
@@ -77,17 +97,25 @@ def parse(description: dict[str, Any], folder: Path) -> tuple[ModelConfig, Recip
         model["time_step_limit"] = (-math.inf if low is None else low, math.inf if high is None else high)
         recipe = Recipe.from_mapping(description["quantization_config"]["recipe"], origin=f"{folder}/{CONFIG}")
         return ModelConfig(**model), recipe
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+    except KeyError as error:
+        raise SquamataError(f"{folder}/{CONFIG}: has no {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = ".".join(["model", *map(str, first["loc"])]) + f": {first['msg']}"
+        raise SquamataError(f"{folder}/{CONFIG}: {problem}") from None
+    except (TypeError, ValueError) as error:
         raise SquamataError(f"{folder}/{CONFIG}: {str(error).splitlines()[0]}") from None
 
 
 def _shards(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise SquamataError(f"{folder / INDEX}: not a shard index") from None
-        return [folder / name for name in sorted(names)]
+        if outside := [name for name in names if Path(str(name)).name != name]:
+            raise SquamataError(f"{folder / INDEX}: '{outside[0]}' is not a file in this folder")
+        return [folder / name for name in names]
     return [folder / "model.safetensors"]
 
 
@@ -109,35 +137,44 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _site_names(config: ModelConfig, specs: dict[str, QuantSpec]) -> set[str]:
     infos = all_sites(config.blocks)
-    return {
-        name for name, spec in specs.items() if infos[name].kind in ("activation", "state") and not spec.dynamic
-    }
+    return {name for name, spec in specs.items() if infos[name].kind in ("activation", "state") and not spec.dynamic}
 
 
-def _check(
-    folder: Path,
-    stored: dict[str, tuple[tuple[int, ...], torch.dtype | None]],
-    config: ModelConfig,
-    specs: dict[str, QuantSpec],
-) -> None:
+def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Signature]:
+    """Every tensor that a checkpoint of this model and these specs has, those of transforms left out."""
     layouts = model_layouts(config)
-    expected: dict[str, tuple[tuple[int, ...] | None, torch.dtype | None]] = {}
-    for name, shape in parameter_shapes(config).items():
+    expected: dict[str, Signature] = {}
+    for name, full_shape in parameter_shapes(config).items():
         spec = specs.get(name)
-        expected[name] = data_signature(shape, spec)
+        expected[name] = data_signature(full_shape, spec)
         if spec is not None:
-            expected[f"{name}.scale"] = scale_signature(spec, layouts[name])
-    expected |= {f"{name}.scale": (None, torch.float32) for name in _site_names(config, specs)}
+            scale = scale_signature(spec, layouts[name])
+            expected |= _with_zero(name, spec, scale)
+    for site in model_sites(config, specs):
+        if site.spec is not None and not site.spec.dynamic:
+            ragged = site.spec.granularity.ragged
+            expected |= _with_zero(site.name, site.spec, (None if ragged else site.partition.shape(), torch.float32))
+            expected |= {f"{site.name}.index": (None, torch.int64)} if ragged else {}
+    return expected
+
+
+def _with_zero(name: str, spec: QuantSpec, scale: Signature) -> dict[str, Signature]:
+    zero = {} if spec.symmetric else {f"{name}.zero": (scale[0], torch.float32)}
+    return {f"{name}.scale": scale} | zero
+
+
+def _check(folder: Path, stored: Mapping[str, Signature], expected: Mapping[str, Signature]) -> None:
     for name, (shape, dtype) in expected.items():
         if name not in stored:
             raise SquamataError(f"{folder}: tensor '{name}' is missing")
-        if shape is not None and stored[name][0] != shape:
-            raise SquamataError(f"{folder}: tensor '{name}' has shape {stored[name][0]} where {shape} was expected")
-        if dtype is not None and stored[name][1] != dtype:
-            raise SquamataError(f"{folder}: tensor '{name}' is {stored[name][1]} where {dtype} was expected")
-    known = (*_ADDED_BY_TRANSFORMS, ".zero", ".index")
+        found_shape, found_dtype = stored[name]
+        if shape is not None and found_shape != shape:
+            raise SquamataError(f"{folder}: tensor '{name}' has shape {found_shape} where {shape} was expected")
+        if found_dtype not in (_FLOATS if dtype is None else (dtype,)):
+            wanted = "a float type" if dtype is None else dtype
+            raise SquamataError(f"{folder}: tensor '{name}' is {found_dtype} where {wanted} was expected")
     for name in stored:
-        if name not in expected and not name.endswith(known):
+        if name not in expected:
             raise SquamataError(f"{folder}: tensor '{name}' does not belong to this model")
 
 

@@ -28,16 +28,14 @@ SHARD_BYTES = 2**30
 class CheckpointWriter:
     """Takes tensors as they become ready and publishes the folder only when all are there.
 
-    Use as a context manager: leaving it normally publishes, an exception removes the temporary folder. A killed
-    process leaves the old checkpoint or none; the next writer to the same place clears what it left.
+    Use as a context manager and end with ``publish``: leaving it without removes the temporary folder. A killed
+    process leaves the old checkpoint or none; the next writer to the same place clears what it left, and puts an old
+    checkpoint back that was being replaced. ``force`` replaces a checkpoint or an empty folder, nothing else.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder.absolute()
-        if self.folder.exists() and not force:
-            raise SquamataError(f"{folder} exists already; choose another folder or add --force to replace it")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise SquamataError(f"{folder} is a file, not a folder")
+        self.force = force
         self.layouts = model_layouts(config)
         self.shard_bytes = shard_bytes
         self.pending: dict[str, Tensor] = {}
@@ -47,14 +45,34 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.parent.glob(f".{self.folder.name}.partial-*"):
-                if not _alive(int(left_over.name.rpartition("-")[2])):
-                    shutil.rmtree(left_over, ignore_errors=True)
-            self.partial = self.folder.with_name(f".{self.folder.name}.partial-{os.getpid()}")
+            for replaced in self._left_over("replaced"):
+                if not self.folder.exists():
+                    replaced.rename(self.folder)
+            for left_over in (*self._left_over("partial"), *self._left_over("replaced")):
+                shutil.rmtree(left_over, ignore_errors=True)
+            self._refuse_to_replace()
+            self.partial = self._beside("partial")
             self.partial.mkdir()
         except OSError as error:
             raise SquamataError(f"cannot write to {self.folder.parent}: {error.strerror}") from None
         return self
+
+    def _refuse_to_replace(self) -> None:
+        if self.folder.exists() and not self.force:
+            raise SquamataError(f"{self.folder} exists already; choose another folder or add --force to replace it")
+        if self.folder.exists() and not _replaceable(self.folder):
+            raise SquamataError(
+                f"{self.folder} is no checkpoint, and --force replaces nothing else; choose another folder"
+            )
+
+    def _beside(self, what: str) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.{what}-{os.getpid()}")
+
+    def _left_over(self, what: str) -> list[Path]:
+        """Folders of this kind beside the target whose process is dead."""
+        found = [(path, path.name.rpartition("-")) for path in self.folder.parent.iterdir()]
+        start = f".{self.folder.name}.{what}"
+        return [path for path, (head, _, tail) in found if head == start and tail.isdigit() and not _alive(int(tail))]
 
     def add(self, tensors: Mapping[str, Value]) -> None:
         """Queue tensors under their full names; full shards go to disk at once."""
@@ -113,7 +131,8 @@ class CheckpointWriter:
             (self.partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
     def _replace(self) -> None:
-        old = self.folder.with_name(f".{self.folder.name}.partial-{os.getpid()}-old")
+        old = self._beside("replaced")
+        self._refuse_to_replace()  # it may have been made meanwhile
         if self.folder.exists():
             self.folder.rename(old)
         self.partial.rename(self.folder)
@@ -141,6 +160,14 @@ def _representatives(partition: Partition) -> Tensor:
     numbers = partition.expand(torch.arange(count).reshape(partition.shape())).reshape(-1)
     first = torch.full((count,), len(numbers)).scatter_reduce(0, numbers, torch.arange(len(numbers)), "amin")
     return first
+
+
+def _replaceable(folder: Path) -> bool:
+    """True for a folder that is empty or holds a checkpoint of ours."""
+    if not folder.is_dir():
+        return False
+    config = folder / CONFIG
+    return not any(folder.iterdir()) or (config.is_file() and b'"squamata_format"' in config.read_bytes())
 
 
 def _alive(process: int) -> bool:

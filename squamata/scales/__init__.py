@@ -1,10 +1,15 @@
-"""Scale strategies: statistics x spec -> scale (and zero point). One short file each; adding one is one entry here."""
+"""Scale strategies: statistics x spec -> scale (and zero point). One short file each; adding one is one entry here.
+
+A strategy's further parameters are what a recipe may set; their annotations say which values are legal.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from squamata.errors import SquamataError, nearest
@@ -23,10 +28,15 @@ def check(spec: QuantSpec, where: str) -> None:
     name, parameters = spec.scale.strategy, spec.scale.parameters
     if name not in STRATEGIES:
         raise SquamataError(f"{where}: no scale strategy named '{name}'{nearest(name, STRATEGIES)}")
+    types = get_type_hints(STRATEGIES[name], include_extras=True)
     known = list(inspect.signature(STRATEGIES[name]).parameters)[2:]
-    for key in parameters:
+    for key, value in parameters.items():
         if key not in known:
             raise SquamataError(f"{where}: {name} has no parameter '{key}'{nearest(key, known)}")
+        try:
+            TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            raise SquamataError(f"{where}: {name} with {key} {value}: {error.errors()[0]['msg']}") from None
 
 
 def compute(statistics: Statistics, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

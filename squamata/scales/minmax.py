@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from squamata.kernels.site import range_to_scale
+from squamata.kernels.codec import range_to_scale
 from squamata.scales.statistics import Statistics
 from squamata.spec.quant import QuantSpec
 

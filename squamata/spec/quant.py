@@ -51,7 +51,7 @@ class QuantSpec(Data):
     """
 
     bits: Annotated[int, Field(ge=2, le=8)]
-    codec: Literal["uniform"] = "uniform"
+    codec: Literal["uniform"] = "uniform"  # names in kernels/codec.py; a product needs the uniform one
     symmetric: bool = True
     full_range: bool = False
     granularity: GranularityField = Granularity()

@@ -4,10 +4,10 @@ YAML form::
 
     name: quamba-w8a8
     description: one line
-    extends: w8a8                      # another recipe; its rules come first
+    extends: w8a8                      # another recipe, or a file beside this one; its rules come first
     architectures: [mamba1, mamba2]
     specs: {int8: {bits: 8}}           # names usable in the rules
-    transforms: [{hadamard: {sites: [out]}}]
+    transforms: [hadamard]             # or {NAME: {PARAMETER: VALUE}}
     weights: rtn                       # weight quantizer
     calibration: {samples: 128, length: 512}
     rules:
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from squamata.errors import SquamataError, nearest
-from squamata.spec.quant import Data, QuantSpec
+from squamata.spec.quant import Data, QuantSpec, ScaleSpec
 from squamata.spec.sites import BLOCKS, SiteInfo, all_sites
 
 SpecOrFloat = Annotated[
@@ -36,13 +36,23 @@ SpecOrFloat = Annotated[
 ]
 
 
+def _known_architectures(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in BLOCKS:
+            raise ValueError(f"no architecture named '{name}'{nearest(name, BLOCKS)}")
+    return names
+
+
+Architectures = Annotated[tuple[str, ...], AfterValidator(_known_architectures)]
+
+
 class Rule(Data):
     """One line of a recipe: every site that matches is represented so."""
 
     site: str
     spec: SpecOrFloat
     layers: tuple[int, ...] | None = None
-    architectures: tuple[str, ...] | None = None
+    architectures: Architectures | None = None
 
     def matches(self, site: str, architecture: str) -> bool:
         """True if the rule speaks of this full site name in a layer of this architecture."""
@@ -87,7 +97,7 @@ class Recipe(Data):
 
     name: str
     description: str = ""
-    architectures: tuple[str, ...] = tuple(BLOCKS)
+    architectures: Architectures = tuple(BLOCKS)
     transforms: tuple[NamedField, ...] = ()
     weights: NamedField = Named(name="rtn")
     calibration: Calibration = Calibration()
@@ -116,6 +126,15 @@ class Recipe(Data):
         except ValidationError as error:
             raise SquamataError(f"{origin}: {_first_problem(error)}") from None
 
+    def with_calibration(self, **settings: int | None) -> Recipe:
+        """The same with other calibration settings, those that are not None; SquamataError if one is out of range."""
+        given = {key: value for key, value in settings.items() if value is not None}
+        try:
+            changed = Calibration.model_validate(self.calibration.model_dump() | given)
+        except ValidationError as error:
+            raise SquamataError(f"calibration: {_first_problem(error)}") from None
+        return self.model_copy(update={"calibration": changed})
+
     def to_mapping(self) -> dict[str, Any]:
         """The resolved recipe as plain data: what a checkpoint stores."""
         return self.model_dump(mode="json", exclude_defaults=True) | {"name": self.name}
@@ -137,6 +156,9 @@ class Recipe(Data):
         for rule in self.rules:
             if not any(fnmatchcase(site, rule.site) for kind in BLOCKS for site in all_sites((kind,) * len(blocks))):
                 raise SquamataError(f"recipe {self.name}: no site matches '{rule.site}'")
+            if beyond := [layer for layer in rule.layers or () if not 0 <= layer < len(blocks)]:
+                problem = f"the rule for '{rule.site}' speaks of layer {beyond[0]}"
+                raise SquamataError(f"recipe {self.name}: {problem}, the model has layers 0 to {len(blocks) - 1}")
         return chosen
 
 
@@ -152,13 +174,22 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
             f"{site}: a scale per {spec.granularity} cannot run: the product that reads it sums over "
             f"{' and '.join(info.summed)}; use 'tensor' or 'token'"
         )
+    if spec.codec != "uniform" and (info.summed or info.kind == "weight"):
+        raise SquamataError(f"{site}: codec '{spec.codec}' cannot run: a product needs one step size; use 'uniform'")
+    if info.kind == "state" and "token" in spec.granularity.axes:
+        raise SquamataError(f"{site}: a state has no axis 'token'; 'dynamic: true' alone gives each sequence its scale")
+    if spec.granularity.group and axes & {"segment", "index"}:
+        raise SquamataError(f"{site}: '{spec.granularity}' cannot run: a group(N) lies within one row; leave one out")
     if info.kind == "weight" and "in" in axes:
         raise SquamataError(f"{site}: a scale along 'in' cannot run: the product sums over it; use group(N)")
     if "token" in spec.granularity.axes and not spec.dynamic:
         raise SquamataError(f"{site}: a scale per token is known only at run time; add 'dynamic: true'")
+    if spec.dynamic and (spec.granularity.ragged or spec.granularity.group):
+        raise SquamataError(f"{site}: dynamic scales vary along whole axes, not per {spec.granularity}")
     if spec.dynamic and info.kind in ("weight", "parameter"):
         raise SquamataError(f"{site}: weights do not change at run time; remove 'dynamic: true'")
-    unknown = axes - set(info.axes) - {"channel", "index", "segment"}
+    anywhere = {"channel", "index"} | ({"segment"} if info.kind in ("weight", "parameter") else set())
+    unknown = axes - set(info.axes) - anywhere
     if unknown:
         raise SquamataError(f"{site}: has no axis '{sorted(unknown)[0]}' (its axes: {', '.join(info.axes)})")
 
@@ -185,23 +216,32 @@ def _read_yaml(name_or_path: str | Path) -> dict[str, Any]:
         raise SquamataError(f"{path}: no such recipe file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise SquamataError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
+    return _checked(mapping, str(path))
+
+
+def _checked(mapping: Any, origin: str) -> dict[str, Any]:
+    """A copy that may be changed, with ``rules`` and ``specs``; refuses what is not even shaped like a recipe."""
     if not isinstance(mapping, dict):
-        raise SquamataError(f"{path}: a recipe is a YAML mapping with name and rules")
-    return mapping
+        raise SquamataError(f"{origin}: a recipe is a YAML mapping with name and rules")
+    for key, kind, what in (("rules", list, "a list"), ("specs", dict, "a mapping"), ("extends", str, "a name")):
+        if not isinstance(mapping.get(key) or kind(), kind):
+            raise SquamataError(f"{origin}: '{key}' must be {what}")
+    rules = [dict(rule) if isinstance(rule, dict) else rule for rule in mapping.get("rules") or []]
+    return mapping | {"rules": rules, "specs": mapping.get("specs") or {}}
 
 
 def _merge_ancestors(mapping: dict[str, Any], origin: str, seen: Iterable[str] = ()) -> dict[str, Any]:
-    mapping = {key: (list(value) if key == "rules" and value else value) for key, value in mapping.items()}
+    mapping = _checked(mapping, origin)
     parent_name = mapping.pop("extends", None)
     if parent_name is None:
         return mapping
+    if parent_name.endswith((".yaml", ".yml")):
+        parent_name = str((Path(origin).parent / parent_name).resolve())
     if parent_name in seen:
         raise SquamataError(f"{origin}: 'extends' goes round in a circle at '{parent_name}'")
-    parent = _merge_ancestors(_read_yaml(parent_name), str(parent_name), (*seen, parent_name))
-    merged = parent | mapping
-    merged["rules"] = parent.get("rules", []) + (mapping.get("rules") or [])
-    merged["specs"] = parent.get("specs", {}) | mapping.get("specs", {})
-    return merged
+    parent = _merge_ancestors(_read_yaml(parent_name), parent_name, (*seen, parent_name))
+    joined = {"rules": parent["rules"] + mapping["rules"], "specs": parent["specs"] | mapping["specs"]}
+    return parent | mapping | joined
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -210,9 +250,9 @@ def _first_problem(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
-        owners: dict[str, type[Data]] = {"rules": Rule, "calibration": Calibration, "transforms": Named, "weights": Named}
-        owner: type[Data] = Recipe if len(problem["loc"]) == 1 else owners.get(str(problem["loc"][0]), QuantSpec)
+        owners: dict[str, type[Data]] = {"rules": Rule, "calibration": Calibration}
+        owner: type[Data] = Recipe if len(problem["loc"]) == 1 else owners.get(str(problem["loc"][0]), Named)
         if "spec" in problem["loc"][:-1]:
-            owner = QuantSpec
+            owner = ScaleSpec if problem["loc"][-2] == "scale" else QuantSpec
         return f"unknown key '{where}'{nearest(key, owner.model_fields)}"
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

@@ -70,9 +70,9 @@ def test_lambada(tmp_path):
 
 
 QUESTIONS = [
-    {"query": "Question: why?\n", "choices": ["because", "not so"], "gold": 0},
-    {"query": "Question: who", "choices": ["a snake", "a viper", "a mamba, no"], "gold": 2},
-    {"query": "Question: é", "choices": ["xyz", "yy"], "gold": 1},
+    {"query": "Question: why?\n", "choices": ["because", "nothing"], "gold": 0},
+    {"query": "Question: who", "choices": ["a snake", "a viper", "a mamba"], "gold": 2},
+    {"query": "Question: é", "choices": ["xyz", "yyzz"], "gold": 1},
 ]
 
 

@@ -19,10 +19,9 @@ def run(
         codes = torch.cat([x.data for x in inputs if isinstance(x, QTensor)], dim=-1)
         history = _advance(state.data, codes)
         scale = state.scale
-        if isinstance(weight, QTensor):
+        taps = as_float(weight)
+        if isinstance(weight, QTensor) and weight.element_scale().shape[-1:] in ((), (1,)):  # one scale for all taps
             taps, scale = weight.codes(), scale * weight.element_scale()
-        else:
-            taps = weight
         y = _convolve(history, taps) * scale.reshape(-1)
     else:
         x = torch.cat([as_float(value, state.dtype) for value in inputs], dim=-1)

@@ -17,9 +17,7 @@ from squamata.kernels.site import Site
 OBSERVED_EVERY = 64  # tokens between two looks at the state while observing
 
 
-def run(
-    x: Value, z: Value, layer: SelectiveScanLayer, conv: Value, state: Value, sites: Mapping[str, Site]
-) -> Value:
+def run(x: Value, z: Value, layer: SelectiveScanLayer, conv: Value, state: Value, sites: Mapping[str, Site]) -> Value:
     (u,) = causal_conv1d((x,), layer.conv_weight, layer.conv_bias, conv, (sites["u"],))
     if layer.bcdt_norm_epsilon is None:
         dt_low, B, C = linear(u, layer.x_proj, (sites["dt_low"], sites["B"], sites["C"]))
@@ -33,15 +31,15 @@ def run(
     span = OBSERVED_EVERY if sites["state"].mode == "observe" else length
     ys = []
     for start in range(0, length, span):
-        cut = [piece(value, start, start + span) for value in (u, dt, B, C, z)]
-        y, running = selective_scan(*cut[:2], layer.A, *cut[2:4], layer.D, cut[4], layer.dt_bias, running, sites["y"])
+        u_, dt_, B_, C_, z_ = (tokens(value, start, start + span) for value in (u, dt, B, C, z))
+        y, running = selective_scan(u_, dt_, layer.A, B_, C_, layer.D, z_, layer.dt_bias, running, sites["y"])
         landed = sites["state"].land(running)
         ys.append(y)
     store(state, landed)
     return ys[0] if len(ys) == 1 else torch.cat([as_float(y, layer.A.dtype) for y in ys], dim=1)
 
 
-def piece(value: Value, start: int, stop: int) -> Value:
+def tokens(value: Value, start: int, stop: int) -> Value:
     """Tokens start..stop of a value (B, L, C)."""
     if not isinstance(value, QTensor):
         return value[:, start:stop]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.causal_conv1d import causal_conv1d
-from squamata.kernels.conv_selective_scan.ref import OBSERVED_EVERY, piece
+from squamata.kernels.conv_selective_scan.ref import OBSERVED_EVERY, tokens
 from squamata.kernels.conv_ssd_scan import SSDScanLayer
 from squamata.kernels.qtensor import Value, as_float, store
 from squamata.kernels.site import Site
@@ -25,8 +25,8 @@ def run(
     span = OBSERVED_EVERY if sites["state"].mode == "observe" else length
     ys = []
     for start in range(0, length, span):
-        cut = [piece(value, start, start + span) for value in (u, dt, B, C)]
-        y, running = ssd_scan(*cut[:2], layer.A, *cut[2:], layer.D, layer.dt_bias, running, layer.layout)
+        u_, dt_, B_, C_ = (tokens(value, start, start + span) for value in (u, dt, B, C))
+        y, running = ssd_scan(u_, dt_, layer.A, B_, C_, layer.D, layer.dt_bias, running, layer.layout)
         landed = sites["state"].land(running)
         ys.append(y)
     store(state, landed)

@@ -7,5 +7,6 @@ states are updated in place, in the arrays they were planned with.
 
 What a plan can hold: Mamba-1 and Mamba-2 layers in any order; static symmetric sites, and ``in``, ``out`` and
 ``head.in`` also with a scale per token; weights in float32, bfloat16, int8 per row, int4 per row or in groups of a
-multiple of 32. ``plan_model`` returns None for a model outside of this; the caller then composes the fine ops.
+multiple of 32. ``run/decode_plan.py`` makes a plan from a model and raises for one outside of this; the caller then
+composes the fine ops.
 """

@@ -6,27 +6,34 @@ import numpy as np
 
 
 def _record(**fields: object) -> np.dtype:
-    return np.dtype([(name, kind) for name, kind in fields.items()], align=True)  # type: ignore[misc]
+    return np.dtype(list(fields.items()), align=True)  # type: ignore[misc]
 
 
 ADDRESS, COUNT, REAL = np.int64, np.int64, np.float32
 
+FUNCTION = np.int64  # address of a compiled C function
+
 SITE = _record(  # mode: 0 float, 1 static, 2 scale of the row itself. value: the scale where there is only one
-    mode=COUNT, rounding=COUNT, scale=ADDRESS, inverse=ADDRESS, low=REAL, high=REAL, value=REAL, span=REAL
-)
+    land=FUNCTION, mode=COUNT, rounding=COUNT, scale=ADDRESS, inverse=ADDRESS,
+    low=REAL, high=REAL, value=REAL, span=REAL,
+)  # fmt: skip
 LINEAR = _record(
-    kind=COUNT, tiles=ADDRESS, extra=ADDRESS, scale=ADDRESS, bias=ADDRESS,
+    product=FUNCTION, kind=COUNT, tiles=ADDRESS, extra=ADDRESS, scale=ADDRESS, bias=ADDRESS,
     lines=COUNT, group_lines=COUNT, tile_count=COUNT, rows=COUNT,
 )  # fmt: skip
 ROTATION = _record(size=COUNT, order=COUNT, power=COUNT, matrix=ADDRESS, factor=REAL)
-STATE = _record(
-    data=ADDRESS, integer=COUNT, index=ADDRESS, scale=ADDRESS, inverse=ADDRESS, rounding=COUNT, low=REAL, high=REAL
+STATE = _record(  # integer: 0 float32, 1 int8 with static scales, 2 int8 with a scale a row that each update renews
+    data=ADDRESS, integer=COUNT, index=ADDRESS, scale=ADDRESS, inverse=ADDRESS, rounding=COUNT,
+    low=REAL, high=REAL, span=REAL,
+)  # fmt: skip
+CONVOLUTION = _record(
+    width=COUNT, channels=COUNT, integer=COUNT, state=ADDRESS, taps=ADDRESS, scale=ADDRESS, bias=ADDRESS
 )
-CONVOLUTION = _record(width=COUNT, channels=COUNT, integer=COUNT, state=ADDRESS, taps=ADDRESS, scale=ADDRESS, bias=ADDRESS)
 
 LAYER = _record(
+    enter=FUNCTION, scan=FUNCTION, leave=FUNCTION,  # the three phases
     selective=COUNT,  # 1 Mamba-1, 0 Mamba-2
-    inner=COUNT, states=COUNT, low_rank=COUNT, heads=COUNT, head_dim=COUNT, groups=COUNT,
+    width=COUNT, inner=COUNT, states=COUNT, low_rank=COUNT, heads=COUNT, head_dim=COUNT, groups=COUNT,
     norm=ADDRESS, epsilon=REAL, bcdt_epsilon=REAL, gate_epsilon=REAL, dt_low_limit=REAL, dt_high_limit=REAL,
     input=SITE, in_z=LINEAR, in_x=LINEAR, in_B=LINEAR, in_C=LINEAR, in_dt=LINEAR,
     z=SITE, x=SITE, B=SITE, C=SITE, dt=SITE,
@@ -36,7 +43,7 @@ LAYER = _record(
     gate_norm=ADDRESS, rotation=ROTATION, out=SITE, out_proj=LINEAR,
 )  # fmt: skip
 
-MODEL = _record(width=COUNT, final_norm=ADDRESS, epsilon=REAL, head_input=SITE, head=LINEAR)
+MODEL = _record(project_head=FUNCTION, width=COUNT, final_norm=ADDRESS, epsilon=REAL, head_input=SITE, head=LINEAR)
 
 SHARED = _record(  # buffers that all threads read; each writes its own rows
     h=ADDRESS, z=ADDRESS, x=ADDRESS, u=ADDRESS, u_codes=ADDRESS, B=ADDRESS, C=ADDRESS, B_conv=ADDRESS, C_conv=ADDRESS,
@@ -44,5 +51,5 @@ SHARED = _record(  # buffers that all threads read; each writes its own rows
 )  # fmt: skip
 PRIVATE = _record(  # buffers of one thread
     residual=ADDRESS, row=ADDRESS, codes=ADDRESS, inner=ADDRESS, mixed=ADDRESS, inner_codes=ADDRESS,
-    low=ADDRESS, low_codes=ADDRESS, B=ADDRESS, C=ADDRESS, sums=ADDRESS,
+    low=ADDRESS, low_codes=ADDRESS, B=ADDRESS, C=ADDRESS, sums=ADDRESS, state=ADDRESS,
 )  # fmt: skip

@@ -7,20 +7,20 @@ out in tiles of sixteen. All functions here take records (``records.py``) and ad
 # mypy: ignore-errors
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, prange
+from functools import cache
 
-from squamata.kernels.gemv import scale_rows, sum_groups, tile_products
+import numpy as np
+from numba import carray, cfunc, njit, prange, types
+
+from squamata.kernels.decode.records import LAYER, MODEL, PRIVATE, SHARED, SITE
+from squamata.kernels.decode.state import update_row
+from squamata.kernels.gemv import scale_rows, sum_groups
 from squamata.kernels.lanes import (
     butterfly_16,
-    head_row,
-    head_row_int8,
     largest_magnitude,
-    selective_row,
-    selective_row_int8,
     sum_of_squares,
 )
-from squamata.kernels.memory import view_float32, view_int8, view_int32
+from squamata.kernels.memory import call_address, pointer, record_address, view_float32, view_int8, view_int32
 from squamata.kernels.simd import clamp, divide, exp, rint, round_away, silu, softplus, sqrt, truncate
 
 _ONE = np.float32(1.0)
@@ -54,11 +54,9 @@ def store_codes(values, codes, start, stop):
         q[i] = np.int8(np.int32(v[i]))
 
 
-@njit(cache=True)
-def land(site, values, codes, start, stop):
+def land_static(site_record, values, codes, start, stop):
     """Put values[start:stop] on the grid of a static site, in place; the integers also to ``codes`` (0: nowhere)."""
-    if site.mode != _STATIC:
-        return
+    site = carray(pointer(site_record), (1,), SITE)[0]
     v = view_float32(values, stop)
     inverse = view_float32(site.inverse, stop)
     for i in range(start, stop):
@@ -69,6 +67,13 @@ def land(site, values, codes, start, stop):
     scale = view_float32(site.scale, stop)
     for i in range(start, stop):
         v[i] = v[i] * scale[i]
+
+
+@njit(cache=True)
+def land(site, values, codes, start, stop):
+    """``land_static`` if the site has a static scale."""
+    if site.mode == _STATIC:
+        call_address(site.land, (record_address(site), values, codes, start, stop))
 
 
 @njit(cache=True)
@@ -104,7 +109,9 @@ def multiply(layer, values, codes, x_scale, sums, out, first, last):
     """Rows of tiles first..last of a linear layer, with scales and bias."""
     integer = layer.kind >= _INTEGER_ACTIVATIONS
     x = codes if integer else values
-    tile_products(layer.kind, out, x, layer.tiles, layer.extra, sums, layer.lines, layer.group_lines, first, last)
+    call_address(
+        layer.product, (out, x, layer.tiles, layer.extra, sums, layer.lines, layer.group_lines, first, last)
+    )
     scale_rows(out, layer.scale, layer.bias, x_scale if integer else _ONE, first * 16, last * 16)
 
 
@@ -196,10 +203,14 @@ def project(linear, site, private, x_scale, out, thread, threads):
     return start, stop
 
 
-@njit(cache=True)
-def project_and_convolve(layer, width, shared, private, thread, threads):
+def project_and_convolve(layer_record, shared_record, private_record, thread, threads):
     """Phase 1: norm, in_proj, convolution; z leaves as SiLU(z)."""
-    x_scale = enter(layer.norm, layer.epsilon, layer.input, shared.h, private.residual, private.row, private.codes, width)
+    layer = carray(pointer(layer_record), (1,), LAYER)[0]
+    shared = carray(pointer(shared_record), (1,), SHARED)[0]
+    private = carray(pointer(private_record), (1,), PRIVATE)[0]
+    x_scale = enter(
+        layer.norm, layer.epsilon, layer.input, shared.h, private.residual, private.row, private.codes, layer.width
+    )
     prepare_sums(layer.in_x, private.codes, private.sums)
     start, stop = project(layer.in_z, layer.z, private, x_scale, shared.z, thread, threads)
     z = view_float32(shared.z, stop)
@@ -231,59 +242,11 @@ def low_rank_input(layer, shared, private, linear, site, out, codes, count):
     land(site, out, codes, 0, count)
 
 
-@njit(cache=True)
-def update_row(state, row, states, a, b, c, decay, drive, selective):
-    """Row ``row`` of the state (states,) moves on by one token; returns its product with C."""
-    blocks = states // 16
-    done = blocks * 16
-    scale = inverse = np.int64(0)
-    if state.integer:
-        table = np.int64(view_int32(state.index, row + 1)[row]) * states * 4
-        scale, inverse = state.scale + table, state.inverse + table
-        where = state.data + row * states
-        if selective:
-            y = selective_row_int8(
-                where, a, b, c, scale, inverse, blocks, decay, drive, state.low, state.high, state.rounding
-            )
-        else:
-            y = head_row_int8(where, a, b, c, scale, inverse, blocks, decay, drive, state.low, state.high, state.rounding)
-    else:
-        where = state.data + row * states * 4
-        if selective:
-            y = selective_row(where, a, b, c, scale, inverse, blocks, decay, drive, _ZERO, _ZERO, np.int64(0))
-        else:
-            y = head_row(where, a, b, c, scale, inverse, blocks, decay, drive, _ZERO, _ZERO, np.int64(0))
-    if done < states:
-        y += update_rest(state, where, done, states, a, b, c, scale, inverse, decay, drive, selective)
-    return y
-
-
-@njit(cache=True)
-def update_rest(state, where, done, states, a, b, c, scale, inverse, decay, drive, selective):
-    """``update_row`` for the state indices after the last whole block."""
-    y = _ZERO
-    B, C = view_float32(b, states), view_float32(c, states)
-    for n in range(done, states):
-        factor = exp(decay * view_float32(a, states)[n]) if selective else decay
-        if state.integer:
-            codes, inverses = view_int8(where, states), view_float32(inverse, states)
-            s = factor * (np.float32(codes[n]) * view_float32(scale, states)[n]) + drive * B[n]
-            scaled = s * inverses[n]
-            code = rint(scaled) if state.rounding == 0 else truncate(scaled)
-            if state.rounding == 1:
-                code = round_away(scaled)
-            codes[n] = np.int8(np.int32(clamp(code, state.low, state.high)))
-        else:
-            values = view_float32(where, states)
-            s = factor * values[n] + drive * B[n]
-            values[n] = s
-        y += s * C[n]
-    return y
-
-
-@njit(cache=True)
-def scan_selective(layer, shared, private, thread, threads):
+def scan_selective(layer_record, shared_record, private_record, thread, threads):
     """Phase 2, Mamba-1: x_proj, dt_proj, state update, skip and gate."""
+    layer = carray(pointer(layer_record), (1,), LAYER)[0]
+    shared = carray(pointer(shared_record), (1,), SHARED)[0]
+    private = carray(pointer(private_record), (1,), PRIVATE)[0]
     prepare_sums(layer.x_proj_dt, shared.u_codes, private.sums)
     low_rank_input(
         layer, shared, private, layer.x_proj_dt, layer.dt_low, private.low, private.low_codes, layer.low_rank
@@ -306,22 +269,26 @@ def scan_selective(layer, shared, private, thread, threads):
         dt[e] = softplus(dt[e] + bias[e])
     states = layer.states
     for e in range(start, stop):
+        a = layer.A + e * states * 4
         y[e] = update_row(
-            layer.state, e, states, layer.A + e * states * 4, private.B, private.C, dt[e], dt[e] * u[e], True
+            layer.state, e, states, private.state, a, private.B, private.C, dt[e], dt[e] * u[e], True
         )
     for e in range(start, stop):
         y[e] = (y[e] + skip[e] * u[e]) * gate[e]
     land(layer.y, shared.y, 0, start, stop)
 
 
-@njit(cache=True)
-def scan_heads(layer, shared, private, thread, threads):
+def scan_heads(layer_record, shared_record, private_record, thread, threads):
     """Phase 2, Mamba-2: state update and skip of this thread's share of (head, channel) rows."""
+    layer = carray(pointer(layer_record), (1,), LAYER)[0]
+    shared = carray(pointer(shared_record), (1,), SHARED)[0]
+    private = carray(pointer(private_record), (1,), PRIVATE)[0]
     rows, head_dim, states = layer.inner, layer.head_dim, layer.states
     start, stop = rows * thread // threads, rows * (thread + 1) // threads
     dt, u, y = view_float32(shared.dt, layer.heads), view_float32(shared.u, stop), view_float32(shared.y, stop)
     bias, A, skip = view_float32(layer.dt_bias, layer.heads), view_float32(layer.A, layer.heads), layer.skip
     per_group = layer.heads // layer.groups
+    B, C = shared.B_conv, shared.C_conv
     for head in range(start // head_dim, (stop + head_dim - 1) // head_dim):
         step = clamp(softplus(dt[head] + bias[head]), layer.dt_low_limit, layer.dt_high_limit)
         decay = exp(step * A[head])
@@ -330,7 +297,7 @@ def scan_heads(layer, shared, private, thread, threads):
         for row in range(max(start, head * head_dim), min(stop, (head + 1) * head_dim)):
             drive = step * u[row]
             total = update_row(
-                layer.state, row, states, 0, shared.B_conv + group, shared.C_conv + group, decay, drive, False
+                layer.state, row, states, private.state, 0, B + group, C + group, decay, drive, False
             )
             y[row] = total + through * u[row]
 
@@ -374,9 +341,11 @@ def rotate(rotation, row, spare):
     return spare
 
 
-@njit(cache=True)
-def gate_rotate_project(layer, shared, private, thread, threads):
+def gate_rotate_project(layer_record, shared_record, private_record, thread, threads):
     """Phase 3: gated norm (Mamba-2), rotation, out_proj."""
+    layer = carray(pointer(layer_record), (1,), LAYER)[0]
+    shared = carray(pointer(shared_record), (1,), SHARED)[0]
+    private = carray(pointer(private_record), (1,), PRIVATE)[0]
     inner = layer.inner
     row = private.inner
     x, y, z = view_float32(row, inner), view_float32(shared.y, inner), view_float32(shared.z, inner)
@@ -401,18 +370,11 @@ def gate_rotate_project(layer, shared, private, thread, threads):
     multiply(layer.out_proj, row, private.inner_codes, x_scale, private.sums, shared.h, first, last)
 
 
-@njit(cache=True)
-def scan(layer, shared, private, thread, threads):
-    """Phase 2 of either architecture."""
-    if layer.selective:
-        scan_selective(layer, shared, private, thread, threads)
-    else:
-        scan_heads(layer, shared, private, thread, threads)
-
-
-@njit(cache=True)
-def project_head(model, shared, private, thread, threads):
+def project_head(model_record, shared_record, private_record, thread, threads):
     """Final norm and this thread's rows of the head."""
+    model = carray(pointer(model_record), (1,), MODEL)[0]
+    shared = carray(pointer(shared_record), (1,), SHARED)[0]
+    private = carray(pointer(private_record), (1,), PRIVATE)[0]
     x_scale = enter(
         model.final_norm, model.epsilon, model.head_input, shared.h, private.residual, private.row, private.codes,
         model.width,
@@ -422,18 +384,48 @@ def project_head(model, shared, private, thread, threads):
     multiply(model.head, private.row, private.codes, x_scale, private.sums, shared.logits, first, last)
 
 
-@njit(parallel=True, cache=True)
+@cache
+def function_address(function):
+    """Address of the C function of ``land_static`` or of a phase (five int64), compiled on first use."""
+    compiled = cfunc(types.void(*[types.int64] * 5), cache=True)(function)
+    _COMPILED.append(compiled)
+    return compiled.address
+
+
+_COMPILED = []  # keeps the machine code alive
+
+
+@njit(cache=True)
+def _run(function, record, shared, private, thread, threads):
+    call_address(function, (record, shared, private, np.int64(thread), np.int64(threads)))
+
+
+@njit(cache=True)
+def clear_residuals(privates, threads, width):
+    """Outside of the parallel function, whose passes would drop writes to arrays that nothing there reads."""
+    for t in range(threads):
+        residual = view_float32(privates[t].residual, width)
+        for i in range(width):
+            residual[i] = _ZERO
+
+
+@njit(parallel={"fusion": False}, cache=True)  # fusion would lose the barriers: numba sees no arrays here
 def decode_token(model, layers, shared, privates, threads):
-    """One token through all layers and the head; ``shared.h`` holds the embedding row, residuals are cleared."""
-    width = model[0].width
-    for t in prange(threads):
-        view_float32(privates[t].residual, width)[:] = _ZERO
+    """One token through all layers and the head; ``shared.h`` holds the embedding row.
+
+    Arguments: one MODEL record, LAYER records, one SHARED record, a PRIVATE record a thread.
+    """
+    common = record_address(shared[0])
+    clear_residuals(privates, threads, model[0].width)
     for index in range(layers.size):
+        layer = record_address(layers[index])
+        enter_layer, scan, leave_layer = layers[index].enter, layers[index].scan, layers[index].leave
         for t in prange(threads):
-            project_and_convolve(layers[index], width, shared[0], privates[t], t, threads)
+            _run(enter_layer, layer, common, record_address(privates[t]), t, threads)
         for t in prange(threads):
-            scan(layers[index], shared[0], privates[t], t, threads)
+            _run(scan, layer, common, record_address(privates[t]), t, threads)
         for t in prange(threads):
-            gate_rotate_project(layers[index], shared[0], privates[t], t, threads)
+            _run(leave_layer, layer, common, record_address(privates[t]), t, threads)
+    last, head = model[0].project_head, record_address(model[0])
     for t in prange(threads):
-        project_head(model[0], shared[0], privates[t], t, threads)
+        _run(last, head, common, record_address(privates[t]), t, threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def decompose(size: int) -> tuple[int, int] | None:
     return (order, power // 4) if order in PALEY_I | PALEY_II and power >= 4 else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def base_matrix(order: int) -> Tensor:
     """H_m, float32 entries +-1, H H^T = m I. Paley 1933, constructions I and II."""
     if order == 1:

@@ -33,7 +33,9 @@ def product(x: Value, weight: Value) -> Tensor:
         accumulator = accumulate(x.codes(), weight.codes(), x, weight)
         return accumulator * (x.scale * (weight.scale if weight.scale.ndim == 0 else weight.scale.reshape(-1)))
     total: Tensor | None = None
-    pieces = zip(x.codes().split(group, dim=-1), weight.codes().split(group, dim=-1), weight.scale.unbind(-1), strict=True)
+    pieces = zip(
+        x.codes().split(group, dim=-1), weight.codes().split(group, dim=-1), weight.scale.unbind(-1), strict=True
+    )
     for x_group, weight_group, scale in pieces:
         term = accumulate(x_group, weight_group, x, weight) * scale
         total = term if total is None else total + term

@@ -14,6 +14,12 @@ from squamata.kernels.site import Site
 
 @operation
 def norm_linear(  # type: ignore[empty-body]
-    h: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, layer: Linear, into: Site, out: Sequence[Site | None]
+    h: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    layer: Linear,
+    into: Site,
+    out: Sequence[Site | None],
 ) -> tuple[tuple[Value, ...], Tensor]:
     """``rms_norm`` landed on ``into``, then ``linear`` landed on ``out``. Returns (outputs, residual')."""

@@ -13,7 +13,13 @@ from squamata.kernels.site import Site
 
 
 def run(
-    h: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, layer: Linear, into: Site, out: Sequence[Site | None]
+    h: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    layer: Linear,
+    into: Site,
+    out: Sequence[Site | None],
 ) -> tuple[tuple[Value, ...], Tensor]:
     normed, residual = rms_norm(h, residual, weight, epsilon, into)
     return linear(normed, layer, out), residual

@@ -24,6 +24,12 @@ class GatedNorm:
 
 @operation
 def norm_rotate_linear(  # type: ignore[empty-body]
-    y: Value, z: Value | None, norm: GatedNorm | None, rotation: Rotation | None, layer: Linear, landing: Site, into: Site
+    y: Value,
+    z: Value | None,
+    norm: GatedNorm | None,
+    rotation: Rotation | None,
+    layer: Linear,
+    landing: Site,
+    into: Site,
 ) -> Tensor:
     """``gated_rms_norm`` onto ``landing`` (skipped without a norm), ``hadamard`` onto ``into``, ``linear``, in float."""

@@ -13,7 +13,13 @@ from squamata.kernels.site import Site
 
 
 def run(
-    y: Value, z: Value | None, norm: GatedNorm | None, rotation: Rotation | None, layer: Linear, landing: Site, into: Site
+    y: Value,
+    z: Value | None,
+    norm: GatedNorm | None,
+    rotation: Rotation | None,
+    layer: Linear,
+    landing: Site,
+    into: Site,
 ) -> Tensor:
     if norm is not None:
         assert z is not None

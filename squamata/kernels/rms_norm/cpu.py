@@ -23,40 +23,43 @@ def run(h: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, out:
     where = landing(out, *h.shape, per_token=True)
     total = h if residual is None else torch.empty(h.shape, dtype=torch.float32)
     rows = array(h).reshape(-1, features)
+    parts = min(len(rows), 4 * numba.get_num_threads())
     before = rows[:0] if residual is None else array(residual).reshape(-1, features)
     after = rows if residual is None else total.numpy().reshape(-1, features)
-    _norm_rows(rows, before, after, array(weight), np.float32(epsilon), where.target, numba.get_num_threads())
+    _norm_rows(rows, before, after, array(weight), np.float32(epsilon), where.target, parts)
     return where.value(), total
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc"})
-def mean_square(x, first, count):  # type: ignore[no-untyped-def]
-    """Mean of the squares of ``x[first:first + count]``."""
+def mean_square(x):  # type: ignore[no-untyped-def]
+    """Mean of the squares."""
     total = types.float32(0.0)
-    for c in range(first, first + count):
+    for c in range(x.size):
         total += x[c] * x[c]
-    return simd.divide(total, types.float32(count))
+    return simd.divide(total, types.float32(x.size))
 
 
 @njit(cache=True, nogil=True)
-def normalize_row(x, first, count, weight, epsilon):  # type: ignore[no-untyped-def]
-    """In place ``x / sqrt(mean(x^2) + epsilon) * weight`` over ``x[first:first + count]``."""
-    inverse = simd.divide(types.float32(1.0), simd.sqrt(mean_square(x, first, count) + epsilon))
-    for c in range(first, first + count):
+def normalize_row(x, weight, epsilon):  # type: ignore[no-untyped-def]
+    """In place ``x / sqrt(mean(x^2) + epsilon) * weight``."""
+    inverse = simd.divide(types.float32(1.0), simd.sqrt(mean_square(x) + epsilon))
+    for c in range(x.size):
         x[c] = x[c] * inverse * weight[c]
 
 
 @njit(cache=True, nogil=True)
-def _norm_row(row, x, h, before, after):  # type: ignore[no-untyped-def]
-    """Residual of one row, into ``x`` and ``after``."""
+def _add_residual(row, x, h, before, after):  # type: ignore[no-untyped-def]
+    """The new residual of one row, into ``x`` and ``after``; there is none if ``before`` is empty."""
+    entering = h[row]
     if before.size:
+        old, new = before[row], after[row]
         for c in range(x.size):
-            x[c] = before[row, c] + h[row, c]
+            x[c] = old[c] + entering[c]
         for c in range(x.size):
-            after[row, c] = x[c]
+            new[c] = x[c]
     else:
         for c in range(x.size):
-            x[c] = h[row, c]
+            x[c] = entering[c]
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -65,6 +68,6 @@ def _norm_rows(h, before, after, weight, epsilon, target, parts):  # type: ignor
     for part in prange(parts):
         x = np.empty(features, np.float32)
         for row in range(part * rows // parts, (part + 1) * rows // parts):
-            _norm_row(row, x, h, before, after)
-            normalize_row(x, 0, features, weight, epsilon)
-            write_whole_row(target, row, x, features)
+            _add_residual(row, x, h, before, after)
+            normalize_row(x, weight, epsilon)
+            write_whole_row(target, row, x)

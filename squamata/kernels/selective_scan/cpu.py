@@ -21,7 +21,7 @@ from squamata.kernels.qtensor import Value, as_float
 from squamata.kernels.selective_scan.strip import LANES, LOG2_E, TOGETHER, advance
 from squamata.kernels.site import Site
 
-WIDTH = 4 * LANES  # channels of a block
+WIDTH = 8 * LANES  # channels of a block
 TILE = 16  # tokens of a tile
 _LOG2_E = np.float32(LOG2_E)
 
@@ -139,12 +139,15 @@ def _load_strips(arrays, tile, sample, first, width):  # type: ignore[no-untyped
 @njit(cache=True, nogil=True)
 def _prepare(scan, tile, row, tokens, first, width):  # type: ignore[no-untyped-def]
     """Dequantized u and z, dt' = softplus(dt + bias), dt' u, and y = 0 for the tokens of a tile."""
+    bias = scan.arrays.bias[first : first + width]
     for t in range(tokens):
-        read_row(scan.u, row + t, first, tile.u, t * WIDTH, width)
-        read_row(scan.z, row + t, first, tile.z, t * WIDTH, width)
-        read_row(scan.dt, row + t, first, tile.dt, t * WIDTH, width)
+        start, stop = t * WIDTH, t * WIDTH + width
+        read_row(scan.u, row + t, first, tile.u[start:stop])
+        read_row(scan.z, row + t, first, tile.z[start:stop])
+        dt = tile.dt[start:stop]
+        read_row(scan.dt, row + t, first, dt)
         for c in range(width):
-            tile.dt[t * WIDTH + c] += scan.arrays.bias[first + c]
+            dt[c] += bias[c]
     for i in range(tokens * WIDTH):
         tile.dt[i] = simd.softplus(tile.dt[i])
     for i in range(tokens * WIDTH):
@@ -155,10 +158,12 @@ def _prepare(scan, tile, row, tokens, first, width):  # type: ignore[no-untyped-
 @njit(cache=True, nogil=True)
 def _finish(scan, tile, row, tokens, first, width):  # type: ignore[no-untyped-def]
     """(y + D u) SiLU(z), landed."""
+    skip = scan.arrays.D[first : first + width]
     for i in range(tokens * WIDTH):
         tile.z[i] = simd.silu(tile.z[i])
     for t in range(tokens):
+        start, stop = t * WIDTH, t * WIDTH + width
+        y, u, gate = tile.y[start:stop], tile.u[start:stop], tile.z[start:stop]
         for c in range(width):
-            i = t * WIDTH + c
-            tile.y[i] = (tile.y[i] + scan.arrays.D[first + c] * tile.u[i]) * tile.z[i]
-        write_row(scan.target, row + t, first, tile.y, t * WIDTH, width)
+            y[c] = (y[c] + skip[c] * u[c]) * gate[c]
+        write_row(scan.target, row + t, first, y)

@@ -1,0 +1,6 @@
+"""``python -m squamata``: the command line."""
+
+from squamata.cli.main import run
+
+if __name__ == "__main__":
+    run()

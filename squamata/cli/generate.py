@@ -1,0 +1,83 @@
+"""``squamata generate``: text, as it comes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from squamata.cli.output import JsonFile, check_json, note, write_json
+
+if TYPE_CHECKING:
+    from squamata.models.lm import LanguageModel
+    from squamata.run import Generation, Piece, SamplingOptions
+
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws from the model's distribution.")]
+TopK = Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this share of the mass.")]
+Penalty = Annotated[float, typer.Option(help="Above 1: tokens already used become less likely.")]
+Seed = Annotated[int, typer.Option(help="Of the draws: the same seed, the same text.")]
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name, or 'bundled'.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Continue a prompt; the text streams as it is made."""
+    check_json(json_file)
+    from squamata import pipeline
+    from squamata.run import SamplingOptions
+
+    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()))
+    loaded = pipeline.load(model)
+    result = stream(loaded, prompt, options)
+    pace = "" if result.tpot_ms is None else f", then {1e3 / result.tpot_ms:.1f} tokens/s"
+    note(
+        f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new, stopped by {result.stopped_by}; "
+        f"first token after {result.ttft_ms:.0f} ms{pace}"
+    )
+    write_json(json_file, result.to_dict() | {"model": model, "recipe": loaded.checkpoint.recipe.name})
+
+
+def stream(model: LanguageModel, prompt: str, options: SamplingOptions) -> Generation:
+    """Print prompt and continuation as they come."""
+    from squamata.run import Generation, generate_stream
+    from squamata.run.generate import prompt_ids
+
+    started = time.perf_counter()
+    ids = prompt_ids(model, prompt)
+    times: list[float] = []
+    pieces: list[Piece] = []
+    shown = prompt if not sys.stdout.isatty() else f"\033[1m{prompt}\033[0m"
+    print(shown, end="", flush=True)
+    for piece in _timed(generate_stream(model, ids, options), times):
+        print(piece.text, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return Generation(
+        text="".join(piece.text for piece in pieces),
+        prompt=prompt,
+        ids=tuple(piece.id for piece in pieces),
+        prompt_tokens=len(ids),
+        new_tokens=len(pieces),
+        ttft_ms=1e3 * (times[0] - started),
+        tpot_ms=1e3 * (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+        stopped_by=str(pieces[-1].stopped_by),
+    )
+
+
+def _timed(pieces: Iterator[Piece], times: list[float]) -> Iterator[Piece]:
+    for piece in pieces:
+        times.append(time.perf_counter())
+        yield piece

@@ -1,0 +1,176 @@
+"""``squamata inspect``: what is quantized where, in which format, with which scale; how two checkpoints differ."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from squamata.cli.output import (
+    JsonFile,
+    check_files,
+    check_json,
+    layer_ranges,
+    note,
+    progress,
+    say,
+    size,
+    table,
+    write_json,
+)
+from squamata.errors import SquamataError
+
+if TYPE_CHECKING:
+    from squamata.evaluate.inspection import SiteDifference, SiteRow
+    from squamata.models.lm import LanguageModel
+
+SHOWN = 40  # rows of a comparison that a person gets to see
+
+
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder, hub name, or 'bundled'.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="Compare with this checkpoint, largest difference first.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="This layer only, one row a site.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure on this text what fraction of the values is clipped.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Show format, scales and bytes of every site and tensor (layers together unless --layer is given)."""
+    check_json(json_file)
+    check_files(text)
+    from squamata import pipeline
+    from squamata.evaluate.inspection import clipped_fractions, differences, site_rows
+
+    model = pipeline.load(checkpoint)
+    if layer is not None and not 0 <= layer < model.config.n_layers:
+        raise SquamataError(f"{checkpoint} has layers 0 to {model.config.n_layers - 1}, not {layer}")
+    found = _header(checkpoint, model)
+    clipped = None
+    if text is not None:
+        with progress("counting clipped values") as advance:
+            clipped = clipped_fractions(model, text, progress=advance)
+    rows = [row for row in site_rows(model, clipped) if layer is None or row.layer == layer]
+    found["sites"] = [asdict(row) for row in rows]
+    if against is None:
+        _show_rows(rows, together=layer is None, clipped=clipped is not None)
+    else:
+        changed = differences(model, pipeline.load(against))
+        changed = [row for row in changed if layer is None or row.site.startswith(f"layers.{layer}.")]
+        found |= {"against": against, "differences": [asdict(row) for row in changed]}
+        _show_differences(changed, len(rows), checkpoint, against)
+    write_json(json_file, found)
+
+
+def _header(name: str, model: LanguageModel) -> dict[str, Any]:
+    """Print and return where the checkpoint comes from."""
+    from squamata.evaluate.size import bytes_by_part
+
+    config, provenance = model.config, model.checkpoint.provenance
+    sizes = bytes_by_part(model)
+    calibration = provenance.get("calibration") or {}
+    say(
+        f"[bold]{name}[/bold]: {config.architecture}, {config.n_layers} layers, d_model {config.d_model}, "
+        f"vocabulary {config.vocab_size}, recipe {model.checkpoint.recipe.name}"
+    )
+    if provenance:
+        drawn = "no calibration"
+        if calibration:
+            drawn = (
+                f"calibrated on {calibration['samples']} samples, {calibration['tokens']} tokens of a text with "
+                f"sha256 {calibration['sha256'][:12]}..., seed {provenance.get('seed')}"
+            )
+        say(f"{drawn}; written by squamata {provenance.get('squamata_version')}")
+    named = ", ".join(f"{part} {size(sizes[part])}" for part in ("embedding", "layers", "sites", "total"))
+    head = size(sizes["head"]) if sizes["head"] else "tied to the embedding"
+    say(f"{named}, head {head}; cache of a sequence {size(sizes['cache'])}\n")
+    return {
+        "checkpoint": name,
+        "architecture": config.architecture,
+        "layers": config.n_layers,
+        "recipe": model.checkpoint.recipe.to_mapping(),
+        "provenance": provenance,
+        "bytes": sizes,
+    }
+
+
+def _show_rows(rows: Sequence[SiteRow], together: bool, clipped: bool) -> None:
+    """One line a site; layers that represent it alike share a line if ``together``."""
+    groups: dict[tuple[str | int | None, ...], list[SiteRow]] = {}
+    for row in rows:
+        name = row.site.split(".", 2)[2] if row.layer is not None else row.site
+        key: tuple[str | int | None, ...] = (name, row.kind, row.format, row.granularity, row.strategy)
+        groups.setdefault(key if together else (*key, row.layer), []).append(row)
+    for title, kinds in (("activations and states", ("activation", "state")), ("tensors", ("weight", "parameter"))):
+        columns = ["<site", "<format", "<per", "<scale from", "scales", "min", "median", "max", "bytes"]
+        columns += ["clipped"] if clipped and kinds[0] == "activation" else []
+        lines = []
+        for key, members in groups.items():
+            if key[1] in kinds:
+                line = [key[0], *key[2:5], *_scales(members), _bytes(members)]
+                lines.append([*line, _clipped(members)] if "clipped" in columns else line)
+        if together:
+            columns.insert(1, "<layers")
+            members_of = [members for key, members in groups.items() if key[1] in kinds]
+            for line, members in zip(lines, members_of, strict=True):
+                line.insert(1, layer_ranges([row.layer for row in members if row.layer is not None]))
+        table(title, columns, lines)
+    if together:
+        note("scales of all these layers together; one layer with --layer N, every site with --json FILE")
+
+
+def _bytes(members: Sequence[SiteRow]) -> str:
+    total = sum(row.bytes for row in members)
+    return size(total) if total else ""
+
+
+def _scales(members: Sequence[SiteRow]) -> list[str]:
+    """Distinct scales of all members, and the smallest, the median of the medians, and the largest."""
+    lows, middles, highs = (
+        [value for row in members if (value := getattr(row, f"scale_{part}")) is not None]
+        for part in ("min", "median", "max")
+    )
+    if not middles:
+        return ["", "", "", ""]
+    numbers = (min(lows), statistics.median(middles), max(highs))
+    return [str(sum(row.scales for row in members)), *(f"{number:.3g}" for number in numbers)]
+
+
+def _clipped(members: Sequence[SiteRow]) -> str:
+    """Mean over the members, and the largest where there are several."""
+    shares = [row.clipped for row in members if row.clipped is not None]
+    if not shares:
+        return ""
+    worst = f" (max {max(shares):.2e})" if len(shares) > 1 and max(shares) > 0 else ""
+    return f"{statistics.mean(shares):.2e}{worst}" if max(shares) > 0 else "0"
+
+
+def _show_differences(changed: Sequence[SiteDifference], sites: int, first: str, second: str) -> None:
+    table(
+        f"{first} against {second}: {len(changed)} of {sites} sites differ",
+        ("<site", f"<{first}", f"<{second}", "scale", "other", "ratio", "values differ"),
+        [
+            (
+                row.site,
+                row.first,
+                "the same" if row.first == row.second else row.second,
+                _number(row.first_scale),
+                _number(row.second_scale),
+                _number(row.scale_ratio),
+                _number(row.relative_difference),
+            )
+            for row in changed[:SHOWN]
+        ],
+    )
+    if len(changed) > SHOWN:
+        note(f"{len(changed) - SHOWN} more: --layer N, or all with --json FILE")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,162 @@
+"""What every verb shares: tables on stdout, progress and notes on stderr, and the same numbers as a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from squamata.errors import SquamataError
+
+WIDTH_OF_A_FILE = 140  # columns of tables that go into a pipe or file
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file, as JSON.")
+]
+
+
+def stdout() -> Console:
+    """Where results go."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE, highlight=False)
+
+
+def stderr() -> Console:
+    """Where progress, notes and errors go."""
+    return Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print one line of results; ``text`` may hold rich markup."""
+    stdout().print(text, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print one dim line that is no result."""
+    stderr().print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a title and a table. A column whose name starts with ``<`` is text, others are numbers, aligned right.
+
+    Without column names there is no head.
+    """
+    if title:
+        stdout().print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    named = any(column.strip("<") for column in columns)
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=named)
+    for column in columns:
+        is_text = column.startswith("<")
+        shown.add_column(column.removeprefix("<"), justify="left" if is_text else "right", no_wrap=not is_text)
+    for row in rows:
+        shown.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    stdout().print(shown)
+    stdout().print()
+
+
+@contextmanager
+def progress(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with an ETA on stderr, if that is a terminal; gives the callback ``(done, total)``."""
+    console = stderr()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def check_files(*paths: Path | None) -> None:
+    """Refuse, before any work is done, a file to read that is not there."""
+    for path in paths:
+        if path is not None and not path.exists():
+            raise SquamataError(f"no such file: {path}")
+
+
+def check_json(path: Path | None) -> None:
+    """Refuse, before any work is done, a JSON file that could not be written after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise SquamataError(f"{path} is a folder: give a file to --json")
+    if not path.absolute().parent.is_dir():
+        raise SquamataError(f"--json {path}: no folder '{path.parent}' to write it to")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise SquamataError(f"--json {path}: the folder '{path.parent}' cannot be written to")
+
+
+def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Write the numbers of a verb, whole or not at all; NaN and infinity become null."""
+    if path is None:
+        return
+    text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+    partial = None
+    try:
+        folder, prefix = path.absolute().parent, f".{path.name}."
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=prefix, delete=False) as file:
+            partial = Path(file.name)
+            file.write(text)
+        partial.chmod(0o644)
+        partial.replace(path)
+    except OSError as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        raise SquamataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON data: paths as text, tuples as lists, numbers that JSON cannot hold as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def size(count: int) -> str:
+    """Bytes for a person: ``11.7 MB``."""
+    return decimal(count)
+
+
+def interval(bounds: tuple[float, float] | None, digits: int) -> str:
+    """A confidence interval for a person, or nothing."""
+    return "" if bounds is None else f"{bounds[0]:.{digits}f} .. {bounds[1]:.{digits}f}"
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Layer numbers for a person: ``0-3, 7``."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

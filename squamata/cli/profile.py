@@ -1,0 +1,145 @@
+"""``squamata profile``: bytes by part, TTFT, TPOT, TTLT, and the share of what memory bandwidth allows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from squamata.cli.output import JsonFile, check_json, progress, size, table, write_json
+from squamata.errors import SquamataError
+
+if TYPE_CHECKING:
+    from squamata.evaluate.profile import Profile
+    from squamata.models.lm import LanguageModel
+
+CALIBRATION = (2, 64)  # sequences x random tokens that give random weights their scales
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def profile(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, hub name, or 'bundled'.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead: random weights, mamba-130m ... mamba2-2.7b.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Quantize --shape by it, in memory.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens to prefill.")] = 512,
+    generate: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
+    repeats: Annotated[int, typer.Option(help="Times are {median, min, max} of so many.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Of torch and of the compiled kernels.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure size and speed. The fast kernels are checked against the reference before anything is timed."""
+    check_json(json_file)
+    if (model is None) == (shape is None):
+        raise SquamataError("give either a MODEL or --shape NAME")
+    if recipe is not None and shape is None:
+        raise SquamataError("--recipe goes with --shape; a checkpoint has its own (squamata quantize makes one)")
+    from squamata.evaluate.profile import profile as measure
+    from squamata.evaluate.profile import threads as using_threads
+
+    _check_device(device)
+    with using_threads(threads):
+        loaded = _loaded(model, shape, recipe or "float")
+        with progress("timing") as advance:
+            result = measure(loaded, prompt, generate, batch, repeats, progress=advance)
+    name = model or f"{shape}, random weights"
+    _show(name, loaded.checkpoint.recipe.name, result)
+    content = result.to_dict() | {"agreement": asdict(result.agreement)}
+    about = {"model": model, "shape": shape, "recipe": loaded.checkpoint.recipe.name, "device": device.value}
+    write_json(json_file, content | about)
+
+
+def _check_device(device: Device) -> None:
+    import torch
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise SquamataError("--device cuda: torch sees no GPU here; use --device cpu")
+    if device is Device.cuda:
+        raise SquamataError("--device cuda: this version has no GPU kernels yet; use --device cpu")
+
+
+def _loaded(model: str | None, shape: str | None, recipe: str) -> LanguageModel:
+    from squamata import pipeline
+
+    if model is not None:
+        return pipeline.load(model)
+    assert shape is not None
+    with progress(f"making {shape}, {recipe}") as advance:
+        return random_model(shape, recipe, advance)
+
+
+def random_model(shape_name: str, recipe_name: str, advance: Any = None) -> LanguageModel:
+    """A published shape with random weights, quantized in memory with scales from random tokens."""
+    from squamata import pipeline
+    from squamata.evaluate.profile import random_ids
+    from squamata.models.checkpoint import Checkpoint
+    from squamata.models.config import shape
+    from squamata.models.lm import LanguageModel
+    from squamata.spec.recipe import Recipe
+
+    config, recipe = shape(shape_name), Recipe.read(recipe_name)
+    pipeline.check(recipe, config)
+    source = RandomSource(config)
+    parts = pipeline.QuantizedParts(source, recipe, [random_ids(config.vocab_size, *CALIBRATION)])
+    if not parts.specs:
+        parts.batches.clear()  # nothing to observe
+    everything = {name: value for some in parts.each(advance) for name, value in some.items()}
+    site_tensors = {name: value for name, value in everything.items() if name.endswith((".scale", ".zero", ".index"))}
+    tensors = {name: value for name, value in everything.items() if name not in site_tensors}
+    return LanguageModel(Checkpoint(parts.config, tensors, recipe, site_tensors))  # type: ignore[arg-type]
+
+
+class RandomSource:
+    """Random float tensors of a shape, made a layer at a time."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def tensors(self, prefix: str = "") -> dict[str, Any]:
+        """Tensors whose name starts with ``prefix``."""
+        from squamata.load.random_model import random_tensors
+
+        return random_tensors(self.config, prefix=prefix)
+
+
+def _show(name: str, recipe: str, result: Profile) -> None:
+    parts = ("embedding", "layers", "head", "sites", "total", "cache")
+    table(f"{name}, {recipe}", parts, [[size(result.bytes[part]) for part in parts]])
+    times = (("TTFT, ms", result.ttft_ms), ("TPOT, ms", result.tpot_ms), ("TTLT, ms", result.ttlt_ms))
+    rows: list[list[str]] = [
+        [label, *(f"{spread[part]:.2f}" for part in ("median", "min", "max"))] for label, spread in times
+    ]
+    table(
+        f"{result.prompt} tokens of prompt, {result.generate} generated, batch {result.batch}, "
+        f"{result.threads} threads, {result.repeats} repeats",
+        ("<", "median", "min", "max"),
+        rows,
+    )
+    table(
+        "",
+        ("<", "", "<"),
+        [
+            ("prefill", f"{result.prefill_tokens_per_s:.1f}", "tokens/s"),
+            ("decode", f"{result.decode_tokens_per_s:.1f}", "tokens/s"),
+            ("weights read a token", size(result.weight_bytes_per_token), ""),
+            ("memory read", f"{result.dram_read_bytes_per_s / 1e9:.1f}", "GB/s, measured"),
+            ("floor of a token", f"{result.floor_ms:.2f}", f"ms, {100 * result.floor_share:.0f} % of TPOT"),
+            ("memory while timed", size(result.rss_bytes), f"peak of the process {size(result.peak_rss_bytes)}"),
+            (
+                "against the reference",
+                f"{result.agreement.relative_error:.1e}",
+                f"relative error of the logits, {result.agreement.tolerance:g} tolerated",
+            ),
+        ],
+    )

@@ -1,0 +1,63 @@
+"""``squamata quantize``: a float model and a recipe -> a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from squamata.cli.output import JsonFile, check_files, check_json, progress, size, table, write_json
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, hub name, or 'bundled'.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name ('squamata recipes list') or YAML file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the checkpoint to.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text, .txt or .jsonl; 'bundled' models have one of their own."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Documents drawn from it; the recipe says how many.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each; the recipe says how many.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Quantize a model by a recipe and save it."""
+    check_json(json_file)
+    check_files(calibration)
+    from squamata import pipeline
+
+    with progress("quantizing, layer by layer") as advance:
+        result = pipeline.quantize(
+            source, recipe, out, calibration_of(source, calibration), samples, length, seed, force, progress=advance
+        )
+    ratio = result.bytes_quantized / result.bytes_float
+    table(
+        f"{source} -> {out}",
+        ("<recipe", "<architecture", "float", "quantized", "ratio", "calibration tokens", "seconds", "peak memory"),
+        [
+            (
+                result.recipe,
+                result.architecture,
+                size(result.bytes_float),
+                size(result.bytes_quantized),
+                f"{ratio:.3f}",
+                result.calibration.get("tokens", "none"),
+                f"{result.seconds:.1f}",
+                size(result.peak_rss_bytes),
+            )
+        ],
+    )
+    write_json(json_file, asdict(result))
+
+
+def calibration_of(source: str, given: Path | None) -> Path | None:
+    """The calibration text: the one given, or the one that comes with the bundled model."""
+    from squamata.load.hub import bundled, resolve
+
+    if given is None and source == "bundled" and resolve(source) == bundled():
+        return bundled() / "calibration.jsonl"
+    return given

@@ -1,0 +1,223 @@
+"""What a checkpoint is made of, site by site; how two differ; and what fraction of a text's values is clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from squamata.evaluate.size import tensor_bytes
+from squamata.evaluate.windows import Progress, Window, batches, cut, tokenizer_of
+from squamata.kernels.codec import round_codes
+from squamata.kernels.partition import Partition
+from squamata.kernels.qtensor import QTensor, as_float
+from squamata.kernels.site import Site
+from squamata.models.lm import model_layouts
+from squamata.spec.quant import QuantSpec
+from squamata.spec.sites import all_sites
+from squamata.text import read_documents
+
+if TYPE_CHECKING:
+    from squamata.models.lm import LanguageModel
+
+_WINDOW, _TOKENS = 512, 8192
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """How one site is represented. ``bits`` is None in float; ``scale_*`` are None without stored scales.
+
+    ``bytes``: of the tensor as stored, scales included; of an activation or state the scales alone. ``clipped``:
+    measured fraction of values beyond the outermost codes, if a text was given.
+    """
+
+    site: str
+    layer: int | None
+    kind: str
+    format: str
+    bits: int | None
+    granularity: str | None
+    strategy: str | None
+    scales: int
+    scale_min: float | None
+    scale_median: float | None
+    scale_max: float | None
+    bytes: int
+    clipped: float | None = None
+
+
+@dataclass(frozen=True)
+class SiteDifference:
+    """One site in two checkpoints. ``scale_ratio``: of the second's scales to the first's, the one farthest from 1
+    (of the medians where granularities differ); None unless both have scales. ``relative_difference``: of a weight's
+    values, ||second - first|| / ||first||.
+    """
+
+    site: str
+    first: str
+    second: str
+    first_scale: float | None
+    second_scale: float | None
+    scale_ratio: float | None
+    relative_difference: float | None
+
+
+def site_rows(model: LanguageModel, clipped: dict[str, float] | None = None) -> list[SiteRow]:
+    """Every site of a model: activations and states, then tensors, in the order the data meets them."""
+    sizes = tensor_bytes(model)
+    kinds = {name: info.kind for name, info in all_sites(model.config.blocks).items()}
+    stored: dict[str, int] = {}
+    for name, tensor in model.checkpoint.site_tensors.items():
+        site_name = name.rpartition(".")[0]
+        stored[site_name] = stored.get(site_name, 0) + tensor.nbytes
+    rows = []
+    for site in model.sites():
+        row = _row(site.name, kinds[site.name], "float", site.spec, site.scale, stored.get(site.name, 0))
+        rows.append(row if clipped is None else replace(row, clipped=clipped.get(site.name)))
+    layouts = model_layouts(model.config)
+    for name, value in model.checkpoint.tensors.items():
+        kind = kinds.get(name, "parameter")
+        if isinstance(value, QTensor):
+            row = _row(name, kind, "", value.spec, value.scale, sizes[name])
+            rows.append(replace(row, scales=prod(Partition(value.spec.granularity, layouts[name]).shape())))
+        else:
+            rows.append(_row(name, kind, str(value.dtype).removeprefix("torch."), None, None, sizes[name]))
+    return rows
+
+
+def _row(name: str, kind: str, float_format: str, spec: QuantSpec | None, scale: Tensor | None, stored: int) -> SiteRow:
+    low, middle, high = (None, None, None) if scale is None else _low_middle_high(scale)
+    return SiteRow(
+        site=name,
+        layer=int(name.split(".")[1]) if name.startswith("layers.") else None,
+        kind=kind,
+        format=float_format if spec is None else f"int{spec.bits}",
+        bits=None if spec is None else spec.bits,
+        granularity=None if spec is None else str(spec.granularity),
+        strategy=None if spec is None else spec.describe().split(", ", 1)[1],
+        scales=0 if scale is None else scale.numel(),
+        scale_min=low,
+        scale_median=middle,
+        scale_max=high,
+        bytes=stored,
+    )
+
+
+def _low_middle_high(scale: Tensor) -> tuple[float, float, float]:
+    return float(scale.min()), float(scale.float().median()), float(scale.max())
+
+
+def differences(first: LanguageModel, second: LanguageModel) -> list[SiteDifference]:
+    """Sites whose format, scales or values differ: largest scale ratio first, then other formats, then values."""
+    rows = [{row.site: row for row in site_rows(model)} for model in (first, second)]
+    found = []
+    for name in rows[0] | rows[1]:
+        one, other = (some.get(name) for some in rows)
+        if one is not None and other is not None:
+            found.append(_difference(one, other, first, second))
+        else:
+            first_form, second_form = ("absent" if row is None else _represented(row) for row in (one, other))
+            found.append(SiteDifference(name, first_form, second_form, None, None, None, None))
+    return sorted(filter(_changed, found), key=_sort_key)
+
+
+def _changed(row: SiteDifference) -> bool:
+    return row.first != row.second or row.scale_ratio not in (None, 1.0) or bool(row.relative_difference)
+
+
+def _sort_key(row: SiteDifference) -> tuple[float, bool, float, str]:
+    ratio = row.scale_ratio or 1.0
+    return -max(ratio, 1 / ratio), row.first == row.second, -(row.relative_difference or 0.0), row.site
+
+
+def _difference(one: SiteRow, other: SiteRow, first: LanguageModel, second: LanguageModel) -> SiteDifference:
+    relative = None
+    if one.site in first.checkpoint.tensors:
+        values, others = (as_float(model.checkpoint.tensors[one.site]).double() for model in (first, second))
+        if values.shape == others.shape:
+            relative = float((others - values).norm() / values.norm().clamp_min(1e-30))
+    return SiteDifference(
+        one.site,
+        _represented(one),
+        _represented(other),
+        one.scale_median,
+        other.scale_median,
+        _farthest_ratio(_scale(first, one.site), _scale(second, one.site)),
+        relative,
+    )
+
+
+def _represented(row: SiteRow) -> str:
+    return row.format if row.bits is None else f"{row.format} per {row.granularity}, {row.strategy}"
+
+
+def _scale(model: LanguageModel, name: str) -> Tensor | None:
+    value = model.checkpoint.tensors.get(name)
+    if value is not None:
+        return value.scale if isinstance(value, QTensor) else None
+    return model.checkpoint.site_tensors.get(f"{name}.scale")
+
+
+def _farthest_ratio(one: Tensor | None, other: Tensor | None) -> float | None:
+    if one is None or other is None:
+        return None
+    if one.shape != other.shape:
+        return float(other.float().median() / one.float().median())
+    ratios = (other.float() / one.float()).reshape(-1)
+    return float(ratios[ratios.log().abs().argmax()])
+
+
+def clipped_fractions(
+    model: LanguageModel, text: str | Path, max_tokens: int = _TOKENS, progress: Progress | None = None
+) -> dict[str, float]:
+    """Site name -> fraction of the values that land there on a text and lie beyond the outermost codes.
+
+    The float-valued stream is observed (weights as they are, activations not rounded), the same that calibration
+    saw; the state counts as it is at the end of every window of 512 tokens. Sites with a dynamic scale are left out.
+    """
+    corpus = cut(read_documents(text), tokenizer_of(model), _WINDOW, max_tokens)
+    counts: dict[str, list[int]] = {}
+    sites = [site for site in model.sites() if site.spec is not None and not site.spec.dynamic]
+    modes = {site.name: site.mode for site in model.sites()}
+    model.set_mode("observe")
+    for site in sites:
+        counts[site.name] = [0, 0]
+        site.observer = _counter(site, counts[site.name])
+    try:
+        for done in _observed_windows(model, corpus.windows):
+            if progress is not None:
+                progress(done, corpus.tokens)
+    finally:
+        for site in model.sites():
+            site.mode, site.observer = modes[site.name], None
+    return {name: beyond / seen for name, (beyond, seen) in counts.items() if seen}
+
+
+@torch.no_grad()
+def _observed_windows(model: LanguageModel, windows: Sequence[Window]) -> Iterator[int]:
+    done = 0
+    for batch in batches(windows, lambda length: 4, mixed_lengths=False):
+        model.forward(batch.ids, model.new_cache(len(batch.ids)), last_only=True)
+        done += batch.predicted
+        yield done
+
+
+def _counter(site: Site, count: list[int]) -> Callable[[Tensor], None]:
+    """An observer that adds (values beyond the codes, values) to ``count``."""
+    assert site.spec is not None
+    smallest, largest = site.spec.code_range
+    rounding = site.spec.rounding
+    _, inverse, zero = site.expanded()
+
+    def observe(x: Tensor) -> None:
+        codes = round_codes(x.float() * inverse, rounding)
+        codes = codes if zero is None else codes + zero
+        count[0] += int(((codes < smallest) | (codes > largest)).sum())
+        count[1] += codes.numel()
+
+    return observe

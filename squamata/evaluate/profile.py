@@ -1,0 +1,200 @@
+"""How fast a model runs: TTFT, TPOT, TTLT, and the share of what memory bandwidth allows; checked, then timed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numba
+import psutil
+import torch
+
+from squamata.errors import SquamataError
+from squamata.evaluate.result import Result
+from squamata.evaluate.size import bytes_by_part, bytes_read_per_token
+from squamata.evaluate.windows import Progress
+from squamata.kernels.dispatch import use_backend
+from squamata.memory import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from squamata.models.lm import LanguageModel
+
+TOLERANCE = 1e-4  # relative L2 error of float logits
+TOLERANCE_QUANTIZED = 5e-2  # where a float sum added in another order may round to the next integer code
+
+_GATE_PROMPT, _GATE_STEPS = 16, 4
+_BANDWIDTH_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The gate: relative L2 error of the fast backend's logits to the reference's, prefill and steps."""
+
+    relative_error: float
+    tolerance: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Profile(Result):
+    """Times in milliseconds, {median, min, max} over the repeats: TTFT from call to first token, TPOT the mean of
+    every further token, TTLT from call to last token. Rates count the tokens of all sequences of the batch.
+
+    ``bytes``: see ``bytes_by_part``. ``floor_ms``: weights read for a token / DRAM bandwidth; ``floor_share``: that
+    over TPOT. ``peak_rss_bytes``: of the whole process, loading and the reference included; ``rss_bytes``: while timed.
+    """
+
+    bytes: dict[str, int]
+    ttft_ms: dict[str, float]
+    tpot_ms: dict[str, float]
+    ttlt_ms: dict[str, float]
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    peak_rss_bytes: int
+    rss_bytes: int
+    weight_bytes_per_token: int
+    dram_read_bytes_per_s: float
+    floor_ms: float
+    floor_share: float
+    prompt: int
+    generate: int
+    batch: int
+    repeats: int
+    threads: int
+    agreement: Agreement
+
+
+def profile(
+    model: LanguageModel,
+    prompt: int = 512,
+    generate: int = 128,
+    batch: int = 1,
+    repeats: int = 5,
+    progress: Progress | None = None,
+) -> Profile:
+    """Time greedy generation of ``generate`` tokens after ``prompt`` random ones, for ``batch`` sequences at once.
+
+    SquamataError if the fast kernels disagree with the reference: then nothing is timed.
+    """
+    _check_counts(prompt=(prompt, 1), generate=(generate, 2), batch=(batch, 1), repeats=(repeats, 1))
+    agreement = check_agreement(model)
+    ids = random_ids(model.config.vocab_size, batch, prompt)
+    _timed_run(model, ids, 2)  # compiles, packs, warms the caches
+    runs: list[tuple[float, float]] = []
+    for done in range(repeats):
+        if progress is not None:
+            progress(done, repeats)
+        runs.append(_timed_run(model, ids, generate))
+    resident, peak = psutil.Process().memory_info().rss, peak_rss_bytes()
+    bandwidth = dram_read_bandwidth()  # last: its buffer is no memory of the model's
+    ttft = _spread([first for first, _ in runs])
+    tpot = _spread([(last - first) / (generate - 1) for first, last in runs])
+    weight_bytes = bytes_read_per_token(model)
+    floor = 1e3 * weight_bytes / bandwidth
+    return Profile(
+        bytes=bytes_by_part(model, batch),
+        ttft_ms=ttft,
+        tpot_ms=tpot,
+        ttlt_ms=_spread([last for _, last in runs]),
+        prefill_tokens_per_s=1e3 * batch * prompt / ttft["median"],
+        decode_tokens_per_s=1e3 * batch / tpot["median"],
+        peak_rss_bytes=peak,
+        rss_bytes=resident,
+        weight_bytes_per_token=weight_bytes,
+        dram_read_bytes_per_s=bandwidth,
+        floor_ms=floor,
+        floor_share=floor / tpot["median"],
+        prompt=prompt,
+        generate=generate,
+        batch=batch,
+        repeats=repeats,
+        threads=torch.get_num_threads(),
+        agreement=agreement,
+    )
+
+
+def _check_counts(**counts: tuple[int, int]) -> None:
+    for name, (value, least) in counts.items():
+        if value < least:
+            raise SquamataError(f"{name} must be at least {least}, not {value}")
+
+
+def random_ids(vocabulary: int, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids int64 (B, L), the same for the same seed."""
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def check_agreement(model: LanguageModel) -> Agreement:
+    """Run a short prompt and a few steps on the fast backend and on the reference; SquamataError if they disagree."""
+    ids = random_ids(model.config.vocab_size, 1, _GATE_PROMPT + _GATE_STEPS, seed=1)
+    fast = _logits(model, ids)
+    with use_backend("ref"):
+        reference = _logits(model, ids)
+    error = float((fast - reference).norm() / reference.norm())
+    quantized = any(site.quantized for site in model.sites())
+    tolerance = TOLERANCE_QUANTIZED if quantized else TOLERANCE
+    if not error <= tolerance:  # also catches NaN
+        raise SquamataError(
+            f"the fast kernels disagree with the reference (relative error {error:.2g}, tolerated {tolerance:g}), so "
+            "nothing was timed; please report this with the model's config.json"
+        )
+    return Agreement(error, tolerance, ids.shape[1])
+
+
+@torch.no_grad()
+def _logits(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (1, L, V): a prefill of all but the last tokens, these as steps."""
+    cache = model.new_cache(batch=1)
+    prefilled = model.forward(ids[:, :-_GATE_STEPS], cache)
+    steps = [model.step(ids[:, position], cache) for position in range(ids.shape[1] - _GATE_STEPS, ids.shape[1])]
+    return torch.cat([prefilled, torch.stack(steps, 1)], 1).double()
+
+
+@torch.no_grad()
+def _timed_run(model: LanguageModel, ids: torch.Tensor, generate: int) -> tuple[float, float]:
+    """Milliseconds from the call to the first and to the last of ``generate`` greedy tokens."""
+    started = time.perf_counter()
+    cache = model.new_cache(batch=len(ids))
+    token = model.forward(ids, cache, last_only=True)[:, -1].argmax(-1)
+    first = time.perf_counter()
+    for _ in range(generate - 1):
+        token = model.step(token, cache).argmax(-1)
+    return 1e3 * (first - started), 1e3 * (time.perf_counter() - started)
+
+
+def dram_read_bandwidth(rounds: int = 5) -> float:
+    """Bytes a second at which all threads together read 512 MiB: the best of a few sums."""
+    memory = torch.ones(_BANDWIDTH_BYTES // 4)
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        memory.sum()
+        best = min(best, time.perf_counter() - started)
+    return _BANDWIDTH_BYTES / best
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within the block torch and the compiled kernels use so many threads; None leaves them as they are."""
+    before = torch.get_num_threads(), numba.get_num_threads()
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    if count is not None and not 1 <= count <= most:
+        raise SquamataError(f"threads must be 1 to {most} on this machine, not {count}")
+    _set_threads(*((count, count) if count else before))
+    try:
+        yield
+    finally:
+        _set_threads(*before)
+
+
+def _set_threads(of_torch: int, of_numba: int) -> None:
+    torch.set_num_threads(of_torch)
+    numba.set_num_threads(of_numba)

@@ -1,0 +1,92 @@
+"""One row of the scan's state moves on by one token: float32, int8 with static scales, int8 with the row's own scale."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from squamata.kernels.lanes import head_row, head_row_int8, selective_row, selective_row_int8
+from squamata.kernels.memory import view_float32, view_int8, view_int32
+from squamata.kernels.simd import clamp, divide, exp, rint, round_away, truncate
+
+FLOAT, STATIC, DYNAMIC = 0, 1, 2  # STATE.integer
+
+_ONE = np.float32(1.0)
+_ZERO = np.float32(0.0)
+_LEAST_SCALE = np.float32(1e-8)
+
+
+@njit(cache=True)
+def update_row(state, row, states, scratch, a, b, c, decay, drive, selective):
+    """Row ``row`` of the state (states,) moves on by one token; returns its product with C.
+
+    ``scratch``: room for float32 (states,). ``a``: address of A's row (Mamba-1), where ``decay`` is dt; else ``decay``
+    is the decay itself.
+    """
+    if state.integer == DYNAMIC:
+        return update_row_dynamic(state, row, states, scratch, a, b, c, decay, drive, selective)
+    if state.integer == FLOAT:
+        return update_floats(state.data + row * states * 4, states, a, b, c, decay, drive, selective)
+    blocks = states // 16
+    table = np.int64(view_int32(state.index, row + 1)[row]) * states * 4
+    scale, inverse = state.scale + table, state.inverse + table
+    where = state.data + row * states
+    low, high, rounding = state.low, state.high, state.rounding
+    if selective:
+        y = selective_row_int8(where, a, b, c, scale, inverse, blocks, decay, drive, low, high, rounding)
+    else:
+        y = head_row_int8(where, a, b, c, scale, inverse, blocks, decay, drive, low, high, rounding)
+    B, C, codes = view_float32(b, states), view_float32(c, states), view_int8(where, states)
+    for n in range(blocks * 16, states):
+        factor = exp(decay * view_float32(a, states)[n]) if selective else decay
+        s = factor * (np.float32(codes[n]) * view_float32(scale, states)[n]) + drive * B[n]
+        codes[n] = round_code(state, s * view_float32(inverse, states)[n])
+        y += s * C[n]
+    return y
+
+
+@njit(cache=True)
+def update_floats(where, states, a, b, c, decay, drive, selective):
+    """``update_row`` for float32 at an address."""
+    blocks = states // 16
+    if selective:
+        y = selective_row(where, a, b, c, 0, 0, blocks, decay, drive, _ZERO, _ZERO, np.int64(0))
+    else:
+        y = head_row(where, a, b, c, 0, 0, blocks, decay, drive, _ZERO, _ZERO, np.int64(0))
+    B, C, values = view_float32(b, states), view_float32(c, states), view_float32(where, states)
+    for n in range(blocks * 16, states):
+        factor = exp(decay * view_float32(a, states)[n]) if selective else decay
+        s = factor * values[n] + drive * B[n]
+        values[n] = s
+        y += s * C[n]
+    return y
+
+
+@njit(cache=True)
+def update_row_dynamic(state, row, states, scratch, a, b, c, decay, drive, selective):
+    """The row is read with its scale, moves on in float32, and is written with the scale it then has."""
+    codes, values = view_int8(state.data + row * states, states), view_float32(scratch, states)
+    scales = view_float32(state.scale, row + 1)
+    scale = scales[row]
+    for n in range(states):
+        values[n] = np.float32(codes[n]) * scale
+    y = update_floats(scratch, states, a, b, c, decay, drive, selective)
+    most = _ZERO
+    for n in range(states):
+        most = max(most, abs(values[n]))
+    scale = max(divide(most, state.span), _LEAST_SCALE)
+    scales[row] = scale
+    inverse = divide(_ONE, scale)
+    for n in range(states):
+        codes[n] = round_code(state, values[n] * inverse)
+    return y
+
+
+@njit(cache=True)
+def round_code(state, scaled):
+    """The code of a value already divided by its scale."""
+    code = rint(scaled) if state.rounding == 0 else truncate(scaled)
+    if state.rounding == 1:
+        code = round_away(scaled)
+    return np.int8(np.int32(clamp(code, state.low, state.high)))

@@ -1,0 +1,244 @@
+"""A decode step on a GPU, layer by layer: what each kernel reads and writes, planned once, launched in order.
+
+A Mamba-2 layer is five kernels, a Mamba-1 layer eight, a handful of microseconds each; weights do not depend on what
+comes before, so with programmatic dependent launch a kernel streams its first weights while its predecessors run.
+All buffers are static, so a step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from squamata.kernels.gpu_gemv import Landing, Shape, gemv
+from squamata.kernels.gpu_norm import RotationPlan, RowSite, embed, greedy, greedy_scratch, norm, rotate
+from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, conv_step, selective_step, ssd_step
+from squamata.kernels.gpu_tiles import TiledLinear
+
+SSD_CHANNELS = 32  # of a head, a program
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A product with everything but its activations. ``site``: what its input lands on before."""
+
+    linear: TiledLinear
+    factor: Tensor
+    landing: Landing | None
+    site: RowSite
+    shape: Shape
+
+    def run(self, x: Tensor, out: Outputs, ring: Tensor | None, buffers: Buffers) -> None:
+        scale = buffers.row_scale if self.site.span > 0 else None
+        gemv(x, scale, self.linear, self.factor, self.landing, out.codes, out.values, ring, buffers.position,
+             self.shape, buffers.pdl)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a product leaves its rows: int8 and float32 (B, N), each None if no row goes there."""
+
+    codes: Tensor | None
+    values: Tensor | None
+
+
+@dataclass(frozen=True)
+class InputStage:
+    """Residual add, RMS norm and in_proj (or the head)."""
+
+    gain: Tensor
+    epsilon: float
+    projection: Projection
+
+
+@dataclass(frozen=True)
+class OutputStage:
+    """Gate norm (none in Mamba-1: no gain), rotation and out_proj."""
+
+    gain: Tensor | None
+    epsilon: float
+    groups: int
+    middle: RowSite
+    rotation: RotationPlan
+    projection: Projection
+
+
+@dataclass(frozen=True)
+class ScanParameters:
+    """``dt_bias``, ``A`` (negative) and ``skip``: float32 (H,), or (E,), (E, N) and (E,) for Mamba-1."""
+
+    dt_bias: Tensor
+    A: Tensor
+    skip: Tensor
+    grid: StatePlan | None
+    inputs: dict[str, InputPlan]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """``ring``: the last K inputs of the convolution, int8 or float32 (K, B, C). ``state``: (B, H, P, N) or (B, E, N)."""
+
+    ring: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True)
+class Mamba2Layer:
+    """Plan of a Mamba-2 layer. ``starts``: rows of in_proj where z and dt begin."""
+
+    entry: InputStage
+    conv: ConvolutionPlan
+    scan: ScanParameters
+    exit: OutputStage
+    state: LayerState
+    starts: tuple[int, int]
+    groups: int
+    limit: tuple[float, float]
+
+    def run(self, buffers: Buffers, first: bool) -> None:
+        out = enter(self.entry, self.state.ring, buffers, first)
+        gated = buffers.get("gated", self.inner)
+        ssd_step(self.state.ring, *buffers.both(out), self.conv, self.scan.inputs["dt"], self.scan.inputs["z"],
+                 self.scan.dt_bias, self.scan.A, self.scan.skip, self.state.state, self.scan.grid, buffers.position,
+                 gated, self.starts, self.groups, self.limit, min(SSD_CHANNELS, self.state.state.shape[2]),
+                 buffers.pdl)  # fmt: skip
+        leave(self.exit, gated, buffers)
+
+    @property
+    def inner(self) -> int:
+        return self.exit.projection.linear.columns
+
+
+@dataclass(frozen=True)
+class Mamba1Layer:
+    """Plan of a Mamba-1 layer. ``z_start``: row of in_proj where z begins; ``low_rank``: rows of x_proj before B."""
+
+    entry: InputStage
+    conv: ConvolutionPlan
+    x_proj: Projection
+    dt_proj: Projection
+    scan: ScanParameters
+    exit: OutputStage
+    state: LayerState
+    z_start: int
+    low_rank: int
+
+    def run(self, buffers: Buffers, first: bool) -> None:
+        inner = self.exit.projection.linear.columns
+        z = buffers.both(enter(self.entry, self.state.ring, buffers, first))
+        u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
+        conv_step(self.state.ring, self.conv, buffers.position, u, u.dtype == torch.int8, buffers.pdl)
+        low = buffers.outputs("low", self.x_proj)
+        self.x_proj.run(u, low, None, buffers)
+        dt_low = low.codes if self.dt_proj.linear.format.integer_activations else low.values
+        assert dt_low is not None
+        dt = buffers.outputs("dt", self.dt_proj)
+        self.dt_proj.run(dt_low[:, : self.low_rank], dt, None, buffers)
+        gated = buffers.get("gated", inner)
+        selective_step(u, z, buffers.both(dt), buffers.both(low), self.scan.inputs, self.scan.dt_bias, self.scan.A,
+                       self.scan.skip, self.state.state, self.scan.grid, gated, (self.z_start, self.low_rank),
+                       buffers.pdl)  # fmt: skip
+        leave(self.exit, gated, buffers)
+
+
+def enter(stage: InputStage, ring: Tensor | None, buffers: Buffers, first: bool, name: str = "entered") -> Outputs:
+    """residual += h, norm, product."""
+    projection = stage.projection
+    x = buffers.get("normed", projection.linear.columns, projection.site.quantized)
+    norm(buffers.h, buffers.residual, stage.gain, stage.epsilon, projection.site, x, buffers.row_scale, first, buffers.pdl)
+    out = buffers.outputs(name, projection)
+    projection.run(x, out, ring, buffers)
+    return out
+
+
+def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> None:
+    """Gate norm, rotation, product: the new h."""
+    projection = stage.projection
+    x = buffers.get("rotated", projection.linear.columns, projection.site.quantized)
+    rotate(gated, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle, projection.site, x, buffers.pdl)
+    projection.run(x, Outputs(None, buffers.h), None, buffers)
+
+
+@dataclass
+class Buffers:
+    """Static memory of a step. ``position``: int32 (1,), the tokens taken in so far, modulo nothing."""
+
+    rows: int
+    width: int
+    device: torch.device
+    pdl: bool
+    memory: dict[tuple[str, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.h = torch.zeros(self.rows, self.width, device=self.device)
+        self.residual = torch.zeros_like(self.h)
+        self.row_scale = torch.ones(self.rows, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.ids = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
+
+    def get(self, name: str, features: int, integer: bool = False) -> Tensor:
+        """int8 or float32 (rows, features), the same memory for the same name and size in every layer."""
+        key = (name, features, torch.int8 if integer else torch.float32)
+        if key not in self.memory:
+            self.memory[key] = torch.zeros(self.rows, features, dtype=key[2], device=self.device)
+        return self.memory[key]
+
+    def outputs(self, name: str, projection: Projection) -> Outputs:
+        """Memory for a product's rows."""
+        landing, rows = projection.landing, projection.linear.rows
+        codes = self.get(name, rows, True) if landing is not None and landing.any_codes else None
+        values = self.get(name, rows) if landing is None or landing.any_values else None
+        return Outputs(codes, values)
+
+    def both(self, out: Outputs) -> tuple[Tensor, Tensor]:
+        """Codes and values of a product; the one that it does not write stands in for the other."""
+        first, second = out.codes, out.values
+        if first is None:
+            first = second
+        assert first is not None
+        return first, first if second is None else second
+
+
+@dataclass
+class DecodePlan:
+    """A whole model: ``step`` takes ``buffers.ids`` to ``logits`` (B, V), and puts the likeliest next ids back."""
+
+    table: Tensor
+    table_scale: Tensor | None
+    layers: list[Mamba1Layer | Mamba2Layer]
+    head: InputStage
+    buffers: Buffers
+
+    def __post_init__(self) -> None:
+        vocabulary = self.head.projection.linear.rows
+        self.logits = self.buffers.get("logits", vocabulary)
+        self._scratch = greedy_scratch(self.buffers.rows, vocabulary, self.buffers.device)
+
+    def step(self) -> None:
+        """Launch every kernel of one token."""
+        buffers = self.buffers
+        embed(buffers.ids, self.table, self.table_scale, buffers.h, pdl=False)  # not before the last step has ended
+        for index, layer in enumerate(self.layers):
+            layer.run(buffers, first=index == 0)
+        enter(self.head, None, buffers, first=not self.layers, name="logits")
+        greedy(self.logits, self._scratch, buffers.ids, buffers.position, buffers.pdl)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step streams (one row of the embedding left out)."""
+        return sum(projection.linear.nbytes for projection in self.projections())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state that a step reads and writes, for all sequences."""
+        return sum(2 * layer.state.state.nbytes + layer.state.ring.nbytes for layer in self.layers)
+
+    def projections(self) -> list[Projection]:
+        """Every product of a step."""
+        found = []
+        for layer in self.layers:
+            middle = [layer.x_proj, layer.dt_proj] if isinstance(layer, Mamba1Layer) else []
+            found += [layer.entry.projection, *middle, layer.exit.projection]
+        return [*found, self.head.projection]

@@ -1,0 +1,80 @@
+"""What the Triton kernels share: rounding onto a site, the activation functions, byte products, grid dependencies.
+
+``NATIVE`` is false where a kernel runs in Triton's interpreter, which has no PTX: the same numbers come from plain
+operations then.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2}
+
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, ties to even
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def to_codes(x, inverse, low, high, ROUNDING: tl.constexpr):
+    """clamp(round(x * inverse), low, high) in float32, as ``site.encode`` defines it (bounds are integers)."""
+    scaled = tl.minimum(tl.maximum(x * inverse, low), high)
+    if ROUNDING == 0:
+        return (scaled + _MAGIC) - _MAGIC
+    magnitude = tl.abs(scaled)
+    rounded = tl.floor(magnitude + 0.5) if ROUNDING == 1 else tl.floor(magnitude)
+    return tl.where(scaled < 0, -rounded, rounded)
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), accurate where exp(x) is small; x itself above 20, as torch does."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    one_more = 1.0 + e
+    small = one_more == 1.0
+    accurate = tl.log(one_more) * (e / tl.where(small, 1.0, one_more - 1.0))
+    return tl.where(x > 20.0, x, tl.where(small, e, accurate))
+
+
+@triton.jit
+def dot4(a, b, accumulator, NATIVE: tl.constexpr):
+    """accumulator + the dot product of four int8 in each int32 of ``a`` and ``b``."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, accumulator], dtype=tl.int32, is_pure=True, pack=1
+        )
+    for byte in tl.static_range(4):
+        accumulator += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+    return accumulator
+
+
+@triton.jit
+def small_to_float(x):
+    """int32 of magnitude below 2^22 as float32, by addition: integer conversions run at a quarter of the rate."""
+    return (x + _MAGIC_BITS).to(tl.float32, bitcast=True) - _MAGIC
+
+
+@triton.jit
+def nibble_to_float(words, place: tl.constexpr):
+    """Code at nibble ``place``, stored as code + 8, as float32."""
+    bits = ((words >> (4 * place)) & 15) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - 8388616.0
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the kernels before this one have finished and their writes are visible."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel's programs start, so that they can load what does not depend on this one."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()

@@ -1,0 +1,263 @@
+"""The row-wise kernels of a decode step: embedding, residual and RMS norm, gate norm and rotation, next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_math import let_next_start, to_codes, wait_for_previous
+from squamata.kernels.hadamard import Rotation
+from squamata.kernels.hadamard.matrices import decompose, hadamard_matrix
+
+_SMALLEST_SCALE = tl.constexpr(1e-8)  # of a dynamic site, as in site.range_to_scale
+
+
+@dataclass(frozen=True)
+class RowSite:
+    """A site that a whole row lands on: float, int8 with one static scale, or int8 with the row's own scale.
+
+    ``scale`` is used with ``span`` 0; a ``span`` above 0 means dynamic: absmax / span.
+    """
+
+    quantized: bool = False
+    scale: float = 1.0
+    inverse: float = 1.0
+    low: float = -127.0
+    high: float = 127.0
+    span: float = 0.0
+    rounding: int = 0
+
+    def empty(self, rows: int, features: int, device: torch.device | str) -> Tensor:
+        """Memory for rows that land here."""
+        return torch.zeros(rows, features, dtype=torch.int8 if self.quantized else torch.float32, device=device)
+
+
+@triton.jit
+def _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED: tl.constexpr,
+              DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr):  # fmt: skip
+    if QUANTIZED:
+        if DYNAMIC:
+            scale = tl.maximum(tl.max(tl.abs(y), axis=0) / span, _SMALLEST_SCALE)
+            tl.store(out_scale + row, scale)
+            inverse = 1.0 / scale
+        tl.store(out + offsets, to_codes(y, inverse, low, high, ROUNDING).to(tl.int8), mask=mask)
+    else:
+        tl.store(out + offsets, y, mask=mask)
+
+
+@triton.jit
+def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, high, span, FIRST: tl.constexpr,
+                 QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, BD: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    column = tl.arange(0, BD)
+    mask = column < D
+    gain = tl.load(weight + column, mask=mask, other=0.0)
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    offsets = row * D + column
+    x = tl.load(h + offsets, mask=mask, other=0.0)
+    if not FIRST:
+        x += tl.load(residual + offsets, mask=mask, other=0.0)
+    tl.store(residual + offsets, x, mask=mask)
+    y = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon)) * gain
+    _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
+
+
+def norm(h: Tensor, residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor,
+         out_scale: Tensor | None, first: bool, pdl: bool) -> None:  # fmt: skip
+    """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D)."""
+    rows, width = h.shape
+    _norm_kernel[(rows,)](
+        h, residual, weight, out, out_scale if out_scale is not None else residual, width, epsilon, site.inverse,
+        site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
+        ROUNDING=site.rounding, BD=triton.next_power_of_2(width), PDL=pdl, num_warps=8, **_launch(pdl),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RotationPlan:
+    """H_M (x) H_P over ``blocks`` blocks of M * P channels: a program makes one row of M, P outputs.
+
+    ``mix``: float32 (M, M), entries +-1; ``left`` (a, a), ``right`` (b, b) with a * b = P: the butterflies of P as two
+    small products. Without a rotation ``mix`` is the identity and ``left``, ``right`` are not applied.
+    """
+
+    blocks: int
+    mix: Tensor
+    left: Tensor
+    right: Tensor
+    factor: float
+    rotated: bool
+
+    @property
+    def parts(self) -> int:
+        return int(self.mix.shape[0])
+
+    @property
+    def part(self) -> int:
+        return int(self.left.shape[0] * self.right.shape[0])
+
+
+def plan_rotation(rotation: Rotation | None, size: int, device: torch.device | str) -> RotationPlan:
+    """Split a rotation (or none) of ``size`` channels into parts of at most 256 channels."""
+    if rotation is None:
+        part = next(width for width in (256, 128, 64, 32, 16, 8, 4, 2, 1) if size % width == 0)
+        left, right = _square(part)
+        one = torch.ones(1, 1, device=device)
+        return RotationPlan(size // part, one, torch.eye(left, device=device), torch.eye(right, device=device), 1.0, False)
+    parts = decompose(rotation.block)
+    assert parts is not None
+    order, power = parts
+    part = min(power, 256)
+    mix = torch.kron(hadamard_matrix(order), hadamard_matrix(power // part)) if order > 1 else hadamard_matrix(power // part)
+    left, right = (hadamard_matrix(side).to(device) for side in _square(part))
+    blocks = rotation.size // rotation.block
+    return RotationPlan(blocks, mix.contiguous().to(device), left, right, rotation.block**-0.5, True)
+
+
+def _square(size: int) -> tuple[int, int]:
+    power = size.bit_length() - 1
+    return 1 << (power // 2), 1 << (power - power // 2)
+
+
+@triton.jit
+def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, E, factor, epsilon, inverse, low, high, span,
+                   middle_inverse, middle_scale, middle_low, middle_high,
+                   GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, A: tl.constexpr,
+                   B: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
+                   MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
+                   QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One part (A * B outputs) of one row: out = H (norm(gated) * gain) * factor, landed."""
+    at = tl.program_id(0)
+    row = tl.program_id(1)
+    block = at // PARTS
+    j = tl.arange(0, PARTS_PADDED)
+    within = tl.arange(0, A * B)
+    signs = tl.load(mix + (at % PARTS) * PARTS + j, mask=j < PARTS, other=0.0)
+    channel = (block * PARTS + j)[:, None] * (A * B) + within[None, :]
+    mask = (j < PARTS)[:, None] & (within >= 0)[None, :]
+    H_left = tl.load(left + tl.arange(0, A)[:, None] * A + tl.arange(0, A)[None, :])
+    H_right = tl.load(right + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
+    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
+    if NORM:
+        width: tl.constexpr = E // GROUPS
+        for group in tl.static_range(GROUPS):
+            lane = tl.arange(0, BE)
+            member = tl.load(gated + row * E + group * width + lane, mask=lane < width, other=0.0)
+            scale = 1.0 / tl.sqrt_rn(tl.sum(member * member, axis=0) / width + epsilon)
+            y = tl.where(channel // width == group, y * scale, y)
+        y = y * weight
+    if MIDDLE:
+        y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
+    mixed = tl.sum(y * signs[:, None], axis=0)
+    if ROTATED:
+        square = tl.reshape(mixed, (A, B))
+        half = tl.sum(H_left[:, :, None] * square[None, :, :], axis=1)  # (A, B)
+        square = tl.sum(half[:, :, None] * H_right[None, :, :], axis=1)
+        mixed = tl.reshape(square, (A * B,)) * factor
+    place = row * E + at * (A * B) + within
+    _land_row(mixed, out, out_scale, row, place, within >= 0, inverse, low, high, span, QUANTIZED, False, ROUNDING)
+
+
+def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan: RotationPlan, middle: RowSite,
+           site: RowSite, out: Tensor, pdl: bool) -> None:  # fmt: skip
+    """RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site`` (static or float)."""
+    rows, width = gated.shape
+    a, b = plan.left.shape[0], plan.right.shape[0]
+    _rotate_kernel[(plan.blocks * plan.parts, rows)](
+        gated, gain if gain is not None else gated, plan.mix, plan.left, plan.right, out, gated, width, plan.factor,
+        epsilon, site.inverse, site.low, site.high, site.span, middle.inverse, middle.scale, middle.low, middle.high,
+        GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a, B=b,
+        BE=triton.next_power_of_2(width // groups), NORM=gain is not None, ROTATED=plan.rotated,
+        MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
+        PDL=pdl, num_warps=8, **_launch(pdl),
+    )  # fmt: skip
+
+
+@triton.jit
+def _embed_kernel(ids, table, scale, out, D, CODES: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
+    """CODES: 0 float table, 8 int8, 4 int4 (canonical nibbles); ``scale``: float32, one a row of the table."""
+    row = tl.program_id(0)
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    token = tl.load(ids + row).to(tl.int64)
+    column = tl.arange(0, BD)
+    mask = column < D
+    if CODES == 4:
+        packed = tl.load(table + token * (D // 2) + column // 2, mask=mask, other=0).to(tl.int32)
+        value = (((packed >> (4 * (column % 2))) & 15) ^ 8) - 8
+    else:
+        value = tl.load(table + token * D + column, mask=mask, other=0)
+    value = value.to(tl.float32)
+    if CODES > 0:
+        value = value * tl.load(scale + token)
+    tl.store(out + row * D + column, value, mask=mask)
+
+
+def embed(ids: Tensor, table: Tensor, scale: Tensor | None, out: Tensor, pdl: bool) -> None:
+    """Rows of the embedding, dequantized: ids int64 (rows,) -> float32 (rows, D)."""
+    rows, width = out.shape
+    kinds = {torch.int8: 8, torch.uint8: 4}
+    _embed_kernel[(rows,)](
+        ids, table, scale if scale is not None else out, out, width, CODES=kinds.get(table.dtype, 0),
+        BD=triton.next_power_of_2(width), PDL=pdl, num_warps=4, **_launch(pdl),
+    )  # fmt: skip
+
+
+@triton.jit
+def _best_kernel(logits, best, where, V, PARTS: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr):
+    part = tl.program_id(0)
+    row = tl.program_id(1)
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    column = part * BV + tl.arange(0, BV)
+    value = tl.load(logits + row * V + column, mask=column < V, other=-float("inf"))
+    tl.store(best + row * PARTS + part, tl.max(value, axis=0))
+    tl.store(where + row * PARTS + part, part * BV + tl.argmax(value, axis=0))
+
+
+@triton.jit
+def _pick_kernel(best, where, ids, position, PARTS: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0)
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    part = tl.arange(0, BP)
+    value = tl.load(best + row * PARTS + part, mask=part < PARTS, other=-float("inf"))
+    winner = tl.argmax(value, axis=0)
+    tl.store(ids + row, tl.load(where + row * PARTS + winner).to(tl.int64))
+    if row == 0:
+        tl.store(position, tl.load(position) + 1)
+
+
+def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position: Tensor, pdl: bool) -> None:
+    """ids[row] = first index of the largest logit; position += 1. ``scratch``: float32, int32 (rows, parts)."""
+    rows, vocabulary = logits.shape
+    parts = scratch[0].shape[1]
+    _best_kernel[(parts, rows)](
+        logits, *scratch, vocabulary, PARTS=parts, BV=GREEDY_PART, PDL=pdl, num_warps=4, **_launch(pdl)
+    )
+    _pick_kernel[(rows,)](
+        *scratch, ids, position, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1, **_launch(pdl)
+    )
+
+
+GREEDY_PART = 1024
+
+
+def greedy_scratch(rows: int, vocabulary: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Memory for ``greedy``."""
+    shape = (rows, triton.cdiv(vocabulary, GREEDY_PART))
+    return torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device)
+
+
+def _launch(pdl: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if pdl and not INTERPRETED else {}

@@ -1,0 +1,231 @@
+"""One token through convolution and scan, state in int8, float16, bfloat16 or float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squamata.kernels.gpu_math import let_next_start, silu, softplus, to_codes, wait_for_previous
+from squamata.kernels.gpu_norm import _launch
+
+
+@dataclass(frozen=True)
+class ConvolutionPlan:
+    """Depthwise convolution over C channels that read a ring of inputs, and the sites of its outputs.
+
+    ``taps``: float32 (K, C), integers if the inputs are codes. All float32 (C,): ``factor`` (scale of input times
+    weight), ``bias``, ``inverse`` (0: the output stays float), ``scale``, ``low``, ``high``. Roundings of u, and of
+    B and C: -1 where all stay float.
+    """
+
+    taps: Tensor
+    factor: Tensor
+    bias: Tensor
+    inverse: Tensor
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    rounding: int
+    rounding_bc: int = -1
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """Grid of an integer state; ``scale``, ``inverse`` float32 (rows,) or (rows, N). Not used for a float state."""
+
+    scale: Tensor
+    inverse: Tensor
+    low: float
+    high: float
+    rounding: int
+    along_states: bool
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """How a float32 or int8 input that in_proj left is read: ``scale`` float32, one a channel."""
+
+    codes: bool
+    scale: Tensor
+
+
+@triton.jit
+def _convolve(ring, taps, tables, channel, mask, position, row, rows, C, WIDTH: tl.constexpr,
+              ROUNDING: tl.constexpr):  # fmt: skip
+    """SiLU(sum_k x[t - K + 1 + k] tap[k] * factor + bias), landed and dequantized, for some channels."""
+    factor, bias, inverse, scale, low, high = tables
+    now = tl.load(position)
+    total = tl.zeros(channel.shape, tl.float32)
+    for k in tl.static_range(WIDTH):
+        slot = (now + 1 + k) % WIDTH
+        x = tl.load(ring + (slot * rows + row) * C + channel, mask=mask, other=0).to(tl.float32)
+        total += x * tl.load(taps + k * C + channel, mask=mask, other=0.0)
+    f = tl.load(factor + channel, mask=mask, other=0.0)
+    u = silu(total * f + tl.load(bias + channel, mask=mask, other=0.0))
+    if ROUNDING >= 0:
+        inv = tl.load(inverse + channel, mask=mask, other=0.0)
+        smallest, largest = tl.load(low + channel, mask=mask, other=0.0), tl.load(high + channel, mask=mask, other=0.0)
+        landed = to_codes(u, inv, smallest, largest, ROUNDING) * tl.load(scale + channel, mask=mask, other=0.0)
+        u = tl.where(inv == 0, u, landed)
+    return u
+
+
+@triton.jit
+def _read(codes, values, scale, place, index, mask, CODES: tl.constexpr):
+    if CODES:
+        x = tl.load(codes + place, mask=mask, other=0).to(tl.float32)
+        return x * tl.load(scale + index, mask=mask, other=0.0)
+    return tl.load(values + place, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_state(state, place, mask, scale, QUANTIZED: tl.constexpr):
+    s = tl.load(state + place, mask=mask, other=0).to(tl.float32)
+    return s * scale if QUANTIZED else s
+
+
+@triton.jit
+def _ssd_kernel(ring, codes, values, taps, factor, bias, inverse, scale, low, high, dt_scale, z_scale, dt_bias, A, skip,
+                state, state_scale, state_inverse, state_low, state_high, position, out, rows, N_OUT, dt_low, dt_high,
+                Z_START: tl.constexpr, DT_START: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                GROUPS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, U_ROUNDING: tl.constexpr,
+                BC_ROUNDING: tl.constexpr, DT_CODES: tl.constexpr, Z_CODES: tl.constexpr, QUANTIZED: tl.constexpr,
+                ALONG: tl.constexpr, STATE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """BP channels of one head of one sequence: convolve x, B and C, update the state, skip, gate."""
+    at = tl.program_id(0)
+    row = tl.program_id(1)
+    head = at * BP // P
+    channel = at * BP + tl.arange(0, BP)  # of E
+    n = tl.arange(0, BN)
+    C: tl.constexpr = H * P + 2 * GROUPS * N
+    inside = n < N
+    place = (row.to(tl.int64) * (H * P) + channel)[:, None] * N + n[None, :]
+    mask = (channel >= 0)[:, None] & inside[None, :]
+    scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
+    grid_scale = tl.load(state_scale + scale_place) if QUANTIZED else 1.0
+    s = _load_state(state, place, mask, grid_scale, QUANTIZED)  # the last step wrote it: long finished
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    tables = (factor, bias, inverse, scale, low, high)
+    u = _convolve(ring, taps, tables, channel, channel >= 0, position, row, rows, C, WIDTH, U_ROUNDING)
+    b_channel = H * P + (head * GROUPS // H) * N + n
+    B = _convolve(ring, taps, tables, b_channel, inside, position, row, rows, C, WIDTH, BC_ROUNDING)
+    C_ = _convolve(ring, taps, tables, b_channel + GROUPS * N, inside, position, row, rows, C, WIDTH, BC_ROUNDING)
+    dt = _read(codes, values, dt_scale, row * N_OUT + DT_START + head, head, head >= 0, DT_CODES)
+    dt = softplus(dt + tl.load(dt_bias + head))
+    dt = tl.minimum(tl.maximum(dt, dt_low), dt_high)
+    s = tl.exp(dt * tl.load(A + head)) * s + (dt * u)[:, None] * B[None, :]
+    if QUANTIZED:
+        grid_inverse = tl.load(state_inverse + scale_place)
+        tl.store(state + place, to_codes(s, grid_inverse, state_low, state_high, STATE_ROUNDING).to(tl.int8), mask=mask)
+    else:
+        tl.store(state + place, s.to(state.dtype.element_ty), mask=mask)
+    y = tl.sum(s * C_[None, :], axis=1) + tl.load(skip + head) * u
+    z = _read(codes, values, z_scale, row * N_OUT + Z_START + channel, channel, channel >= 0, Z_CODES)
+    tl.store(out + row * (H * P) + channel, y * silu(z), mask=channel >= 0)
+
+
+def ssd_step(ring: Tensor, codes: Tensor, values: Tensor, conv: ConvolutionPlan, dt: InputPlan, z: InputPlan,
+             dt_bias: Tensor, A: Tensor, skip: Tensor, state: Tensor, grid: StatePlan | None, position: Tensor,
+             out: Tensor, starts: tuple[int, int], groups: int, limit: tuple[float, float], channels: int,
+             pdl: bool) -> None:  # fmt: skip
+    """Mamba-2: out (B, E) = (scan + skip) * SiLU(z); ``state`` (B, H, P, N) is updated; ``starts`` of z and dt rows."""
+    rows, heads, head_dim, states = state.shape
+    filler = conv.factor
+    _ssd_kernel[(heads * head_dim // channels, rows)](
+        ring, codes, values, conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high,
+        dt.scale, z.scale, dt_bias, A, skip, state, grid.scale if grid else filler, grid.inverse if grid else filler,
+        grid.low if grid else 0.0, grid.high if grid else 0.0, position, out, rows, codes.shape[1], *limit,
+        Z_START=starts[0], DT_START=starts[1], H=heads, P=head_dim, N=states, GROUPS=groups, BP=channels,
+        BN=triton.next_power_of_2(states), WIDTH=conv.taps.shape[0], U_ROUNDING=conv.rounding,
+        BC_ROUNDING=conv.rounding_bc, DT_CODES=dt.codes, Z_CODES=z.codes, QUANTIZED=grid is not None,
+        ALONG=grid.along_states if grid else False, STATE_ROUNDING=grid.rounding if grid else 0, PDL=pdl,
+        num_warps=4, **_launch(pdl),
+    )  # fmt: skip
+
+
+@triton.jit
+def _conv_kernel(ring, taps, factor, bias, inverse, scale, low, high, position, out_codes, out_values, rows,
+                 C: tl.constexpr, BC: tl.constexpr, WIDTH: tl.constexpr, ROUNDING: tl.constexpr,
+                 TO_CODES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    channel = tl.program_id(0) * BC + tl.arange(0, BC)
+    row = tl.program_id(1)
+    mask = channel < C
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    tables = (factor, bias, inverse, scale, low, high)
+    u = _convolve(ring, taps, tables, channel, mask, position, row, rows, C, WIDTH, -1 if TO_CODES else ROUNDING)
+    if TO_CODES:
+        inv = tl.load(inverse + channel, mask=mask, other=0.0)
+        smallest, largest = tl.load(low + channel, mask=mask, other=0.0), tl.load(high + channel, mask=mask, other=0.0)
+        tl.store(out_codes + row * C + channel, to_codes(u, inv, smallest, largest, ROUNDING).to(tl.int8), mask=mask)
+    else:
+        tl.store(out_values + row * C + channel, u, mask=mask)
+
+
+def conv_step(ring: Tensor, conv: ConvolutionPlan, position: Tensor, out: Tensor, to_codes_: bool, pdl: bool) -> None:
+    """Mamba-1: u (B, E), int8 codes of its site or float32."""
+    rows, channels = out.shape
+    block = 256
+    _conv_kernel[(triton.cdiv(channels, block), rows)](
+        ring, conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high, position, out, out,
+        rows, C=channels, BC=block, WIDTH=conv.taps.shape[0], ROUNDING=conv.rounding, TO_CODES=to_codes_, PDL=pdl, num_warps=4, **_launch(pdl),
+    )  # fmt: skip
+
+
+@triton.jit
+def _selective_kernel(u_codes, u_values, u_scale, z_codes, z_values, z_scale, dt_codes, dt_values, dt_scale, low_codes,
+                      low_values, b_scale, dt_bias, A, skip, state, state_scale, state_inverse, state_low, state_high,
+                      out, N_IN, N_LOW, Z_START: tl.constexpr, B_START: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+                      BE: tl.constexpr, BN: tl.constexpr, U_CODES: tl.constexpr, Z_CODES: tl.constexpr,
+                      DT_CODES: tl.constexpr, B_CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
+                      STATE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """BE channels of one sequence: update the state (Gu and Dao 2023, algorithm 2), skip, gate."""
+    channel = tl.program_id(0) * BE + tl.arange(0, BE)
+    row = tl.program_id(1)
+    n = tl.arange(0, BN)
+    live = channel < E
+    mask = live[:, None] & (n < N)[None, :]
+    place = (row.to(tl.int64) * E + channel)[:, None] * N + n[None, :]
+    scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
+    decay_rate = tl.load(A + channel[:, None] * N + n[None, :], mask=mask, other=0.0)
+    grid_scale = tl.load(state_scale + scale_place, mask=live[:, None], other=0.0) if QUANTIZED else 1.0
+    s = _load_state(state, place, mask, grid_scale, QUANTIZED)
+    shift = tl.load(dt_bias + channel, mask=live, other=0.0)
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    u = _read(u_codes, u_values, u_scale, row * E + channel, channel, live, U_CODES)
+    z = _read(z_codes, z_values, z_scale, row * N_IN + Z_START + channel, channel, live, Z_CODES)
+    dt = softplus(_read(dt_codes, dt_values, dt_scale, row * E + channel, channel, live, DT_CODES) + shift)
+    B = _read(low_codes, low_values, b_scale, row * N_LOW + B_START + n, n, n < N, B_CODES)
+    C = _read(low_codes, low_values, b_scale + N, row * N_LOW + B_START + N + n, n, n < N, B_CODES)
+    s = tl.exp(dt[:, None] * decay_rate) * s + (dt * u)[:, None] * B[None, :]
+    if QUANTIZED:
+        inverse = tl.load(state_inverse + scale_place, mask=live[:, None], other=0.0)
+        tl.store(state + place, to_codes(s, inverse, state_low, state_high, STATE_ROUNDING).to(tl.int8), mask=mask)
+    else:
+        tl.store(state + place, s.to(state.dtype.element_ty), mask=mask)
+    y = tl.sum(s * C[None, :], axis=1) + tl.load(skip + channel, mask=live, other=0.0) * u
+    tl.store(out + row * E + channel, y * silu(z), mask=live)
+
+
+def selective_step(u: Tensor, z: tuple[Tensor, Tensor], dt: tuple[Tensor, Tensor], low: tuple[Tensor, Tensor],
+                   inputs: dict[str, InputPlan], dt_bias: Tensor, A: Tensor, skip: Tensor, state: Tensor,
+                   grid: StatePlan | None, out: Tensor, starts: tuple[int, int], pdl: bool) -> None:  # fmt: skip
+    """Mamba-1: out (B, E) = (scan + skip) * SiLU(z). ``z``, ``dt``, ``low``: buffers of codes and values;
+    ``inputs``: u, z, dt and BC (scales of B, then of C); ``starts``: of z, and of B in ``low``."""
+    rows, channels, states = state.shape
+    filler = dt_bias
+    block = 32
+    _selective_kernel[(triton.cdiv(channels, block), rows)](
+        u, u, inputs["u"].scale, *z, inputs["z"].scale, *dt, inputs["dt"].scale, *low, inputs["BC"].scale, dt_bias, A,
+        skip, state, grid.scale if grid else filler, grid.inverse if grid else filler, grid.low if grid else 0.0,
+        grid.high if grid else 0.0, out, z[0].shape[1], low[0].shape[1], Z_START=starts[0], B_START=starts[1],
+        E=channels, N=states, BE=block, BN=triton.next_power_of_2(states), U_CODES=inputs["u"].codes,
+        Z_CODES=inputs["z"].codes, DT_CODES=inputs["dt"].codes, B_CODES=inputs["BC"].codes,
+        QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
+        STATE_ROUNDING=grid.rounding if grid else 0, PDL=pdl, num_warps=2, **_launch(pdl),
+    )  # fmt: skip

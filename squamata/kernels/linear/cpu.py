@@ -1,0 +1,209 @@
+"""CPU: int8 products by torch's oneDNN, and one pass that turns accumulators into what lands on each site.
+
+``torch._int_mm`` has no requirement of alignment on the CPU, and takes the canonical (N, K) weight transposed at no
+cost. Int4 weights are unpacked for each call: a copy in int8 would double the memory of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange, types
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear as matmul_transposed
+
+from squamata.kernels.landing import FLOAT, Landing, array, landing, plain, readable, uniform, vector, write_whole_row
+from squamata.kernels.linear import Linear, integer_product
+from squamata.kernels.qtensor import QTensor, Value
+from squamata.kernels.site import Site
+
+ACCUMULATOR_BYTES = 4 << 20  # rows are taken in tiles whose accumulators fit in this
+SMALLEST_TILE = 64  # rows: fewer would repack the weight too often
+
+
+class _Factors(NamedTuple):
+    """y = accumulator * (row * column) + bias; ``row`` (M,), ``column`` (N,), ``bias`` (N,) or empty."""
+
+    row: NDArray[np.float32]
+    column: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
+def accepts(x: Value, layer: Linear, out: Sequence[Site | None]) -> bool:
+    weight = layer.weight
+    if not (readable(x) and plain(layer.bias) and isinstance(weight, QTensor) and readable(weight)) or 0 in x.shape:
+        return False
+    if weight.zero is not None or weight.spec.codec != "uniform" or not _by_row_or_group(weight):
+        return False
+    if not isinstance(x, QTensor):
+        return True
+    return uniform(x) and (x.scale.numel() == 1 or x.scale.shape == (*x.shape[:-1], 1)) and exact_int_mm()
+
+
+def _by_row_or_group(weight: QTensor) -> bool:
+    """True if a scale serves the whole weight, a row, or a group of a row."""
+    rows, columns = weight.shape
+    group = weight.spec.granularity.group
+    groups = 1 if group is None else -(-columns // group)
+    return weight.scale.ndim < 2 or (weight.scale.shape[0] in (1, rows) and weight.scale.shape[1] == groups)
+
+
+def run(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
+    if not integer_product(x, layer.weight):
+        return _float_product(x, layer, out)
+    assert isinstance(x, QTensor) and isinstance(layer.weight, QTensor)
+    columns = x.shape[-1]
+    codes = x.data.reshape(-1, columns).contiguous()
+    scale = x.scale.float().reshape(-1)
+    rows = len(codes)
+    wheres = [landing(s, *x.shape[:-1], n, per_token=True) for s, n in zip(out, layer.rows, strict=True)]
+    grouped = layer.weight.spec.granularity.group is not None and layer.weight.scale.ndim == 2
+    weight = unpacked(layer.weight)
+    column = torch.ones(()) if grouped else layer.weight.scale
+    factors = _Factors(
+        vector(scale, rows),
+        vector(column, len(weight)),
+        np.empty(0, np.float32) if layer.bias is None else vector(layer.bias, len(weight)),
+    )
+    tile = min(rows, max(SMALLEST_TILE, ACCUMULATOR_BYTES // (4 * len(weight))))
+    acc = torch.empty(tile, len(weight), dtype=torch.int32)
+    for start in range(0, rows, tile):
+        part = codes[start : start + tile]
+        room = acc[: len(part)]
+        if grouped:
+            _land(_grouped_product(part, weight, layer.weight, room), start, factors, wheres)
+        else:
+            _land(torch._int_mm(part, weight.t(), out=room), start, factors, wheres)
+    return tuple(where.value() for where in wheres)
+
+
+def _float_product(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
+    """Float activations: the weight is expanded, once a call."""
+    assert isinstance(x, Tensor) and isinstance(layer.weight, QTensor)
+    y = matmul_transposed(x, dequantized(layer.weight), layer.bias)
+    parts = y.split(layer.rows, dim=-1)
+    return tuple(part if site is None else site.land(part) for part, site in zip(parts, out, strict=True))
+
+
+def _land(acc: Tensor, start: int, factors: _Factors, wheres: Sequence[Landing]) -> None:
+    """Accumulators (rows, N) of the rows from ``start`` on, segment by segment onto the targets."""
+    first = 0
+    parts = min(len(acc), 4 * numba.get_num_threads())
+    for where in wheres:
+        _land_segment(acc.numpy(), start, first, factors, where.target, parts)
+        first += where.data.shape[-1]
+
+
+def _grouped_product(x: Tensor, weight: Tensor, quantized: QTensor, acc: Tensor) -> Tensor:
+    """Sum over groups, in increasing order, of float32(accumulator) * scale of the group: (rows, N)."""
+    group = quantized.spec.granularity.group
+    total = torch.empty(len(x), len(weight), dtype=torch.float32)
+    scales = array(quantized.scale.float().t())
+    parts = min(len(x), 4 * numba.get_num_threads())
+    pieces = zip(x.split(group, dim=-1), weight.split(group, dim=-1), strict=True)
+    for index, (x_group, weight_group) in enumerate(pieces):
+        torch._int_mm(x_group.contiguous(), weight_group.t(), out=acc)
+        _add_group(acc.numpy(), scales[index], index == 0, total.numpy(), parts)
+    return total
+
+
+@cache
+def exact_int_mm() -> bool:
+    """Whether int8 products are exact here: some CPUs without the dot-product instruction saturate at 16 bits."""
+    for a, b in ((-128, -128), (-128, 127), (127, -128), (127, 127)):
+        x, w = torch.full((3, 70), a, dtype=torch.int8), torch.full((5, 70), b, dtype=torch.int8)
+        if not bool((torch._int_mm(x, w.t()) == 70 * a * b).all()):
+            return False
+    return True
+
+
+def unpacked(weight: QTensor) -> Tensor:
+    """Codes (N, K) as int8."""
+    if weight.length is None:
+        return weight.data
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    _unpack(array(weight.data), codes.numpy())
+    return codes
+
+
+def dequantized(weight: QTensor) -> Tensor:
+    """Values (N, K) as float32."""
+    codes = unpacked(weight)
+    rows, columns = codes.shape
+    group = weight.spec.granularity.group if weight.scale.ndim == 2 and weight.scale.shape[1] > 1 else None
+    scale = weight.scale.float()
+    scale = scale.expand(rows, scale.shape[1]) if scale.ndim == 2 else scale.reshape(-1, 1).expand(rows, 1)
+    values = torch.empty(rows, columns, dtype=torch.float32)
+    _dequantize(array(codes), array(scale), group or columns, values.numpy())
+    return values
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _unpack(packed, codes):  # type: ignore[no-untyped-def]
+    """Two's complement nibbles, even column low, to int8."""
+    rows, columns = codes.shape
+    for row in prange(rows):
+        pairs, out = packed[row], codes[row]
+        for k in range(columns // 2):
+            out[2 * k] = types.int8(types.int8(pairs[k] << 4) >> 4)
+            out[2 * k + 1] = types.int8(types.int8(pairs[k]) >> 4)
+        if columns % 2:
+            out[columns - 1] = types.int8(types.int8(pairs[columns // 2] << 4) >> 4)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _dequantize(codes, scale, group, values):  # type: ignore[no-untyped-def]
+    rows, columns = codes.shape
+    for row in prange(rows):
+        for index in range(scale.shape[1]):
+            start, stop = index * group, min(columns, (index + 1) * group)
+            out, integers = values[row, start:stop], codes[row, start:stop]
+            for k in range(out.size):
+                out[k] = types.float32(integers[k]) * scale[row, index]
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _add_group(acc, scale, begin, total, parts):  # type: ignore[no-untyped-def]
+    rows, columns = acc.shape
+    for part in prange(parts):
+        for row in range(part * rows // parts, (part + 1) * rows // parts):
+            integers, out = acc[row], total[row]
+            if begin:
+                for n in range(columns):
+                    out[n] = types.float32(integers[n]) * scale[n]
+            else:
+                for n in range(columns):
+                    out[n] = out[n] + types.float32(integers[n]) * scale[n]
+
+
+@njit(cache=True, nogil=True)
+def _land_row(integers, row, first, factors, target, buffer):  # type: ignore[no-untyped-def]
+    """One row of one segment, multiplied and added with separate roundings."""
+    y = target.values[row] if target.rounding == FLOAT else buffer
+    column = factors.column[first : first + y.size]
+    own = factors.row[row]
+    for n in range(y.size):
+        y[n] = types.float32(integers[n]) * (own * column[n])
+    if factors.bias.size:
+        bias = factors.bias[first : first + y.size]
+        for n in range(y.size):
+            y[n] += bias[n]
+    if target.rounding != FLOAT:
+        write_whole_row(target, row, y)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _land_segment(acc, start, first, factors, target, parts):  # type: ignore[no-untyped-def]
+    """Columns ``first`` .. of the accumulators of the rows from ``start`` on, onto a target."""
+    rows = acc.shape[0]
+    features = max(target.codes.shape[1], target.values.shape[1])
+    for part in prange(parts):
+        buffer = np.empty(features, np.float32)
+        for row in range(part * rows // parts, (part + 1) * rows // parts):
+            _land_row(acc[row, first : first + features], start + row, first, factors, target, buffer)

@@ -1,0 +1,223 @@
+"""From a model's blocks to a ``DecodePlan``: one compiled call a token on the CPU, batch 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from squamata.kernels import ops, packing
+from squamata.kernels.decode.cpu import (
+    BoundStates,
+    ConvolutionPlan,
+    DecodePlan,
+    LayerPlan,
+    RotationPlan,
+    SitePlan,
+    StateSitePlan,
+)
+from squamata.kernels.hadamard import Rotation
+from squamata.kernels.hadamard.matrices import base_matrix, decompose
+from squamata.kernels.linear import Linear
+from squamata.kernels.qtensor import QTensor, Value
+from squamata.kernels.site import Site
+from squamata.models.block import Block, LayerCache
+from squamata.models.lm import Cache, LanguageModel
+from squamata.models.mamba1 import Mamba1
+from squamata.models.mamba2 import Mamba2
+
+DYNAMIC_SITES = ("in", "out", "head.in")
+FLOATS = (torch.float32,)
+
+
+class NotPlannableError(Exception):
+    """The model holds something the compiled token does not know; says what."""
+
+
+class Decoder:
+    """A plan together with the model it was made from: token ids in, logits out."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.plan = plan_model(model)
+        self._cache: Cache | None = None
+        self._rows: list[BoundStates] = []
+
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """One token for every sequence, ids (B,) -> logits float32 (B, V); the cache is updated in place."""
+        if self._cache is not cache:
+            self._rows = [self.plan.bind([_states(layer, row) for layer in cache]) for row in range(len(ids))]
+            self._cache = cache
+        embedded = ops.embedding(ids[:, None], self.model.embedding, torch.float32)[:, 0].numpy()
+        logits = torch.empty(len(ids), self.model.config.vocab_size)
+        for row, states in enumerate(self._rows):
+            logits[row] = torch.from_numpy(self.plan.step(embedded[row], states=states))
+        return logits
+
+
+def plan_model(model: LanguageModel) -> DecodePlan:
+    """Pack the weights of a model and lay out its scales; raises NotPlannableError.
+
+    The packed weights are copies: the model can be dropped afterwards, its embedding excepted.
+    """
+    if model.dtype not in FLOATS:
+        raise NotPlannableError(f"computation in {model.dtype}")
+    layers = [_layer(block) for block in model.blocks]
+    (head,) = _linear(model.head, model.head_site)
+    head_site = _site(model.head_site, "head.in")
+    return DecodePlan(layers, _floats(model.final_norm), model.config.norm_epsilon, head, head_site)
+
+
+def _states(layer: LayerCache, row: int) -> tuple[NDArray, NDArray, NDArray[np.float32]]:
+    """Convolution inputs, scan state, and the scales of a dynamic one, of one sequence: views of the cache."""
+    state = layer.state
+    dynamic = isinstance(state, QTensor) and state.spec.dynamic
+    scales = state.scale[row].numpy() if dynamic else np.empty(0, np.float32)  # type: ignore[union-attr]
+    return _memory(layer.conv)[row], _memory(state)[row], scales
+
+
+def _memory(value: Value) -> NDArray:
+    return (value.data if isinstance(value, QTensor) else value).numpy()
+
+
+def _floats(tensor: Tensor) -> NDArray[np.float32]:
+    return tensor.detach().float().contiguous().numpy()
+
+
+def _layer(block: Block) -> LayerPlan:
+    if not isinstance(block, (Mamba1, Mamba2)):
+        raise NotPlannableError(f"a layer of kind {block.kind}")
+    sites = block.sites
+    conv, integer_conv = _convolution(block)
+    plans = {name: plan for name, site in sites.items() if name != "state" and (plan := _site(site, name))}
+    if integer_conv:
+        for name in ("x",) if isinstance(block, Mamba1) else ("x", "B", "C"):
+            plans[name] = _site(sites[name], name, codes_only=True)  # type: ignore[assignment]
+    scan = block.scan
+    common: dict[str, Any] = {
+        "norm": _floats(block.norm),
+        "epsilon": block.config.norm_epsilon,
+        "conv": conv,
+        "dt_bias": _floats(scan.dt_bias),
+        "A": _floats(scan.A),
+        "skip": _floats(scan.D),
+        "states": block.config.d_state,
+        "out_proj": _linear(block.out_proj, sites["out"])[0],
+        "sites": plans,
+        "state_site": _state_site(sites["state"]),
+        "rotation": _rotation(block.out_rotation),
+    }
+    if isinstance(block, Mamba1):
+        in_x, in_z = _linear(block.in_proj, sites["in"])
+        x_proj_dt, x_proj_B, x_proj_C = _linear(block.scan.x_proj, sites["u"])
+        (dt_proj,) = _linear(block.scan.dt_proj, sites["dt_low"])
+        return LayerPlan(
+            in_x=in_x, in_z=in_z, x_proj_dt=x_proj_dt, x_proj_B=x_proj_B, x_proj_C=x_proj_C, dt_proj=dt_proj,
+            bcdt_epsilon=block.scan.bcdt_norm_epsilon, **common,
+        )  # fmt: skip
+    in_z, in_x, in_B, in_C, in_dt = _linear(block.in_proj, sites["in"])
+    layout, norm = block.scan.layout, block.gate_norm
+    return LayerPlan(
+        in_x=in_x, in_z=in_z, in_B=in_B, in_C=in_C, in_dt=in_dt, heads=layout.heads, groups=layout.groups,
+        gate_norm=_floats(norm.weight), gate_epsilon=norm.epsilon, dt_limit=layout.time_step_limit, **common,
+    )  # fmt: skip
+
+
+def _site(site: Site, name: str, codes_only: bool = False) -> SitePlan | None:
+    if site.mode in ("observe", "simulate"):
+        raise NotPlannableError(f"sites in mode {site.mode}")
+    if not site.quantized:
+        return None
+    spec = site.spec
+    assert spec is not None
+    low, high = spec.code_range
+    if not spec.symmetric:
+        raise NotPlannableError(f"{site.name} has a zero point")
+    if spec.dynamic:
+        if name not in DYNAMIC_SITES or spec.granularity.group or set(spec.granularity.axes) - {"token"}:
+            raise NotPlannableError(f"{site.name} has a dynamic scale per {spec.granularity}")
+        return SitePlan(low, high, None, spec.rounding, spec.span)
+    return SitePlan(low, high, _floats(site.expanded()[0]).reshape(-1), spec.rounding, spec.span, codes_only)
+
+
+def _state_site(site: Site) -> StateSitePlan | None:
+    """The state's grid as rows that share scales: (rows, N) scales, equal rows stored once; or a scale a row."""
+    *rows, states = site.layout.sizes
+    spec = site.spec
+    if site.quantized and spec is not None and spec.dynamic:
+        if not spec.symmetric or site.partition.kept != (*[True] * len(rows), False):
+            raise NotPlannableError(f"{site.name} has a dynamic scale per {spec.granularity}")
+        return StateSitePlan(*spec.code_range, rounding=spec.rounding, span=spec.span)
+    plan = _site(site, "state")
+    if plan is None:
+        return None
+    scale = site.expanded()[0].broadcast_to(site.layout.sizes).reshape(int(np.prod(rows)), states)
+    table, index = np.unique(_floats(scale), axis=0, return_inverse=True)
+    return StateSitePlan(plan.low, plan.high, index.reshape(-1).astype(np.int32), table, plan.rounding)
+
+
+def _convolution(block: Mamba1 | Mamba2) -> tuple[ConvolutionPlan, bool]:
+    """Taps and one scale a channel; integers if the cache keeps codes (see ``causal_conv1d``)."""
+    state = block.new_cache(1).conv
+    weight = block.scan.conv_weight
+    channels = weight.shape[0]
+    scale = torch.ones(channels)
+    if isinstance(state, QTensor):
+        taps = weight
+        scale = state.scale
+        if isinstance(weight, QTensor):
+            taps, scale = weight.codes(), scale * weight.element_scale()
+    else:
+        taps = weight.dequantize() if isinstance(weight, QTensor) else weight
+    assert isinstance(taps, Tensor)
+    bias = block.scan.conv_bias
+    plan = ConvolutionPlan(
+        taps=_floats(taps),
+        scale=_floats(scale.reshape(-1).broadcast_to(channels)),
+        bias=np.zeros(channels, np.float32) if bias is None else _floats(bias),
+        integer=isinstance(state, QTensor),
+    )
+    return plan, plan.integer
+
+
+def _rotation(rotation: Rotation | None) -> RotationPlan | None:
+    if rotation is None:
+        return None
+    parts = decompose(rotation.block)
+    assert parts is not None
+    order, power = parts
+    matrix = _floats(base_matrix(order)) if order > 1 else np.ones((1, 1), np.float32)
+    return RotationPlan(rotation.size, power, matrix)
+
+
+def _linear(layer: Linear, site: Site) -> list[packing.PackedLinear]:
+    """One packed matrix a segment; integer activations if the input site and the weight are both quantized."""
+    weight, integer = layer.weight, site.quantized
+    bias = None if layer.bias is None else _floats(layer.bias)
+    arguments: Mapping[str, Any] = {}
+    if isinstance(weight, QTensor):
+        if weight.zero is not None or weight.simulated:
+            raise NotPlannableError(f"an asymmetric or simulated weight that reads {site.name}")
+        matrix = weight.codes().contiguous().numpy()
+        group = weight.spec.granularity.group
+        scale = _floats(weight.scale)
+        scale = scale.reshape(len(matrix), -1) if group else np.broadcast_to(scale.reshape(-1), len(matrix))
+        if group and (weight.spec.bits > 4 or group % 32):
+            raise NotPlannableError(f"int{weight.spec.bits} weights in groups of {group}")
+        small = weight.spec.bits <= 4
+        arguments = {"integer_activations": integer} | ({"group": group} if small else {})
+        tile: Any = packing.tile_int4 if small else packing.tile_int8
+    else:
+        matrix, scale, tile = _floats(weight), None, packing.tile_float32
+    packed, start = [], 0
+    for rows in layer.rows:
+        part = slice(start, start + rows)
+        own_bias = None if bias is None else bias[part]
+        scales = () if scale is None else (scale[part],)
+        packed.append(tile(matrix[part], *scales, bias=own_bias, **arguments))
+        start += rows
+    return packed

@@ -1,0 +1,77 @@
+"""What every room's tests share: where the optional data is, the models to judge on, and calm threads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+sys.path += [str(TESTS), str(TESTS / "load")]  # helper modules: fakes, tiny, layout_writers
+
+from squamata.kernels.dispatch import use_backend  # noqa: E402
+from squamata.load.hub import bundled  # noqa: E402
+from squamata.pipeline import quantize  # noqa: E402
+from squamata.spec.recipe import recipe_names  # noqa: E402
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+def shared_folder() -> Path | None:
+    """The optional folder ``shared`` beside the repository (larger models, test texts), or None."""
+    folder = TESTS.parent.parent / "shared"
+    return folder if folder.is_dir() else None
+
+
+def model_folders(largest: str = "24m") -> list[Path]:
+    """The bundled model, and those of the shared folder where it is there: parametrise over it, never skip."""
+    shared = shared_folder()
+    names = ["mamba1-5m"] + (["mamba1-24m", "mamba2-24m"] if largest == "24m" else [])
+    folders = [shared / "models" / name for name in names] if shared else []
+    return [bundled(), *(folder for folder in folders if folder.is_dir())]
+
+
+@pytest.fixture(scope="session")
+def bundled_folder() -> Path:
+    """Folder of the bundled float model (Mamba-2, 5M)."""
+    return bundled()
+
+
+@pytest.fixture(scope="session")
+def bundled_calibration() -> Path:
+    """The calibration text that comes with the bundled model."""
+    return bundled() / "calibration.jsonl"
+
+
+SHIPPED = tuple(recipe_names())
+
+
+@pytest.fixture(scope="session")
+def tiny_mamba1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float folder of a tiny random Mamba-1 with the bundled tokenizer."""
+    from tiny import write_tiny_folder
+
+    return write_tiny_folder(tmp_path_factory.mktemp("tiny") / "mamba1", "mamba1")
+
+
+@pytest.fixture(scope="session")
+def shipped(
+    tmp_path_factory: pytest.TempPathFactory, bundled_folder: Path, bundled_calibration: Path, tiny_mamba1: Path
+) -> Callable[[str, str], Path]:
+    """``shipped("mamba1", "w4a16")``: the folder of that checkpoint, made once by the pipeline, reference kernels."""
+    parent = tmp_path_factory.mktemp("shipped")
+
+    def folder(kind: str, recipe: str) -> Path:
+        out = parent / f"{kind}-{recipe}"
+        if not out.exists():
+            source = bundled_folder if kind == "mamba2" else tiny_mamba1
+            with use_backend("ref"):
+                quantize(source, recipe, out, calibration=bundled_calibration, samples=4, length=48, seed=1)
+        return out
+
+    return folder

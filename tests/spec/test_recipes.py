@@ -1,0 +1,261 @@
+"""Recipes: those we ship, how rules meet sites, and what is said of mistakes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from squamata.errors import SquamataError
+from squamata.spec.quant import QuantSpec
+from squamata.spec.recipe import Recipe, recipe_folder, recipe_names
+from squamata.spec.sites import BLOCKS, all_sites
+
+INT8 = {"bits": 8}
+
+
+def recipe(*rules: dict[str, Any], **fields: Any) -> Recipe:
+    return Recipe.from_mapping({"name": "mine", "rules": list(rules)} | fields)
+
+
+def refused(mapping: Any) -> str:
+    with pytest.raises(SquamataError) as caught:
+        Recipe.from_mapping(mapping, origin="mine.yaml")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def illegal(*rules: dict[str, Any], blocks: tuple[str, ...] = ("mamba2", "mamba2")) -> str:
+    with pytest.raises(SquamataError) as caught:
+        recipe(*rules).resolve(blocks)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_file_in_the_folder_is_a_recipe() -> None:
+    assert {path.stem for path in recipe_folder().glob("*.yaml")} == set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_load_resolve_and_round_trip(name: str) -> None:
+    shipped = Recipe.read(name)
+    assert shipped.name == name and shipped.description
+    for kind in shipped.architectures:
+        specs = shipped.resolve((kind,) * 3)
+        assert bool(specs) == (name != "float")
+        stored = json.loads(json.dumps(shipped.to_mapping()))
+        again = Recipe.from_mapping(stored)
+        assert again == shipped and again.resolve((kind,) * 3) == specs
+        assert again.to_mapping() == shipped.to_mapping()
+
+
+@pytest.mark.parametrize("kind", list(BLOCKS))
+def test_what_quamba_w8a8_quantizes(kind: str) -> None:
+    specs = Recipe.read("quamba-w8a8").resolve((kind,))
+    every = set(all_sites((kind,)))
+    assert every - set(specs) == {"layers.0.mixer.y"}  # float through gate and rotation
+    assert {spec.bits for spec in specs.values()} == {8}
+    u, state = specs["layers.0.mixer.u"], specs["layers.0.mixer.state"]
+    assert (u.scale.strategy, u.rounding, u.dynamic) == ("percentile", "half-away", False)
+    assert (str(state.granularity), state.rounding, state.dynamic) == ("channel", "half-away", True)
+    upstream = Recipe.read("quamba-w8a8-static-state").resolve((kind,))
+    state = upstream.pop("layers.0.mixer.state")
+    assert (state.scale.strategy, str(state.granularity), state.dynamic) == ("percentile", "tensor", False)
+    assert upstream.items() <= specs.items()
+    clipped = {name for name, spec in specs.items() if spec.scale.strategy == "percentile"}
+    assert clipped == {"layers.0.mixer.u"}
+
+
+@pytest.mark.parametrize("kind", list(BLOCKS))
+def test_what_w4a16_quantizes(kind: str) -> None:
+    specs = Recipe.read("w4a16").resolve((kind,))
+    assert {str(spec.granularity) for spec in specs.values()} == {"group(128)"}
+    names = {"in_proj", "out_proj"} | ({"x_proj"} if kind == "mamba1" else set())
+    assert set(specs) == {f"layers.0.mixer.{name}.weight" for name in names}
+
+
+def test_float_head_leaves_embedding_and_head() -> None:
+    specs = Recipe.read("quamba-w8a8-float-head").resolve(("mamba1",))
+    assert not [name for name in specs if not name.startswith("layers.")]
+
+
+def test_the_last_match_wins_and_float_takes_back() -> None:
+    specs = recipe(
+        {"site": "*.mixer.*", "spec": INT8},
+        {"site": "*.mixer.u", "spec": {"bits": 4}},
+        {"site": "*.mixer.state", "spec": "float"},
+        {"site": "*.mixer.z", "spec": {"bits": 5}},
+        {"site": "*.mixer.[zx]", "spec": {"bits": 6}},
+    ).resolve(("mamba2",))
+    bits = {name: specs[f"layers.0.mixer.{name}"].bits for name in ("u", "z", "x", "B")}
+    assert bits == {"u": 4, "z": 6, "x": 6, "B": 8} and "layers.0.mixer.state" not in specs
+    assert "head.in" not in specs
+
+
+def test_layers_and_architectures_narrow_a_rule() -> None:
+    rules = (
+        {"site": "*.mixer.in", "spec": INT8, "layers": [0, 11]},
+        {"site": "*.mixer.out", "spec": INT8, "architectures": ["mamba1"]},
+        {"site": "head.in", "spec": {"bits": 7}},
+    )
+    assert set(recipe(*rules).resolve(("mamba2",) * 12)) == {"layers.0.mixer.in", "layers.11.mixer.in", "head.in"}
+    hybrid = recipe(*rules).resolve(("mamba2",) * 11 + ("mamba1",))
+    assert set(hybrid) == {"layers.0.mixer.in", "layers.11.mixer.in", "layers.11.mixer.out", "head.in"}
+
+
+def test_layer_one_is_not_layer_eleven() -> None:
+    specs = recipe({"site": "layers.1.*.u", "spec": INT8}).resolve(("mamba2",) * 12)
+    assert list(specs) == ["layers.1.mixer.u"]
+
+
+def test_extends_puts_the_parents_rules_first(tmp_path: Path) -> None:
+    child = {"name": "child", "extends": "w8a8", "rules": [{"site": "*.mixer.u", "spec": "float"}]}
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump(child))
+    specs, parent = Recipe.read(tmp_path / "child.yaml").resolve(("mamba1",)), Recipe.read("w8a8").resolve(("mamba1",))
+    assert set(parent) - set(specs) == {"layers.0.mixer.u"} and specs.items() <= parent.items()
+
+
+def test_extends_in_a_circle(tmp_path: Path) -> None:
+    for name, parent in (("a", "b"), ("b", "c"), ("c", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"name: {name}\nextends: {tmp_path / parent}.yaml\n")
+    for start in "abc":
+        with pytest.raises(SquamataError, match="circle"):
+            Recipe.read(tmp_path / f"{start}.yaml")
+    (tmp_path / "self.yaml").write_text(f"name: self\nextends: {tmp_path}/self.yaml\n")
+    with pytest.raises(SquamataError, match="circle"):
+        Recipe.read(tmp_path / "self.yaml")
+
+
+def test_extends_a_neighbour_by_a_relative_path(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\nrules: [{site: head.in, spec: {bits: 8}}]\n")
+    (tmp_path / "child.yaml").write_text("name: child\nextends: base.yaml\n")
+    assert list(Recipe.read(tmp_path / "child.yaml").resolve(("mamba1",))) == ["head.in"]
+
+
+def test_named_specs_of_parent_and_child() -> None:
+    mapping = {
+        "name": "mine",
+        "extends": "w8a8",
+        "specs": {"own": {"bits": 5}},
+        "rules": [{"site": "*.mixer.u", "spec": "own"}, {"site": "*.mixer.z", "spec": "int8"}],
+    }
+    specs = Recipe.from_mapping(mapping).resolve(("mamba2",))
+    assert specs["layers.0.mixer.u"].bits == 5 and specs["layers.0.mixer.z"] == QuantSpec(bits=8)
+
+
+def test_reading_leaves_the_mapping_as_it_was() -> None:
+    mapping = {"name": "mine", "specs": {"a": {"bits": 8}}, "rules": [{"site": "head.in", "spec": "a"}]}
+    before = copy.deepcopy(mapping)
+    Recipe.from_mapping(mapping)
+    assert mapping == before
+
+
+RULE = {"site": "head.in", "spec": INT8}
+MISTAKES = {
+    "top-key": ({"name": "m", "rulez": []}, ["rulez", "'rules'"]),
+    "rule-key": ({"name": "m", "rules": [RULE | {"layer": [1]}]}, ["layer", "'layers'"]),
+    "spec-key": ({"name": "m", "rules": [RULE | {"spec": {"bits": 8, "symetric": True}}]}, ["symetric", "'symmetric'"]),
+    "calibration-key": ({"name": "m", "calibration": {"sample": 4}}, ["sample", "'samples'"]),
+    "calibration-value": ({"name": "m", "calibration": {"samples": 0}}, ["calibration.samples"]),
+    "scale-key": (
+        {"name": "m", "rules": [RULE | {"spec": {"bits": 8, "scale": {"strategy": "minmax", "parameter": {}}}}]},
+        ["parameter", "'parameters'"],
+    ),
+    "bits": ({"name": "m", "rules": [RULE | {"spec": {"bits": 9}}]}, ["rules.0.spec", "bits"]),
+    "bits-missing": ({"name": "m", "rules": [RULE | {"spec": {}}]}, ["rules.0.spec", "bits"]),
+    "granularity": ({"name": "m", "rules": [RULE | {"spec": {"bits": 8, "granularity": "chanel"}}]}, ["chanel"]),
+    "group-of-none": ({"name": "m", "rules": [RULE | {"spec": {"bits": 8, "granularity": "group(0)"}}]}, ["group"]),
+    "spec-name": (
+        {"name": "m", "specs": {"int8": INT8}, "rules": [{"site": "head.in", "spec": "int9"}]},
+        ["int9", "'int8'"],
+    ),
+    "no-name": ({"rules": []}, ["name"]),
+    "rules-number": ({"name": "m", "rules": 5}, ["rules"]),
+    "rules-words": ({"name": "m", "rules": ["head.in"]}, ["rules.0"]),
+    "specs-list": ({"name": "m", "specs": [1], "extends": "w8a8"}, ["specs"]),
+    "extends-list": ({"name": "m", "extends": ["w8a8"]}, ["extends"]),
+    "extends-unknown": ({"name": "m", "extends": "w8a9"}, ["w8a9", "'w8a8'"]),
+    "not-a-mapping": ([1, 2], ["mapping"]),
+}
+
+
+@pytest.mark.parametrize("case", list(MISTAKES))
+def test_mistakes_are_one_line_that_names_them(case: str) -> None:
+    mapping, words = MISTAKES[case]
+    said = refused(mapping)
+    assert all(word in said for word in words), said
+
+
+def test_unknown_names_and_files(tmp_path: Path) -> None:
+    with pytest.raises(SquamataError, match="did you mean 'quamba-w8a8'"):
+        Recipe.read("quamba-w8a")
+    with pytest.raises(SquamataError, match="no such recipe file"):
+        Recipe.read(tmp_path / "none.yaml")
+    for content in (b"rules: [", b"- a\n- b\n", b"\xff\xfe\x00", b""):
+        (tmp_path / "bad.yaml").write_bytes(content)
+        with pytest.raises(SquamataError, match=r"bad\.yaml"):
+            Recipe.read(tmp_path / "bad.yaml")
+    with pytest.raises(SquamataError):
+        Recipe.read(tmp_path)
+
+
+@pytest.mark.parametrize("site", ["in", "out"])
+def test_no_scale_along_a_summed_axis(site: str) -> None:
+    for granularity in ("channel", "group(16)"):
+        said = illegal({"site": f"*.mixer.{site}", "spec": {"bits": 8, "granularity": granularity}})
+        assert f"layers.0.mixer.{site}" in said and "sums over channel" in said and granularity in said
+
+
+@pytest.mark.parametrize("site", ["u", "dt_low"])
+def test_mamba1_products_sum_over_u_and_dt_low(site: str) -> None:
+    rule = {"site": f"*.mixer.{site}", "spec": {"bits": 8, "granularity": "channel"}, "architectures": ["mamba1"]}
+    assert "sums over channel" in illegal(rule, blocks=("mamba1",))
+
+
+@pytest.mark.parametrize(
+    ("site", "spec", "why"),
+    [
+        ("*.in_proj.weight", {"granularity": "in"}, "product sums over it"),
+        ("*.in_proj.weight", {"dynamic": True}, "do not change at run time"),
+        ("*.mixer.dt_bias", {"dynamic": True}, "do not change at run time"),
+        ("*.mixer.in", {"granularity": "token"}, "dynamic: true"),
+        ("*.mixer.u", {"granularity": "state"}, "no axis 'state'"),
+        ("*.mixer.dt", {"granularity": "ssd_group"}, "no axis 'ssd_group'"),
+        ("*.mixer.conv.weight", {"granularity": "head"}, "no axis 'head'"),
+        ("*.mixer.u", {"granularity": "segment"}, "segment"),
+        ("*.mixer.state", {"granularity": "token", "dynamic": True}, "token"),
+        ("*.in_proj.weight", {"granularity": "segment,group(128)"}, "group"),
+        ("*.mixer.nothing", {}, "no site matches"),
+    ],
+)
+def test_illegal_granularities_are_refused_with_the_reason(site: str, spec: dict[str, Any], why: str) -> None:
+    assert why in illegal({"site": site, "spec": INT8 | spec})
+
+
+@pytest.mark.parametrize(
+    ("site", "granularity"),
+    [
+        ("*.mixer.u", "head,channel"),
+        ("*.mixer.state", "head,channel"),
+        ("*.mixer.state", "state"),
+        ("*.mixer.B_conv", "ssd_group"),
+        ("*.mixer.z", "channel"),
+        ("*.in_proj.weight", "group(128)"),
+        ("*.in_proj.weight", "segment"),
+        ("embedding.weight", "channel"),
+    ],
+)
+def test_what_survives_a_product_is_legal(site: str, granularity: str) -> None:
+    specs = recipe({"site": site, "spec": {"bits": 8, "granularity": granularity}}).resolve(("mamba2",))
+    assert [str(spec.granularity) for spec in specs.values()] == [granularity]
+
+
+def test_a_rule_that_can_never_match_is_refused() -> None:
+    assert "layer 7" in illegal({"site": "*.mixer.u", "spec": INT8, "layers": [0, 7]})
+    said = refused({"name": "m", "rules": [{"site": "*.mixer.u", "spec": INT8, "architectures": ["mamba3"]}]})
+    assert "mamba3" in said and "mamba" in said.split("mamba3")[1]
+    assert "mambo2" in refused({"name": "m", "architectures": ["mambo2"]})

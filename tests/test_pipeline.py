@@ -1,0 +1,237 @@
+"""The whole story: what ``quantize`` and ``load`` promise, what they refuse, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import SHIPPED, model_folders
+from tiny import write_tiny_folder
+
+import squamata
+from squamata.errors import SquamataError
+from squamata.kernels.dispatch import use_backend
+from squamata.load.source import open_source
+from squamata.load.tokenizer import Tokenizer
+from squamata.pipeline import load, quantize
+from squamata.text import read_documents
+
+
+@pytest.fixture(autouse=True)
+def reference() -> Iterator[None]:
+    with use_backend("ref"):
+        yield
+
+
+def excerpt(folder: Path, tokens: int = 256) -> torch.Tensor:
+    text = "".join(read_documents(squamata_excerpt(folder)))
+    return torch.tensor([Tokenizer.read(folder).encode(text[: 8 * tokens])[:tokens]])
+
+
+def squamata_excerpt(folder: Path) -> Path:
+    return folder / "excerpt.jsonl"
+
+
+@torch.no_grad()
+def losses(folder: Path, ids: torch.Tensor) -> float:
+    """Mean negative log-likelihood a token."""
+    logits = load(folder)(ids)
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
+
+
+@torch.no_grad()
+def divergence(folder: Path, plain: Path, ids: torch.Tensor) -> float:
+    """Mean KL(float || quantized) a token, nats."""
+    p, q = (load(path)(ids)[0].log_softmax(-1) for path in (plain, folder))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_the_report_of_a_quantization(bundled_folder: Path, bundled_calibration: Path, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    with use_backend("ref"):
+        done = quantize(
+            bundled_folder, "quamba-w8a8", tmp_path / "out", calibration=bundled_calibration, samples=3, length=20, seed=4,
+            progress=lambda step, total: steps.append((step, total)),
+        )  # fmt: skip
+    assert (done.recipe, done.architecture, done.out) == ("quamba-w8a8", "mamba2", str(tmp_path / "out"))
+    source = open_source(bundled_folder).tensors()
+    assert done.bytes_float == sum(tensor.nbytes for tensor in source.values())
+    written = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert done.bytes_quantized == sum(tensor.nbytes for tensor in written.values())
+    assert steps == [(number, 9) for number in range(1, 10)]
+    assert done.calibration["samples"] == 3 and done.calibration["tokens"] == 60 and done.calibration["seed"] == 4
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    stored = config["quantization_config"]
+    assert stored["calibration"] == done.calibration and stored["seed"] == 4
+    assert stored["squamata_version"] == squamata.__version__
+    assert stored["recipe"]["calibration"] == {"samples": 3, "length": 20}
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (bundled_folder / "tokenizer.json").read_bytes()
+    assert done.seconds > 0 and done.peak_rss_bytes > 10**7
+
+
+def test_layer_weights_are_as_small_as_promised(shipped: Callable[[str, str], Path], bundled_folder: Path) -> None:
+    """Of bfloat16: W8A8 at most 0.53, W4A16 at most 0.30; embedding and head apart."""
+
+    def layer_bytes(tensors: dict[str, torch.Tensor]) -> int:
+        return sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("layers."))
+
+    bfloat16 = 2 * sum(
+        t.numel() for name, t in open_source(bundled_folder).tensors().items() if name.startswith("layers.")
+    )
+    for recipe, share in (("quamba-w8a8", 0.53), ("w8a8-channel", 0.53), ("w4a16", 0.30)):
+        written = safetensors.torch.load_file(shipped("mamba2", recipe) / "model.safetensors")
+        assert layer_bytes(written) <= share * bfloat16, (recipe, layer_bytes(written) / bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@torch.no_grad()
+def test_the_float_recipe_is_the_source(
+    kind: str, shipped: Callable[[str, str], Path], bundled_folder: Path, tiny_mamba1: Path
+) -> None:
+    source = bundled_folder if kind == "mamba2" else tiny_mamba1
+    ids = excerpt(bundled_folder, 40)
+    assert torch.equal(load(shipped(kind, "float"))(ids), load(source)(ids))
+
+
+def test_every_recipe_is_near_float_on_real_text(shipped: Callable[[str, str], Path], bundled_folder: Path) -> None:
+    """MODELS.md's first simulation, with room: KL in nats a token, and Hadamard better than naive."""
+    ids = excerpt(bundled_folder)
+    found = {recipe: divergence(shipped("mamba2", recipe), bundled_folder, ids) for recipe in SHIPPED}
+    assert found["float"] == pytest.approx(0, abs=1e-6)
+    limits = {"w8a8": 0.2, "w8a8-channel": 0.1, "quamba-w8a8": 0.1, "quamba-w8a8-float-head": 0.1, "w4a16": 0.1}
+    assert all(0 < found[recipe] < limit for recipe, limit in limits.items()), found
+    plain = losses(bundled_folder, ids)
+    assert abs(losses(shipped("mamba2", "quamba-w8a8"), ids) - plain) < 0.02 * plain
+
+
+def _big(folder: Path) -> Any:
+    return pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] if "24m" in folder.name else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [_big(folder) for folder in model_folders()])
+def test_real_models_with_a_real_calibration(
+    folder: Path, bundled_folder: Path, bundled_calibration: Path, tmp_path: Path
+) -> None:
+    ids = excerpt(bundled_folder, 1024)
+    found = {}
+    for recipe in ("w8a8", "quamba-w8a8", "w4a16"):
+        quantize(folder, recipe, tmp_path / recipe, calibration=bundled_calibration, samples=16, length=256)
+        found[recipe] = divergence(tmp_path / recipe, folder, ids)
+    assert found["quamba-w8a8"] < 0.03 and found["w4a16"] < 0.08 and found["quamba-w8a8"] < found["w8a8"], found
+
+
+@torch.no_grad()
+def test_modes_of_load(shipped: Callable[[str, str], Path], bundled_folder: Path) -> None:
+    ids = excerpt(bundled_folder, 24)
+    folder = shipped("mamba2", "quamba-w8a8")
+    integer, simulated, plain = (load(folder, mode=mode)(ids) for mode in ("integer", "simulate", "float"))
+    assert torch.equal(integer, simulated) and not torch.equal(integer, plain)
+    assert squamata.load(str(folder)).tokenizer.encode("a") == Tokenizer.read(folder).encode("a")
+
+
+def test_a_model_without_a_tokenizer_loads_and_calibrates_not(tmp_path: Path, bundled_calibration: Path) -> None:
+    folder = write_tiny_folder(tmp_path / "source", "mamba2")
+    for path in folder.glob("*token*.json"):
+        path.unlink()
+    assert load(folder).tokenizer is None
+    quantize(folder, "w4a16", tmp_path / "out")
+    assert load(tmp_path / "out").tokenizer is None
+    with pytest.raises(SquamataError, match=r"tokenizer\.json"):
+        quantize(folder, "w8a8", tmp_path / "other", calibration=bundled_calibration)
+
+
+def refused(tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path, **changed: Any) -> str:
+    """What quantize says; nothing may be written."""
+    out = tmp_path / "refused"
+    given: dict[str, Any] = {"source": tiny_mamba1, "recipe": "w8a8", "out": out, "calibration": bundled_calibration}
+    with pytest.raises(SquamataError) as caught:
+        quantize(**(given | {"samples": 2, "length": 8} | changed))
+    assert not out.exists() and not list(tmp_path.glob(".refused*"))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_mistakes_are_refused_before_anything_is_written(
+    tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path
+) -> None:
+    def said(**changed: Any) -> str:
+        return refused(tiny_mamba1, tmp_path, bundled_calibration, **changed)
+
+    assert "--calibration" in said(calibration=None)
+    assert "no such file" in said(calibration=tmp_path / "none.txt")
+    assert "did you mean 'w8a8'" in said(recipe="w8a")
+    assert "samples" in said(samples=0)
+    assert "samples" in said(samples=-3)
+    assert "length" in said(length=1)
+    assert "no such folder" in said(source=tmp_path / "nothing")
+    mapping: dict[str, Any] = {"name": "mine", "rules": [{"site": "*.mixer.u", "spec": {"bits": 8, "scale": "minmx"}}]}
+    for key, value, word in (
+        ("rules", mapping["rules"], "did you mean 'minmax'"),
+        ("transforms", ["hadamrd"], "did you mean 'hadamard'"),
+        ("weights", "rtm", "did you mean 'rtn'"),
+        ("architectures", ["mamba2"], "mamba1"),
+    ):
+        assert word in said(recipe=squamata_recipe({"name": "mine", key: value}))
+    ragged = {"site": "*.mixer.z", "spec": {"bits": 8, "granularity": "index"}}
+    assert "index" in said(recipe=squamata_recipe({"name": "mine", "rules": [ragged]}))
+
+
+def squamata_recipe(mapping: dict[str, Any]) -> Any:
+    from squamata.spec.recipe import Recipe
+
+    return Recipe.from_mapping(mapping)
+
+
+def test_a_checkpoint_is_not_quantized_again(
+    shipped: Callable[[str, str], Path], tmp_path: Path, bundled_calibration: Path
+) -> None:
+    with pytest.raises(SquamataError, match="already"):
+        quantize(shipped("mamba1", "w8a8"), "w8a8", tmp_path / "out", calibration=bundled_calibration)
+
+
+def test_an_interrupted_run_leaves_nothing(tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path) -> None:
+    def interrupt(step: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(
+            tiny_mamba1,
+            "w8a8",
+            tmp_path / "out",
+            calibration=bundled_calibration,
+            samples=2,
+            length=8,
+            progress=interrupt,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_nan_in_the_weights_is_named_and_nothing_is_written(tmp_path: Path, bundled_calibration: Path) -> None:
+    folder = write_tiny_folder(tmp_path / "source", "mamba2")
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["backbone.layers.1.mixer.out_proj.weight"][3, 4] = float("nan")
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(SquamataError, match=r"layers\.1\.mixer\.out_proj\.weight.*NaN"):
+        quantize(folder, "w4a16", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_seed_changes_the_sample_and_the_scales(tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path) -> None:
+    reports = [
+        quantize(
+            tiny_mamba1, "w8a8", tmp_path / str(seed), calibration=bundled_calibration, samples=2, length=16, seed=seed
+        )
+        for seed in (0, 1)
+    ]
+    assert reports[0].calibration["tokens_sha256"] != reports[1].calibration["tokens_sha256"]
+    scales = [
+        safetensors.torch.load_file(tmp_path / seed / "model.safetensors")["layers.0.mixer.u.scale"] for seed in "01"
+    ]
+    assert scales[0] != scales[1]
