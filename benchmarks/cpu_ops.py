@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import numba
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +29,7 @@ from squamata.kernels.gated_rms_norm import ref as gated_ref
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard import cpu as hadamard_cpu
 from squamata.kernels.hadamard import ref as hadamard_ref
+from squamata.kernels.landing import share_threads
 from squamata.kernels.linear import Linear
 from squamata.kernels.linear import cpu as linear_cpu
 from squamata.kernels.linear import ref as linear_ref
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    numba.set_num_threads(options.threads)
+    share_threads()
     torch.manual_seed(0)
     table = Table(title=f"{options.length} tokens, {options.threads} threads, milliseconds a layer")
     for column in ("op", "median", "least", "most", "reference", "differs", "layers of"):

@@ -53,11 +53,8 @@ def divergence(folder: Path, plain: Path, ids: torch.Tensor) -> float:
 
 def test_the_report_of_a_quantization(bundled_folder: Path, bundled_calibration: Path, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    with use_backend("ref"):
-        done = quantize(
-            bundled_folder, "quamba-w8a8", tmp_path / "out", calibration=bundled_calibration, samples=3, length=20, seed=4,
-            progress=lambda step, total: steps.append((step, total)),
-        )  # fmt: skip
+    drawn: dict[str, Any] = {"calibration": bundled_calibration, "samples": 3, "length": 20, "seed": 4}
+    done = quantize(bundled_folder, "quamba-w8a8", tmp_path / "out", progress=lambda *step: steps.append(step), **drawn)
     assert (done.recipe, done.architecture, done.out) == ("quamba-w8a8", "mamba2", str(tmp_path / "out"))
     source = open_source(bundled_folder).tensors()
     assert done.bytes_float == sum(tensor.nbytes for tensor in source.values())

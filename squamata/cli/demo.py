@@ -19,6 +19,7 @@ RECIPES = ("quamba-w8a8", "w4a16")
 PROMPT = "The snake"
 NEW_TOKENS = 40
 TOKENS = 8192  # of the excerpt: enough to tell the recipes apart, few enough for a laptop
+CALIBRATION = (48, 512)  # samples, tokens of each: the text that comes with the model holds no more
 TIMED = (256, 64, 3)  # tokens of prompt, tokens generated, repeats
 COLOURS = ("#5b6770", "#2a7f62", "#c8792b")
 
@@ -53,7 +54,7 @@ def demo(
     for recipe in RECIPES:
         calibration = bundled() / "calibration.jsonl"
         with progress(f"quantizing by {recipe}") as advance:
-            pipeline.quantize("bundled", recipe, out / recipe, calibration, force=True, progress=advance)
+            pipeline.quantize("bundled", recipe, out / recipe, calibration, *CALIBRATION, force=True, progress=advance)
     reference = pipeline.load("bundled")
     rows = [_judge("float", reference, None)]
     rows += [_judge(recipe, pipeline.load(out / recipe), reference) for recipe in RECIPES]
@@ -102,7 +103,7 @@ def _show(rows: list[Row]) -> None:
             "<",
             "bytes",
             "of float",
-            "layers alone",
+            "layers\nof float",
             "perplexity",
             "KL to float",
             "same top\nword, %",

@@ -108,7 +108,7 @@ def _show_rows(rows: Sequence[SiteRow], together: bool, clipped: bool) -> None:
         key: tuple[str | int | None, ...] = (name, row.kind, row.format, row.granularity, row.strategy)
         groups.setdefault(key if together else (*key, row.layer), []).append(row)
     for title, kinds in (("activations and states", ("activation", "state")), ("tensors", ("weight", "parameter"))):
-        columns = ["<site", "<format", "<per", "<scale from", "scales", "min", "median", "max", "bytes"]
+        columns = ["<site", "<format", "<per", "<scale from", "scales", "smallest", "median", "largest", "bytes"]
         columns += ["clipped"] if clipped and kinds[0] == "activation" else []
         lines = []
         for key, members in groups.items():

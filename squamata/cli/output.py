@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.filesize import decimal
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,6 +31,7 @@ from rich.table import Table
 from squamata.errors import SquamataError
 
 WIDTH_OF_A_FILE = 140  # columns of tables that go into a pipe or file
+LONGEST_UNBROKEN = 32  # characters of a cell; columns with longer ones are the first to be wrapped
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file, as JSON.")
@@ -59,19 +61,26 @@ def note(text: str) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a title and a table. A column whose name starts with ``<`` is text, others are numbers, aligned right.
 
-    Without column names there is no head.
+    Without column names there is no head. Long cells are wrapped; where that is not enough for a narrow terminal the
+    lines are longer than it, because half a number is worse.
     """
     if title:
         stdout().print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
     named = any(column.strip("<") for column in columns)
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=named)
-    for column in columns:
-        is_text = column.startswith("<")
-        shown.add_column(column.removeprefix("<"), justify="left" if is_text else "right", no_wrap=not is_text)
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, show_header=named)
+    for place, column in enumerate(columns):
+        name = column.removeprefix("<")
+        words = [*name.split("\n"), *(str(row[place]) for row in rows if row[place] is not None)]
+        longest = max(map(len, words))
+        justify: JustifyMethod = "left" if column.startswith("<") else "right"
+        whole = longest <= LONGEST_UNBROKEN
+        shown.add_column(name, justify=justify, no_wrap=whole, min_width=longest if whole else LONGEST_UNBROKEN)
     for row in rows:
         shown.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
-    stdout().print(shown)
-    stdout().print()
+    console = stdout()
+    console.width = max(console.width, Measurement.get(console, console.options, shown).minimum)
+    console.print(shown)
+    console.print()
 
 
 @contextmanager

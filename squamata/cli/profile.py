@@ -85,7 +85,7 @@ def random_model(shape_name: str, recipe_name: str, advance: Any = None) -> Lang
     from squamata.evaluate.profile import random_ids
     from squamata.models.checkpoint import Checkpoint
     from squamata.models.config import shape
-    from squamata.models.lm import LanguageModel
+    from squamata.run.model import Model
     from squamata.spec.recipe import Recipe
 
     config, recipe = shape(shape_name), Recipe.read(recipe_name)
@@ -97,7 +97,7 @@ def random_model(shape_name: str, recipe_name: str, advance: Any = None) -> Lang
     everything = {name: value for some in parts.each(advance) for name, value in some.items()}
     site_tensors = {name: value for name, value in everything.items() if name.endswith((".scale", ".zero", ".index"))}
     tensors = {name: value for name, value in everything.items() if name not in site_tensors}
-    return LanguageModel(Checkpoint(parts.config, tensors, recipe, site_tensors))  # type: ignore[arg-type]
+    return Model(Checkpoint(parts.config, tensors, recipe, site_tensors))  # type: ignore[arg-type]
 
 
 class RandomSource:

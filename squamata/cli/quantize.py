@@ -34,23 +34,15 @@ def quantize(
         result = pipeline.quantize(
             source, recipe, out, calibration_of(source, calibration), samples, length, seed, force, progress=advance
         )
-    ratio = result.bytes_quantized / result.bytes_float
-    table(
-        f"{source} -> {out}",
-        ("<recipe", "<architecture", "float", "quantized", "ratio", "calibration tokens", "seconds", "peak memory"),
-        [
-            (
-                result.recipe,
-                result.architecture,
-                size(result.bytes_float),
-                size(result.bytes_quantized),
-                f"{ratio:.3f}",
-                result.calibration.get("tokens", "none"),
-                f"{result.seconds:.1f}",
-                size(result.peak_rss_bytes),
-            )
-        ],
+    tokens = result.calibration.get("tokens")
+    rows = (
+        ("recipe", f"{result.recipe} on {result.architecture}"),
+        ("float", size(result.bytes_float)),
+        ("quantized", f"{size(result.bytes_quantized)}, {result.bytes_quantized / result.bytes_float:.3f} of float"),
+        ("calibration", f"{tokens} tokens of {result.calibration['samples']} samples" if tokens else "none needed"),
+        ("took", f"{result.seconds:.1f} s, {size(result.peak_rss_bytes)} of memory at its peak"),
     )
+    table(f"{source} -> {out}", ("<", "<"), rows)
     write_json(json_file, asdict(result))
 
 

@@ -84,13 +84,17 @@ def profile(
     agreement = check_agreement(model)
     ids = random_ids(model.config.vocab_size, batch, prompt)
     _timed_run(model, ids, 2)  # compiles, packs, warms the caches
+    memory, rates = torch.empty(0), []
     runs: list[tuple[float, float]] = []
     for done in range(repeats):
         if progress is not None:
             progress(done, repeats)
         runs.append(_timed_run(model, ids, generate))
-    resident, peak = psutil.Process().memory_info().rss, peak_rss_bytes()
-    bandwidth = dram_read_bandwidth()  # last: its buffer is no memory of the model's
+        if not done:
+            resident, peak = psutil.Process().memory_info().rss, peak_rss_bytes()
+            memory = torch.ones(_BANDWIDTH_BYTES // 4)  # only now: it is no memory of the model's
+        rates.append(read_rate(memory))  # in turn with the runs: a shared machine's bandwidth changes by the minute
+    bandwidth = statistics.median(rates)
     ttft = _spread([first for first, _ in runs])
     tpot = _spread([(last - first) / (generate - 1) for first, last in runs])
     weight_bytes = bytes_read_per_token(model)
@@ -166,15 +170,14 @@ def _timed_run(model: LanguageModel, ids: torch.Tensor, generate: int) -> tuple[
     return 1e3 * (first - started), 1e3 * (time.perf_counter() - started)
 
 
-def dram_read_bandwidth(rounds: int = 5) -> float:
-    """Bytes a second at which all threads together read 512 MiB: the best of a few sums."""
-    memory = torch.ones(_BANDWIDTH_BYTES // 4)
+def read_rate(memory: torch.Tensor, rounds: int = 3) -> float:
+    """Bytes a second at which all threads together read a buffer far larger than the caches: the best of a few sums."""
     best = float("inf")
     for _ in range(rounds):
         started = time.perf_counter()
         memory.sum()
         best = min(best, time.perf_counter() - started)
-    return _BANDWIDTH_BYTES / best
+    return memory.nbytes / best
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from squamata.kernels.gpu_math import dot4, let_next_start, nibble_to_float, small_to_float, to_codes, wait_for_previous
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
-INTERPRETED = triton.runtime.interpreter.InterpretedFunction is type(dot4)
+INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 MOST_QUADS = 20  # that a thread loads before it uses the first: 80 registers
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
@@ -55,11 +55,11 @@ def _quad_times_row(tile, accumulator, x, quads, FORMAT: tl.constexpr, NATIVE: t
     """accumulator [S, BN, 4] + products of one quad a slice with activations ``x`` (of one row); quads [S, 1, 1]."""
     lane = tl.arange(0, 4)[None, None, :]
     if FORMAT == 0:
-        return dot4(tile, tl.load(x + quads * 4 + lane), accumulator, NATIVE)
+        accumulator = dot4(tile, tl.load(x + quads * 4 + lane), accumulator, NATIVE)
     if FORMAT == 1:
         low, high = (tile << 4) & -0x0F0F0F10, tile & -0x0F0F0F10  # 0xF0F0F0F0
         accumulator = dot4(low, tl.load(x + quads * 8 + lane), accumulator, NATIVE)
-        return dot4(high, tl.load(x + quads * 8 + 4 + lane), accumulator, NATIVE)
+        accumulator = dot4(high, tl.load(x + quads * 8 + 4 + lane), accumulator, NATIVE)
     if FORMAT == 2:
         for place in tl.static_range(8):
             accumulator += nibble_to_float(tile, place) * tl.load(x + quads * 32 + 4 * place + lane)
@@ -134,17 +134,16 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
             if around > 0 or (b > 0 and ROUNDS > 1):
                 tiles = _load_quads(tile_words, around * COUNT, STEP, QUADS, COUNT, BN, S)
             for block in tl.static_range(COUNT // SAME):
-                first: tl.constexpr = around * COUNT + block * SAME
                 if integer:
                     sums = tl.zeros((S, BN, 4), tl.int32)
                 else:
                     sums = tl.zeros((S, BN, 4), tl.float32)
                 for i in tl.static_range(SAME):
-                    quads = (slices * STEP + (first + i))[:, None, None]
+                    quads = (slices * STEP + (around * COUNT + block * SAME + i))[:, None, None]
                     sums = _quad_times_row(tiles[block * SAME + i], sums, x_row, quads, FORMAT, NATIVE)
                 part = tl.sum(sums, axis=2)
                 if GROUPED:
-                    group = (slices * STEP + first) // QUADS_PER_SCALE
+                    group = (slices * STEP + around * COUNT + block * SAME) // QUADS_PER_SCALE
                     place = (tile * (QUADS // QUADS_PER_SCALE) + group[:, None]) * BN + tl.arange(0, BN)[None, :]
                     scale = tl.load(group_scale + place).to(tl.float32)
                     if integer:

@@ -20,10 +20,11 @@ def to_codes(x, inverse, low, high, ROUNDING: tl.constexpr):
     """clamp(round(x * inverse), low, high) in float32, as ``site.encode`` defines it (bounds are integers)."""
     scaled = tl.minimum(tl.maximum(x * inverse, low), high)
     if ROUNDING == 0:
-        return (scaled + _MAGIC) - _MAGIC
-    magnitude = tl.abs(scaled)
-    rounded = tl.floor(magnitude + 0.5) if ROUNDING == 1 else tl.floor(magnitude)
-    return tl.where(scaled < 0, -rounded, rounded)
+        rounded = (scaled + _MAGIC) - _MAGIC
+    else:
+        magnitude = tl.floor(tl.abs(scaled) + (0.5 if ROUNDING == 1 else 0.0))
+        rounded = tl.where(scaled < 0, -magnitude, magnitude)
+    return rounded
 
 
 @triton.jit
@@ -45,11 +46,12 @@ def softplus(x):
 def dot4(a, b, accumulator, NATIVE: tl.constexpr):
     """accumulator + the dot product of four int8 in each int32 of ``a`` and ``b``."""
     if NATIVE:
-        return tl.inline_asm_elementwise(
+        accumulator = tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, accumulator], dtype=tl.int32, is_pure=True, pack=1
         )
-    for byte in tl.static_range(4):
-        accumulator += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+    else:
+        for byte in tl.static_range(4):
+            accumulator += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
     return accumulator
 
 

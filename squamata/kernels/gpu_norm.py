@@ -42,9 +42,9 @@ def _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, Q
               DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr):  # fmt: skip
     if QUANTIZED:
         if DYNAMIC:
-            scale = tl.maximum(tl.max(tl.abs(y), axis=0) / span, _SMALLEST_SCALE)
+            scale = tl.maximum(tl.div_rn(tl.max(tl.abs(y), axis=0), span), _SMALLEST_SCALE)
             tl.store(out_scale + row, scale)
-            inverse = 1.0 / scale
+            inverse = tl.div_rn(1.0, scale)
         tl.store(out + offsets, to_codes(y, inverse, low, high, ROUNDING).to(tl.int8), mask=mask)
     else:
         tl.store(out + offsets, y, mask=mask)
@@ -65,7 +65,7 @@ def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, 
     if not FIRST:
         x += tl.load(residual + offsets, mask=mask, other=0.0)
     tl.store(residual + offsets, x, mask=mask)
-    y = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon)) * gain
+    y = x * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon)) * gain
     _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
 
 
@@ -127,9 +127,9 @@ def _square(size: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, E, factor, epsilon, inverse, low, high, span,
+def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
                    middle_inverse, middle_scale, middle_low, middle_high,
-                   GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, A: tl.constexpr,
+                   E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, A: tl.constexpr,
                    B: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
                    MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
                    QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -153,7 +153,7 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, E, factor, eps
         for group in tl.static_range(GROUPS):
             lane = tl.arange(0, BE)
             member = tl.load(gated + row * E + group * width + lane, mask=lane < width, other=0.0)
-            scale = 1.0 / tl.sqrt_rn(tl.sum(member * member, axis=0) / width + epsilon)
+            scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(member * member, axis=0) / width + epsilon))
             y = tl.where(channel // width == group, y * scale, y)
         y = y * weight
     if MIDDLE:
@@ -174,9 +174,9 @@ def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan
     rows, width = gated.shape
     a, b = plan.left.shape[0], plan.right.shape[0]
     _rotate_kernel[(plan.blocks * plan.parts, rows)](
-        gated, gain if gain is not None else gated, plan.mix, plan.left, plan.right, out, gated, width, plan.factor,
+        gated, gain if gain is not None else gated, plan.mix, plan.left, plan.right, out, gated, plan.factor,
         epsilon, site.inverse, site.low, site.high, site.span, middle.inverse, middle.scale, middle.low, middle.high,
-        GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a, B=b,
+        E=width, GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a, B=b,
         BE=triton.next_power_of_2(width // groups), NORM=gain is not None, ROTATED=plan.rotated,
         MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
         PDL=pdl, num_warps=8, **_launch(pdl),

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from squamata.kernels.gpu_math import let_next_start, silu, softplus, to_codes, wait_for_previous
-from squamata.kernels.gpu_norm import _launch
+from squamata.kernels.gpu_norm import _SMALLEST_SCALE, _launch
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,11 @@ class ConvolutionPlan:
 
 @dataclass(frozen=True)
 class StatePlan:
-    """Grid of an integer state; ``scale``, ``inverse`` float32 (rows,) or (rows, N). Not used for a float state."""
+    """Grid of an integer state; ``scale``, ``inverse`` float32 (channels, 1 or N). Not used for a float state.
+
+    ``span`` above 0: every channel's scale is taken from its N states at every token (absmax / span), and ``scale``
+    (B, channels) is part of the state.
+    """
 
     scale: Tensor
     inverse: Tensor
@@ -42,6 +46,7 @@ class StatePlan:
     high: float
     rounding: int
     along_states: bool
+    span: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,10 @@ def _convolve(ring, taps, tables, channel, mask, position, row, rows, C, WIDTH: 
 @triton.jit
 def _read(codes, values, scale, place, index, mask, CODES: tl.constexpr):
     if CODES:
-        x = tl.load(codes + place, mask=mask, other=0).to(tl.float32)
-        return x * tl.load(scale + index, mask=mask, other=0.0)
-    return tl.load(values + place, mask=mask, other=0.0)
+        x = tl.load(codes + place, mask=mask, other=0).to(tl.float32) * tl.load(scale + index, mask=mask, other=0.0)
+    else:
+        x = tl.load(values + place, mask=mask, other=0.0)
+    return x
 
 
 @triton.jit
@@ -88,12 +94,29 @@ def _load_state(state, place, mask, scale, QUANTIZED: tl.constexpr):
 
 
 @triton.jit
+def _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, live, low, high, span,
+                 QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr):  # fmt: skip
+    """Land s (channels, N) on the grid of the state, or take a new scale for every channel first."""
+    if QUANTIZED:
+        if DYNAMIC:
+            magnitude = tl.max(tl.where(mask, tl.abs(s), 0.0), axis=1)[:, None]
+            scale = tl.maximum(tl.div_rn(magnitude, span), _SMALLEST_SCALE)
+            tl.store(state_scale + scale_place, scale, mask=live)
+            inverse = tl.div_rn(1.0, scale)
+        else:
+            inverse = tl.load(state_inverse + scale_place, mask=live, other=0.0)
+        tl.store(state + place, to_codes(s, inverse, low, high, ROUNDING).to(tl.int8), mask=mask)
+    else:
+        tl.store(state + place, s.to(state.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _ssd_kernel(ring, codes, values, taps, factor, bias, inverse, scale, low, high, dt_scale, z_scale, dt_bias, A, skip,
-                state, state_scale, state_inverse, state_low, state_high, position, out, rows, N_OUT, dt_low, dt_high,
+                state, state_scale, state_inverse, state_low, state_high, state_span, position, out, rows, N_OUT, dt_low, dt_high,
                 Z_START: tl.constexpr, DT_START: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                 GROUPS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, U_ROUNDING: tl.constexpr,
                 BC_ROUNDING: tl.constexpr, DT_CODES: tl.constexpr, Z_CODES: tl.constexpr, QUANTIZED: tl.constexpr,
-                ALONG: tl.constexpr, STATE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BP channels of one head of one sequence: convolve x, B and C, update the state, skip, gate."""
     at = tl.program_id(0)
     row = tl.program_id(1)
@@ -105,6 +128,8 @@ def _ssd_kernel(ring, codes, values, taps, factor, bias, inverse, scale, low, hi
     place = (row.to(tl.int64) * (H * P) + channel)[:, None] * N + n[None, :]
     mask = (channel >= 0)[:, None] & inside[None, :]
     scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
+    if DYNAMIC:
+        scale_place += row * (H * P)
     grid_scale = tl.load(state_scale + scale_place) if QUANTIZED else 1.0
     s = _load_state(state, place, mask, grid_scale, QUANTIZED)  # the last step wrote it: long finished
     let_next_start(PDL)
@@ -114,15 +139,15 @@ def _ssd_kernel(ring, codes, values, taps, factor, bias, inverse, scale, low, hi
     b_channel = H * P + (head * GROUPS // H) * N + n
     B = _convolve(ring, taps, tables, b_channel, inside, position, row, rows, C, WIDTH, BC_ROUNDING)
     C_ = _convolve(ring, taps, tables, b_channel + GROUPS * N, inside, position, row, rows, C, WIDTH, BC_ROUNDING)
-    dt = _read(codes, values, dt_scale, row * N_OUT + DT_START + head, head, head >= 0, DT_CODES)
+    if DT_CODES:
+        dt = tl.load(codes + row * N_OUT + DT_START + head).to(tl.float32) * tl.load(dt_scale + head)
+    else:
+        dt = tl.load(values + row * N_OUT + DT_START + head)
     dt = softplus(dt + tl.load(dt_bias + head))
     dt = tl.minimum(tl.maximum(dt, dt_low), dt_high)
     s = tl.exp(dt * tl.load(A + head)) * s + (dt * u)[:, None] * B[None, :]
-    if QUANTIZED:
-        grid_inverse = tl.load(state_inverse + scale_place)
-        tl.store(state + place, to_codes(s, grid_inverse, state_low, state_high, STATE_ROUNDING).to(tl.int8), mask=mask)
-    else:
-        tl.store(state + place, s.to(state.dtype.element_ty), mask=mask)
+    _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, (channel >= 0)[:, None], state_low,
+                 state_high, state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
     y = tl.sum(s * C_[None, :], axis=1) + tl.load(skip + head) * u
     z = _read(codes, values, z_scale, row * N_OUT + Z_START + channel, channel, channel >= 0, Z_CODES)
     tl.store(out + row * (H * P) + channel, y * silu(z), mask=channel >= 0)
@@ -138,11 +163,11 @@ def ssd_step(ring: Tensor, codes: Tensor, values: Tensor, conv: ConvolutionPlan,
     _ssd_kernel[(heads * head_dim // channels, rows)](
         ring, codes, values, conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high,
         dt.scale, z.scale, dt_bias, A, skip, state, grid.scale if grid else filler, grid.inverse if grid else filler,
-        grid.low if grid else 0.0, grid.high if grid else 0.0, position, out, rows, codes.shape[1], *limit,
+        grid.low if grid else 0.0, grid.high if grid else 0.0, grid.span if grid else 0.0, position, out, rows, codes.shape[1], *limit,
         Z_START=starts[0], DT_START=starts[1], H=heads, P=head_dim, N=states, GROUPS=groups, BP=channels,
         BN=triton.next_power_of_2(states), WIDTH=conv.taps.shape[0], U_ROUNDING=conv.rounding,
         BC_ROUNDING=conv.rounding_bc, DT_CODES=dt.codes, Z_CODES=z.codes, QUANTIZED=grid is not None,
-        ALONG=grid.along_states if grid else False, STATE_ROUNDING=grid.rounding if grid else 0, PDL=pdl,
+        ALONG=grid.along_states if grid else False, DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0, PDL=pdl,
         num_warps=4, **_launch(pdl),
     )  # fmt: skip
 
@@ -178,11 +203,11 @@ def conv_step(ring: Tensor, conv: ConvolutionPlan, position: Tensor, out: Tensor
 
 @triton.jit
 def _selective_kernel(u_codes, u_values, u_scale, z_codes, z_values, z_scale, dt_codes, dt_values, dt_scale, low_codes,
-                      low_values, b_scale, dt_bias, A, skip, state, state_scale, state_inverse, state_low, state_high,
+                      low_values, b_scale, dt_bias, A, skip, state, state_scale, state_inverse, state_low, state_high, state_span,
                       out, N_IN, N_LOW, Z_START: tl.constexpr, B_START: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
                       BE: tl.constexpr, BN: tl.constexpr, U_CODES: tl.constexpr, Z_CODES: tl.constexpr,
                       DT_CODES: tl.constexpr, B_CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
-                      STATE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BE channels of one sequence: update the state (Gu and Dao 2023, algorithm 2), skip, gate."""
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
     row = tl.program_id(1)
@@ -191,6 +216,8 @@ def _selective_kernel(u_codes, u_values, u_scale, z_codes, z_values, z_scale, dt
     mask = live[:, None] & (n < N)[None, :]
     place = (row.to(tl.int64) * E + channel)[:, None] * N + n[None, :]
     scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
+    if DYNAMIC:
+        scale_place += row * E
     decay_rate = tl.load(A + channel[:, None] * N + n[None, :], mask=mask, other=0.0)
     grid_scale = tl.load(state_scale + scale_place, mask=live[:, None], other=0.0) if QUANTIZED else 1.0
     s = _load_state(state, place, mask, grid_scale, QUANTIZED)
@@ -203,11 +230,8 @@ def _selective_kernel(u_codes, u_values, u_scale, z_codes, z_values, z_scale, dt
     B = _read(low_codes, low_values, b_scale, row * N_LOW + B_START + n, n, n < N, B_CODES)
     C = _read(low_codes, low_values, b_scale + N, row * N_LOW + B_START + N + n, n, n < N, B_CODES)
     s = tl.exp(dt[:, None] * decay_rate) * s + (dt * u)[:, None] * B[None, :]
-    if QUANTIZED:
-        inverse = tl.load(state_inverse + scale_place, mask=live[:, None], other=0.0)
-        tl.store(state + place, to_codes(s, inverse, state_low, state_high, STATE_ROUNDING).to(tl.int8), mask=mask)
-    else:
-        tl.store(state + place, s.to(state.dtype.element_ty), mask=mask)
+    _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, live[:, None], state_low, state_high,
+                 state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
     y = tl.sum(s * C[None, :], axis=1) + tl.load(skip + channel, mask=live, other=0.0) * u
     tl.store(out + row * E + channel, y * silu(z), mask=live)
 
@@ -223,9 +247,9 @@ def selective_step(u: Tensor, z: tuple[Tensor, Tensor], dt: tuple[Tensor, Tensor
     _selective_kernel[(triton.cdiv(channels, block), rows)](
         u, u, inputs["u"].scale, *z, inputs["z"].scale, *dt, inputs["dt"].scale, *low, inputs["BC"].scale, dt_bias, A,
         skip, state, grid.scale if grid else filler, grid.inverse if grid else filler, grid.low if grid else 0.0,
-        grid.high if grid else 0.0, out, z[0].shape[1], low[0].shape[1], Z_START=starts[0], B_START=starts[1],
+        grid.high if grid else 0.0, grid.span if grid else 0.0, out, z[0].shape[1], low[0].shape[1], Z_START=starts[0], B_START=starts[1],
         E=channels, N=states, BE=block, BN=triton.next_power_of_2(states), U_CODES=inputs["u"].codes,
         Z_CODES=inputs["z"].codes, DT_CODES=inputs["dt"].codes, B_CODES=inputs["BC"].codes,
-        QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
+        QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False, DYNAMIC=grid is not None and grid.span > 0,
         STATE_ROUNDING=grid.rounding if grid else 0, PDL=pdl, num_warps=2, **_launch(pdl),
     )  # fmt: skip

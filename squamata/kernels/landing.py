@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import torch
 from numba import njit, types
@@ -25,7 +26,19 @@ _SMALLEST_SCALE = np.float32(1e-8)  # of a dynamic site, as in ``codec.range_to_
 _NO_CODES, _NO_VALUES = np.empty((0, 0), np.int8), np.empty((0, 0), np.float32)
 _NOTHING = np.empty(0, np.float32)
 
+
+def share_threads() -> None:
+    """Let numba use as many threads as torch.
+
+    Both run on one OpenMP: starting numba's threads, which happens on first use, would reset the number of torch's.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    torch.set_num_threads(threads)
+
+
 announce_compilation()
+share_threads()
 
 
 class Source(NamedTuple):

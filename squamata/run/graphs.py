@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -101,6 +102,8 @@ class CapturedDecoder:
             ring.zero_()
             ring[1:].copy_(history.permute(2, 0, 1))  # position % slots is 0: the newest input is in the last slot
             state.copy_((given.state.data if isinstance(given.state, QTensor) else given.state).reshape(state.shape))
+            if layer.scan.grid is not None and layer.scan.grid.span > 0 and isinstance(given.state, QTensor):
+                layer.scan.grid.scale.copy_(given.state.scale.reshape(-1))
         self.plan.buffers.position.fill_(slots)
 
     def _capture(self) -> None:
@@ -303,15 +306,19 @@ class Planner:
     def state_grid(self, site: Site) -> StatePlan | None:
         if not site.quantized:
             return None
+        spec, sizes = site.spec, site.layout.sizes
+        assert spec is not None
+        low, high = (float(bound) for bound in spec.code_range)
+        rounding = ROUNDINGS[spec.rounding]
+        if spec.dynamic and spec.symmetric and site.partition.kept == (*(True,) * (len(sizes) - 1), False):
+            scale = torch.ones(self.batch * prod(sizes[:-1]), device=self.device)
+            return StatePlan(scale, scale, low, high, rounding, False, spec.span)
         check_static(site)
-        assert site.spec is not None
-        sizes = site.layout.sizes
-        scale, inverse, _ = (None if part is None else part.to(self.device) for part in site.expanded())
-        along = scale.ndim == len(sizes) and scale.shape[-1] > 1
+        expanded = [part.to(self.device) for part in site.expanded()[:2] if part is not None]
+        along = expanded[0].ndim == len(sizes) and expanded[0].shape[-1] > 1
         shape = sizes if along else (*sizes[:-1], 1)
-        flat = (part.expand(shape).reshape(-1, shape[-1]).contiguous() for part in (scale, inverse))
-        low, high = (float(bound) for bound in site.spec.code_range)
-        return StatePlan(*flat, low, high, ROUNDINGS[site.spec.rounding], along)
+        scale, inverse = (part.expand(shape).reshape(-1, shape[-1]).contiguous() for part in expanded)
+        return StatePlan(scale, inverse, low, high, rounding, along)
 
     def state(
         self, channels: int, slots: int, projection: Projection, site: Site, shape: tuple[int, ...]

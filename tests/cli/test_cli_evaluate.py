@@ -29,15 +29,15 @@ def test_numbers_are_those_of_the_function(
     succeed: Callable[..., dict[str, Any]], shipped: Callable[[str, str], Path], text: Path, mode: str
 ) -> None:
     folder = shipped("mamba2", "w4a16")
-    options = ("--against", "bundled", "--window", 32, "--max-tokens", 60, "--mode", mode)
+    options = ("--against", "bundled", "--window", 16, "--max-tokens", 40, "--mode", mode)
     found = succeed("evaluate", folder, "--text", text, *options)
     expected = squamata.evaluate(
-        squamata.load(folder), text, against=squamata.load("bundled"), window=32, max_tokens=60, mode=mode
+        squamata.load(folder), text, against=squamata.load("bundled"), window=16, max_tokens=40, mode=mode
     ).to_dict()
     del expected["seconds"]
     for name, value in expected.items():
         assert found[name] == (pytest.approx(value) if isinstance(value, float | tuple) else value), name
-    assert found["kl"] > 0 and 0 < found["top1_agreement"] <= 1 and found["tokens"] == 60
+    assert found["kl"] > 0 and 0 < found["top1_agreement"] <= 1 and found["tokens"] == 40
     assert (found["recipe"], found["against"], found["text"]) == ("w4a16", "bundled", str(text))
 
 

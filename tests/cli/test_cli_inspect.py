@@ -67,7 +67,10 @@ def test_clipped_fraction_is_the_fraction_beyond_the_codes(
     expected = ((normed / scale).round().abs() > 127).double().mean()
     assert expected > 0.005
     assert rows["layers.0.mixer.in"]["clipped"] == pytest.approx(float(expected))
-    assert all(0 <= row["clipped"] <= 0.05 for row in rows.values() if row["clipped"] is not None)
+    others = [
+        row["clipped"] for row in rows.values() if row["site"] != "layers.0.mixer.in" and row["clipped"] is not None
+    ]
+    assert all(0 <= share <= 0.05 for share in others) and any(others)
     assert rows["layers.0.mixer.in_proj.weight"]["clipped"] is None
 
 

@@ -16,6 +16,8 @@ from squamata.cli import demo
 from squamata.evaluate import profile as profile_module
 from squamata.models import lm
 from squamata.models.config import SHAPES, parameter_shapes
+from squamata.spec.recipe import Recipe
+from squamata.spec.sites import all_sites
 
 QUICK = ("--prompt", 8, "--generate", 3, "--repeats", 2)
 
@@ -68,7 +70,9 @@ def test_a_shape_is_quantized_in_memory(succeed: Callable[..., dict[str, Any]], 
     found = succeed("profile", "--shape", "mamba2-130m", "--recipe", "quamba-w8a8", *QUICK)
     vocabulary, width = 61, 32
     assert found["bytes"]["embedding"] == found["bytes"]["head"] == vocabulary * width + 4 * vocabulary
-    assert found["bytes"]["sites"] == 4 * (2 * 11 + 1)
+    specs, infos = Recipe.read("quamba-w8a8").resolve(("mamba2",) * 2), all_sites(("mamba2",) * 2)
+    static = [site for site, spec in specs.items() if infos[site].kind in ("activation", "state") and not spec.dynamic]
+    assert found["bytes"]["sites"] == 4 * len(static)
     assert found["recipe"] == "quamba-w8a8"
 
 
@@ -109,7 +113,7 @@ def test_a_gpu_is_refused(refuse: Callable[..., str]) -> None:
 
 
 def test_demo_tells_the_story(command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TOKENS": 128, "NEW_TOKENS": 4, "TIMED": (8, 3, 1)}.items():
+    for name, value in {"TOKENS": 128, "CALIBRATION": (4, 64), "NEW_TOKENS": 4, "TIMED": (8, 3, 1)}.items():
         monkeypatch.setattr(demo, name, value)
     out, numbers = tmp_path / "demo", tmp_path / "numbers.json"
     outcome = command("demo", "--out", out, "--json", numbers)

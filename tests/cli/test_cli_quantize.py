@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ def test_numbers_are_those_of_the_files_and_bundled_brings_its_calibration(
     assert stored["recipe"]["name"] == "w8a8" and stored["seed"] == 5
 
 
-def test_force_replaces(command: Callable[..., Any], tmp_path: Path) -> None:
+def test_force_replaces_a_checkpoint(
+    command: Callable[..., Any], shipped: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
+    shutil.copytree(shipped("mamba2", "w4a16"), out)
     outcome = command("quantize", "bundled", "-r", "float", "-o", out, "--force")
-    assert (outcome.status, outcome.err) == (0, "") and "1.000" in outcome.out and not (out / "old").exists()
+    assert (outcome.status, outcome.err) == (0, "") and "1.000" in outcome.out
     assert json.loads((out / "config.json").read_text())["quantization_config"]["recipe"]["name"] == "float"
 
 

@@ -48,7 +48,7 @@ def test_check_accepts_and_counts(succeed: Callable[..., dict[str, Any]], tmp_pa
     ("text", "said"),
     [
         ("name: a\nrulez: []\n", "did you mean 'rules'"),
-        ("name: a\nrules:\n  - {site: '*.mixer.u', spec: {bitz: 8}}\n", "did you mean 'bits'"),
+        ("name: a\nrules:\n  - {site: '*.mixer.u', spec: {bits: 8, symetric: true}}\n", "did you mean 'symmetric'"),
         ("name: a\nrules:\n  - {site: '*.mixer.foo', spec: {bits: 8}}\n", "no site matches"),
         ("name: a\nrules:\n  - {site: '*.mixer.in', spec: {bits: 8, granularity: channel}}\n", "cannot run"),
         ("name: a\nrules:\n  - {site: '*.mixer.in', spec: {bits: 8, scale: minmaks}}\n", "did you mean 'minmax'"),

@@ -43,7 +43,7 @@ def test_fast_rotation_is_the_product_with_the_matrix(width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "block"), [(3, 1), (74, 2), (66, 2), (96 * 3, 96), (48 * 11, 48), (720, 80), (9 * 512, 1536)]
+    ("width", "block"), [(3, 1), (74, 2), (66, 2), (96 * 3, 96), (48 * 11, 48), (720, 80), (9 * 128, 384)]
 )
 def test_without_a_matrix_the_largest_blocks_that_have_one(width: int, block: int) -> None:
     rotation = Rotation.of_size(width)

@@ -7,6 +7,7 @@ All buffers are static, so a step can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,8 @@ from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, con
 from squamata.kernels.gpu_tiles import TiledLinear
 
 SSD_CHANNELS = 32  # of a head, a program
+
+Kernel = tuple[str, Callable[[], None]]  # name, launch
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,18 @@ class Mamba2Layer:
     groups: int
     limit: tuple[float, float]
 
-    def run(self, buffers: Buffers, first: bool) -> None:
-        out = enter(self.entry, self.state.ring, buffers, first)
-        gated = buffers.get("gated", self.inner)
-        ssd_step(self.state.ring, *buffers.both(out), self.conv, self.scan.inputs["dt"], self.scan.inputs["z"],
-                 self.scan.dt_bias, self.scan.A, self.scan.skip, self.state.state, self.scan.grid, buffers.position,
-                 gated, self.starts, self.groups, self.limit, min(SSD_CHANNELS, self.state.state.shape[2]),
-                 buffers.pdl)  # fmt: skip
-        leave(self.exit, gated, buffers)
-
-    @property
-    def inner(self) -> int:
-        return self.exit.projection.linear.columns
+    def kernels(self, buffers: Buffers, first: bool) -> Iterator[Kernel]:
+        """What the layer launches, in order."""
+        out = buffers.outputs("entered", self.entry.projection)
+        gated = buffers.get("gated", self.exit.projection.linear.columns)
+        channels = min(SSD_CHANNELS, self.state.state.shape[2])
+        yield from enter(self.entry, out, self.state.ring, buffers, first, "in_proj")
+        yield "conv_scan", lambda: ssd_step(
+            self.state.ring, *buffers.both(out), self.conv, self.scan.inputs["dt"], self.scan.inputs["z"],
+            self.scan.dt_bias, self.scan.A, self.scan.skip, self.state.state, self.scan.grid, buffers.position,
+            gated, self.starts, self.groups, self.limit, channels, buffers.pdl,
+        )  # fmt: skip
+        yield from leave(self.exit, gated, buffers)
 
 
 @dataclass(frozen=True)
@@ -125,40 +128,49 @@ class Mamba1Layer:
     z_start: int
     low_rank: int
 
-    def run(self, buffers: Buffers, first: bool) -> None:
+    def kernels(self, buffers: Buffers, first: bool) -> Iterator[Kernel]:
+        """What the layer launches, in order."""
         inner = self.exit.projection.linear.columns
-        z = buffers.both(enter(self.entry, self.state.ring, buffers, first))
+        entered = buffers.outputs("entered", self.entry.projection)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
-        conv_step(self.state.ring, self.conv, buffers.position, u, u.dtype == torch.int8, buffers.pdl)
-        low = buffers.outputs("low", self.x_proj)
-        self.x_proj.run(u, low, None, buffers)
+        low, dt = buffers.outputs("low", self.x_proj), buffers.outputs("dt", self.dt_proj)
         dt_low = low.codes if self.dt_proj.linear.format.integer_activations else low.values
         assert dt_low is not None
-        dt = buffers.outputs("dt", self.dt_proj)
-        self.dt_proj.run(dt_low[:, : self.low_rank], dt, None, buffers)
         gated = buffers.get("gated", inner)
-        selective_step(u, z, buffers.both(dt), buffers.both(low), self.scan.inputs, self.scan.dt_bias, self.scan.A,
-                       self.scan.skip, self.state.state, self.scan.grid, gated, (self.z_start, self.low_rank),
-                       buffers.pdl)  # fmt: skip
-        leave(self.exit, gated, buffers)
+        yield from enter(self.entry, entered, self.state.ring, buffers, first, "in_proj")
+        yield "conv", lambda: conv_step(
+            self.state.ring, self.conv, buffers.position, u, u.dtype == torch.int8, buffers.pdl
+        )
+        yield "x_proj", lambda: self.x_proj.run(u, low, None, buffers)
+        yield "dt_proj", lambda: self.dt_proj.run(dt_low[:, : self.low_rank], dt, None, buffers)
+        yield "scan", lambda: selective_step(
+            u, buffers.both(entered), buffers.both(dt), buffers.both(low), self.scan.inputs, self.scan.dt_bias,
+            self.scan.A, self.scan.skip, self.state.state, self.scan.grid, gated, (self.z_start, self.low_rank),
+            buffers.pdl,
+        )  # fmt: skip
+        yield from leave(self.exit, gated, buffers)
 
 
-def enter(stage: InputStage, ring: Tensor | None, buffers: Buffers, first: bool, name: str = "entered") -> Outputs:
-    """residual += h, norm, product."""
+def enter(
+    stage: InputStage, out: Outputs, ring: Tensor | None, buffers: Buffers, first: bool, name: str
+) -> Iterator[Kernel]:
+    """residual += h and norm, then the product called ``name``."""
     projection = stage.projection
     x = buffers.get("normed", projection.linear.columns, projection.site.quantized)
-    norm(buffers.h, buffers.residual, stage.gain, stage.epsilon, projection.site, x, buffers.row_scale, first, buffers.pdl)
-    out = buffers.outputs(name, projection)
-    projection.run(x, out, ring, buffers)
-    return out
+    yield "norm", lambda: norm(
+        buffers.h, buffers.residual, stage.gain, stage.epsilon, projection.site, x, buffers.row_scale, first, buffers.pdl
+    )
+    yield name, lambda: projection.run(x, out, ring, buffers)
 
 
-def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> None:
-    """Gate norm, rotation, product: the new h."""
+def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> Iterator[Kernel]:
+    """Gate norm and rotation, then the product: the new h."""
     projection = stage.projection
     x = buffers.get("rotated", projection.linear.columns, projection.site.quantized)
-    rotate(gated, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle, projection.site, x, buffers.pdl)
-    projection.run(x, Outputs(None, buffers.h), None, buffers)
+    yield "rotate", lambda: rotate(
+        gated, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle, projection.site, x, buffers.pdl
+    )
+    yield "out_proj", lambda: projection.run(x, Outputs(None, buffers.h), None, buffers)
 
 
 @dataclass
@@ -216,14 +228,19 @@ class DecodePlan:
         self.logits = self.buffers.get("logits", vocabulary)
         self._scratch = greedy_scratch(self.buffers.rows, vocabulary, self.buffers.device)
 
-    def step(self) -> None:
-        """Launch every kernel of one token."""
+    def kernels(self) -> Iterator[Kernel]:
+        """Every launch of one token, in order, with the name of what it does."""
         buffers = self.buffers
-        embed(buffers.ids, self.table, self.table_scale, buffers.h, pdl=False)  # not before the last step has ended
+        yield "embedding", lambda: embed(buffers.ids, self.table, self.table_scale, buffers.h, pdl=False)
         for index, layer in enumerate(self.layers):
-            layer.run(buffers, first=index == 0)
-        enter(self.head, None, buffers, first=not self.layers, name="logits")
-        greedy(self.logits, self._scratch, buffers.ids, buffers.position, buffers.pdl)
+            yield from layer.kernels(buffers, first=index == 0)
+        yield from enter(self.head, Outputs(None, self.logits), None, buffers, first=not self.layers, name="head")
+        yield "greedy", lambda: greedy(self.logits, self._scratch, buffers.ids, buffers.position, buffers.pdl)
+
+    def step(self) -> None:
+        """Launch one token. Its first kernel waits for all of the last token: states are read ahead of time later."""
+        for _, launch in self.kernels():
+            launch()
 
     @property
     def weight_bytes(self) -> int:
