@@ -52,7 +52,7 @@ def run(folder: Path, recipe: str, arguments: argparse.Namespace) -> dict[str, A
         "model": folder.name,
         "recipe": recipe,
         "quantization_seconds": made.seconds,
-        "bytes": bytes_by_part(model.checkpoint),
+        "bytes": bytes_by_part(model),
     } | judged
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from squamata.evaluate.profile import model_of_shape
 from squamata.kernels.dispatch import use_backend
 from squamata.load.random_model import random_tensors
 from squamata.models.config import ModelConfig, shape
+from squamata.pipeline import random_model
 from squamata.run.model import Model
 
 PROMPT, DECODED = 512, 64
@@ -101,7 +101,7 @@ def measure(name: str, recipes: list[str], rounds: int, decoded: int) -> dict[st
     """All contestants of one shape, in turn."""
     config = shape(name)
     ids = torch.randint(0, config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(1))
-    ours = {recipe: model_of_shape(name, recipe) for recipe in recipes}
+    ours = {recipe: random_model(name, recipe) for recipe in recipes}
     theirs = {"float32": hugging_face(config, torch.float32), "bfloat16": hugging_face(config, torch.bfloat16)}
     errors = check(ours, theirs["float32"], ids[:, :48])
     contestants: dict[str, Callable[[], tuple[float, float]]] = {

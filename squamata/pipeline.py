@@ -24,11 +24,12 @@ from squamata.kernels import ops
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Mode
 from squamata.load.hub import resolve
+from squamata.load.random_model import random_tensors
 from squamata.load.source import is_squamata_checkpoint, open_source
 from squamata.load.tokenizer import Tokenizer, check_fits
 from squamata.memory import peak_rss_bytes
 from squamata.models.checkpoint import Checkpoint, under
-from squamata.models.config import ModelConfig
+from squamata.models.config import ModelConfig, shape
 from squamata.models.lm import build_block, model_layouts
 from squamata.quantize import check as check_weight_quantizer
 from squamata.quantize import quantize_tensors
@@ -183,6 +184,29 @@ class QuantizedParts:
 
     def _quantize(self, tensors: Mapping[str, Tensor]) -> dict[str, Value]:
         return quantize_tensors(self.recipe, tensors, self.specs, self.layouts)
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """Random float tensors of a shape, made a layer at a time."""
+
+    config: ModelConfig
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        return random_tensors(self.config, prefix=prefix)
+
+
+def random_model(shape_name: str, recipe_name: str, progress: Progress | None = None) -> Model:
+    """A published shape with random weights, quantized in memory with scales from 2 x 64 random tokens."""
+    config, recipe = shape(shape_name), Recipe.read(recipe_name)
+    check(recipe, config)
+    ids = torch.randint(config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    parts = QuantizedParts(RandomSource(config), recipe, [ids] if recipe.resolve(config.blocks) else [])
+    everything = {name: value for some in parts.each(progress) for name, value in some.items()}
+    sites = {name: value for name, value in everything.items() if name.endswith((".scale", ".zero", ".index"))}
+    tensors = {name: value for name, value in everything.items() if name not in sites}
+    site_tensors = {name: value for name, value in sites.items() if isinstance(value, Tensor)}
+    return Model(Checkpoint(parts.config, tensors, recipe, site_tensors))
 
 
 def _draw(

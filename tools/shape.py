@@ -4,7 +4,7 @@
 
 Modules and lines; lines a function (signature and docstring included); parameters; annotated functions (all parameters
 or the return); clones: lines of code (comments, docstrings and imports left out, layout normalised) inside a block of
-six lines that occurs more than once. Budget: host functions of 60 lines and 8 parameters, modules of 400 lines. Bodies
+six lines that occurs more than once. Budget: host functions of 60 lines and 10 parameters (verbs of the command line: as many as options), modules of 400 lines. Bodies
 that a kernel compiler reads (a decorator or a factory that names it) are counted apart.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FUNCTION_LINES, PARAMETERS, MODULE_LINES, CLONE_BLOCK = 60, 8, 400, 6
+FUNCTION_LINES, PARAMETERS, MODULE_LINES, CLONE_BLOCK = 60, 10, 400, 6
 COMPILERS = ("njit", "jit", "intrinsic", "compiled", "kernel", "operation")  # decorators of kernels and their contracts
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -106,7 +106,8 @@ def main(root: Path) -> int:
     for function in measured:
         if not function.kernel and function.lines > FUNCTION_LINES:
             over.append(f"{function.place}: {function.lines} lines")
-        if not function.kernel and function.parameters > PARAMETERS:
+        verb = "/cli/" in function.place
+        if not function.kernel and not verb and function.parameters > PARAMETERS:
             over.append(f"{function.place}: {function.parameters} parameters")
     print("\n".join(["", "over budget:", *over] if over else ["", "within budget"]))
     return bool(over)

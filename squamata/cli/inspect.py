@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from squamata.models.lm import LanguageModel
 
 SHOWN = 40  # rows of a comparison that a person gets to see
+NOISE = 1e-3  # scales that are closer than this come from sums in another order
 
 
 def inspect(
@@ -105,24 +106,39 @@ def _show_rows(rows: Sequence[SiteRow], together: bool, clipped: bool) -> None:
     groups: dict[tuple[str | int | None, ...], list[SiteRow]] = {}
     for row in rows:
         name = row.site.split(".", 2)[2] if row.layer is not None else row.site
-        key: tuple[str | int | None, ...] = (name, row.kind, row.format, row.granularity, row.strategy)
-        groups.setdefault(key if together else (*key, row.layer), []).append(row)
+        key = (name, row.kind, row.format, row.granularity, row.strategy, None if together else row.layer)
+        groups.setdefault(key, []).append(row)
     for title, kinds in (("activations and states", ("activation", "state")), ("tensors", ("weight", "parameter"))):
-        columns = ["<site", "<format", "<per", "<scale from", "scales", "smallest", "median", "largest", "bytes"]
-        columns += ["clipped"] if clipped and kinds[0] == "activation" else []
-        lines = []
-        for key, members in groups.items():
-            if key[1] in kinds:
-                line = [key[0], *key[2:5], *_scales(members), _bytes(members)]
-                lines.append([*line, _clipped(members)] if "clipped" in columns else line)
-        if together:
-            columns.insert(1, "<layers")
-            members_of = [members for key, members in groups.items() if key[1] in kinds]
-            for line, members in zip(lines, members_of, strict=True):
-                line.insert(1, layer_ranges([row.layer for row in members if row.layer is not None]))
-        table(title, columns, lines)
+        members = [group for group in groups.values() if group[0].kind in kinds]
+        columns = [
+            "<site",
+            "<layers",
+            "<format",
+            "<scale from",
+            "smallest\nscale",
+            "\nmedian",
+            "largest\nscale",
+            "bytes",
+        ]
+        columns += ["clipped" if not together else "clipped\nat most"] if clipped and kinds[0] == "activation" else []
+        table(title, columns, [_line(group)[: len(columns)] for group in members])
     if together:
-        note("scales of all these layers together; one layer with --layer N, every site with --json FILE")
+        note("scales of these layers together; one layer with --layer N, every site with --json FILE")
+
+
+def _line(members: Sequence[SiteRow]) -> list[str]:
+    """One site, of one layer or of several that represent it alike."""
+    first = members[0]
+    shares = [row.clipped for row in members if row.clipped is not None]
+    return [
+        first.site if first.layer is None else first.site.split(".", 2)[2],
+        layer_ranges([row.layer for row in members if row.layer is not None]),
+        first.format if first.granularity is None else f"{first.format} per {first.granularity}",
+        first.strategy or "",
+        *_scales(members),
+        _bytes(members),
+        f"{max(shares):.1e}" if shares else "",
+    ]
 
 
 def _bytes(members: Sequence[SiteRow]) -> str:
@@ -131,46 +147,41 @@ def _bytes(members: Sequence[SiteRow]) -> str:
 
 
 def _scales(members: Sequence[SiteRow]) -> list[str]:
-    """Distinct scales of all members, and the smallest, the median of the medians, and the largest."""
+    """The smallest scale of all members, the median of their medians, and the largest."""
     lows, middles, highs = (
         [value for row in members if (value := getattr(row, f"scale_{part}")) is not None]
         for part in ("min", "median", "max")
     )
     if not middles:
-        return ["", "", "", ""]
-    numbers = (min(lows), statistics.median(middles), max(highs))
-    return [str(sum(row.scales for row in members)), *(f"{number:.3g}" for number in numbers)]
-
-
-def _clipped(members: Sequence[SiteRow]) -> str:
-    """Mean over the members, and the largest where there are several."""
-    shares = [row.clipped for row in members if row.clipped is not None]
-    if not shares:
-        return ""
-    worst = f" (max {max(shares):.2e})" if len(shares) > 1 and max(shares) > 0 else ""
-    return f"{statistics.mean(shares):.2e}{worst}" if max(shares) > 0 else "0"
+        return ["", "", ""]
+    return [f"{number:.3g}" for number in (min(lows), statistics.median(middles), max(highs))]
 
 
 def _show_differences(changed: Sequence[SiteDifference], sites: int, first: str, second: str) -> None:
+    """Scales are medians; the ratio is that of the two scales that are farthest apart."""
+    shown = [row for row in changed if not _is_noise(row)]
     table(
-        f"{first} against {second}: {len(changed)} of {sites} sites differ",
-        ("<site", f"<{first}", f"<{second}", "scale", "other", "ratio", "values differ"),
+        f"{second} beside {first}: {len(changed)} of {sites} sites differ",
+        ("<site", "<format", "scale", "other\nscale", "other /\nscale", "values\ndiffer"),
         [
             (
                 row.site,
-                row.first,
-                "the same" if row.first == row.second else row.second,
-                _number(row.first_scale),
-                _number(row.second_scale),
-                _number(row.scale_ratio),
-                _number(row.relative_difference),
+                row.first if row.first == row.second else f"{row.first} -> {row.second}",
+                *map(_number, (row.first_scale, row.second_scale, row.scale_ratio, row.relative_difference)),
             )
-            for row in changed[:SHOWN]
+            for row in shown[:SHOWN]
         ],
     )
-    if len(changed) > SHOWN:
-        note(f"{len(changed) - SHOWN} more: --layer N, or all with --json FILE")
+    if len(changed) > len(shown):
+        note(f"{len(changed) - len(shown)} sites not shown: their scales differ by less than {100 * NOISE:g} %")
+    if len(shown) > SHOWN:
+        note(f"{len(shown) - SHOWN} more: --layer N, or all with --json FILE")
+
+
+def _is_noise(row: SiteDifference) -> bool:
+    near = row.scale_ratio is not None and abs(row.scale_ratio - 1) < NOISE
+    return near and row.first == row.second and not row.relative_difference
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else f"{value:.3g}"

@@ -78,7 +78,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for row in rows:
         shown.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     console = stdout()
-    console.width = max(console.width, Measurement.get(console, console.options, shown).minimum)
+    least = Measurement.get(console, console.options.update(max_width=1000), shown).minimum
+    console.width = max(console.width, least)
     console.print(shown)
     console.print()
 

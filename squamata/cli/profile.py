@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from squamata.evaluate.profile import Profile
     from squamata.models.lm import LanguageModel
 
-CALIBRATION = (2, 64)  # sequences x random tokens that give random weights their scales
-
-
 class Device(StrEnum):
     """Where the model runs."""
 
@@ -76,41 +73,7 @@ def _loaded(model: str | None, shape: str | None, recipe: str) -> LanguageModel:
         return pipeline.load(model)
     assert shape is not None
     with progress(f"making {shape}, {recipe}") as advance:
-        return random_model(shape, recipe, advance)
-
-
-def random_model(shape_name: str, recipe_name: str, advance: Any = None) -> LanguageModel:
-    """A published shape with random weights, quantized in memory with scales from random tokens."""
-    from squamata import pipeline
-    from squamata.evaluate.profile import random_ids
-    from squamata.models.checkpoint import Checkpoint
-    from squamata.models.config import shape
-    from squamata.run.model import Model
-    from squamata.spec.recipe import Recipe
-
-    config, recipe = shape(shape_name), Recipe.read(recipe_name)
-    pipeline.check(recipe, config)
-    source = RandomSource(config)
-    parts = pipeline.QuantizedParts(source, recipe, [random_ids(config.vocab_size, *CALIBRATION)])
-    if not parts.specs:
-        parts.batches.clear()  # nothing to observe
-    everything = {name: value for some in parts.each(advance) for name, value in some.items()}
-    site_tensors = {name: value for name, value in everything.items() if name.endswith((".scale", ".zero", ".index"))}
-    tensors = {name: value for name, value in everything.items() if name not in site_tensors}
-    return Model(Checkpoint(parts.config, tensors, recipe, site_tensors))  # type: ignore[arg-type]
-
-
-class RandomSource:
-    """Random float tensors of a shape, made a layer at a time."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def tensors(self, prefix: str = "") -> dict[str, Any]:
-        """Tensors whose name starts with ``prefix``."""
-        from squamata.load.random_model import random_tensors
-
-        return random_tensors(self.config, prefix=prefix)
+        return pipeline.random_model(shape, recipe, advance)
 
 
 def _show(name: str, recipe: str, result: Profile) -> None:

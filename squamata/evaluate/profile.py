@@ -91,7 +91,8 @@ def profile(
             progress(done, repeats)
         runs.append(_timed_run(model, ids, generate))
         if not done:
-            resident, peak = psutil.Process().memory_info().rss, peak_rss_bytes()
+            resident = psutil.Process().memory_info().rss
+            peak = max(peak_rss_bytes(), resident)  # the kernel books the peak a little late
             memory = torch.ones(_BANDWIDTH_BYTES // 4)  # only now: it is no memory of the model's
         rates.append(read_rate(memory))  # in turn with the runs: a shared machine's bandwidth changes by the minute
     bandwidth = statistics.median(rates)

@@ -115,8 +115,10 @@ def plan_rotation(rotation: Rotation | None, size: int, device: torch.device | s
     assert parts is not None
     order, power = parts
     part = min(power, 256)
-    mix = torch.kron(hadamard_matrix(order), hadamard_matrix(power // part)) if order > 1 else hadamard_matrix(power // part)
-    left, right = (hadamard_matrix(side).to(device) for side in _square(part))
+    with torch.device("cpu"):
+        rest = hadamard_matrix(power // part)
+        mix = torch.kron(hadamard_matrix(order), rest) if order > 1 else rest
+        left, right = (hadamard_matrix(side).to(device) for side in _square(part))
     blocks = rotation.size // rotation.block
     return RotationPlan(blocks, mix.contiguous().to(device), left, right, rotation.block**-0.5, True)
 
@@ -161,8 +163,9 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilo
     mixed = tl.sum(y * signs[:, None], axis=0)
     if ROTATED:
         square = tl.reshape(mixed, (A, B))
-        half = tl.sum(H_left[:, :, None] * square[None, :, :], axis=1)  # (A, B)
-        square = tl.sum(half[:, :, None] * H_right[None, :, :], axis=1)
+        # choosing a sign, not multiplying: Triton would make a TF32 matrix product of a sum of products
+        half = tl.sum(tl.where(H_left[:, :, None] > 0, square[None, :, :], -square[None, :, :]), axis=1)  # (A, B)
+        square = tl.sum(tl.where(H_right[None, :, :] > 0, half[:, :, None], -half[:, :, None]), axis=1)
         mixed = tl.reshape(square, (A * B,)) * factor
     place = row * E + at * (A * B) + within
     _land_row(mixed, out, out_scale, row, place, within >= 0, inverse, low, high, span, QUANTIZED, False, ROUNDING)

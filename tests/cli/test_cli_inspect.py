@@ -43,7 +43,7 @@ def test_tables(command: Callable[..., Any], shipped: Callable[[str, str], Path]
     folder = shipped("mamba2", "w4a16")
     together = command("inspect", folder).out
     row = next(line for line in together.splitlines() if line.startswith("mixer.in_proj.weight"))
-    assert row.split()[1:5] == ["0-7", "int4", "group(128)", "minmax"]
+    assert row.split()[1:6] == ["0-7", "int4", "per", "group(128)", "minmax"]
     assert "recipe w4a16" in together and "no calibration" in together
     one = command("inspect", folder, "--layer", 7).out
     assert "embedding.weight" not in one and "mixer.in_proj.weight" in one

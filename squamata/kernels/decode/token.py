@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 from numba import carray, cfunc, njit, prange, types
 
+from squamata.kernels.decode.convolution import convolve
 from squamata.kernels.decode.records import LAYER, MODEL, PRIVATE, SHARED, SITE
 from squamata.kernels.decode.state import update_row
 from squamata.kernels.gemv import scale_rows, sum_groups
@@ -20,7 +21,7 @@ from squamata.kernels.lanes import (
     largest_magnitude,
     sum_of_squares,
 )
-from squamata.kernels.memory import call_address, pointer, record_address, view_float32, view_int8, view_int32
+from squamata.kernels.memory import call_address, pointer, record_address, view_float32, view_int8
 from squamata.kernels.simd import clamp, divide, exp, rint, round_away, silu, softplus, sqrt, truncate
 
 _ONE = np.float32(1.0)
@@ -109,9 +110,7 @@ def multiply(layer, values, codes, x_scale, sums, out, first, last):
     """Rows of tiles first..last of a linear layer, with scales and bias."""
     integer = layer.kind >= _INTEGER_ACTIVATIONS
     x = codes if integer else values
-    call_address(
-        layer.product, (out, x, layer.tiles, layer.extra, sums, layer.lines, layer.group_lines, first, last)
-    )
+    call_address(layer.product, (out, x, layer.tiles, layer.extra, sums, layer.lines, layer.group_lines, first, last))
     scale_rows(out, layer.scale, layer.bias, x_scale if integer else _ONE, first * 16, last * 16)
 
 
@@ -148,48 +147,6 @@ def enter(norm, epsilon, site, h, residual, row, codes, count):
         r[i] = r[i] + x[i]
     normalize(residual, row, norm, 0, count, rms_factor(residual, count, epsilon))
     return land_row(site, row, codes, count)
-
-
-@njit(cache=True)
-def convolve_history(conv, history, x, u, offset, start, stop):
-    """u[c] = sum over taps of history and x, and the history moves on by one."""
-    taps = view_float32(conv.taps, conv.width * conv.channels)
-    value = view_float32(x, stop)
-    out = view_float32(u, stop)
-    channels, past = conv.channels, conv.width - 1
-    if past == 3:
-        for c in range(start, stop):
-            at, channel = (offset + c) * 3, offset + c
-            a, b, d, e = np.float32(history[at]), np.float32(history[at + 1]), np.float32(history[at + 2]), value[c]
-            total = a * taps[channel] + b * taps[channels + channel]
-            out[c] = total + d * taps[2 * channels + channel] + e * taps[3 * channels + channel]
-            history[at] = history[at + 1]
-            history[at + 1] = history[at + 2]
-            history[at + 2] = e
-        return
-    for c in range(start, stop):
-        at, total = (offset + c) * past, _ZERO
-        for tap in range(past):
-            total += np.float32(history[at + tap]) * taps[tap * channels + offset + c]
-        out[c] = total + value[c] * taps[past * channels + offset + c]
-        for tap in range(past - 1):
-            history[at + tap] = history[at + tap + 1]
-        if past:
-            history[at + past - 1] = value[c]
-
-
-@njit(cache=True)
-def convolve(conv, x, u, offset, start, stop):
-    """Causal convolution and SiLU of channels start..stop of a part that begins at channel ``offset``."""
-    if conv.integer:
-        convolve_history(conv, view_int8(conv.state, conv.channels * (conv.width - 1)), x, u, offset, start, stop)
-    else:
-        convolve_history(conv, view_float32(conv.state, conv.channels * (conv.width - 1)), x, u, offset, start, stop)
-    out = view_float32(u, stop)
-    scale = view_float32(conv.scale + 4 * offset, stop)
-    bias = view_float32(conv.bias + 4 * offset, stop)
-    for c in range(start, stop):
-        out[c] = silu(out[c] * scale[c] + bias[c])
 
 
 @njit(cache=True)
@@ -259,9 +216,7 @@ def scan_selective(layer_record, shared_record, private_record, thread, threads)
     if last == first:
         return
     prepare_sums(layer.dt_proj, private.low_codes, private.sums)
-    multiply(
-        layer.dt_proj, private.low, private.low_codes, layer.dt_low.value, private.sums, shared.dt, first, last
-    )
+    multiply(layer.dt_proj, private.low, private.low_codes, layer.dt_low.value, private.sums, shared.dt, first, last)
     land(layer.dt, shared.dt, 0, start, stop)
     dt, u, y = view_float32(shared.dt, stop), view_float32(shared.u, stop), view_float32(shared.y, stop)
     bias, skip, gate = view_float32(layer.dt_bias, stop), view_float32(layer.skip, stop), view_float32(shared.z, stop)
@@ -270,9 +225,7 @@ def scan_selective(layer_record, shared_record, private_record, thread, threads)
     states = layer.states
     for e in range(start, stop):
         a = layer.A + e * states * 4
-        y[e] = update_row(
-            layer.state, e, states, private.state, a, private.B, private.C, dt[e], dt[e] * u[e], True
-        )
+        y[e] = update_row(layer.state, e, states, private.state, a, private.B, private.C, dt[e], dt[e] * u[e], True)
     for e in range(start, stop):
         y[e] = (y[e] + skip[e] * u[e]) * gate[e]
     land(layer.y, shared.y, 0, start, stop)
@@ -296,9 +249,7 @@ def scan_heads(layer_record, shared_record, private_record, thread, threads):
         group = head // per_group * states * 4
         for row in range(max(start, head * head_dim), min(stop, (head + 1) * head_dim)):
             drive = step * u[row]
-            total = update_row(
-                layer.state, row, states, private.state, 0, B + group, C + group, decay, drive, False
-            )
+            total = update_row(layer.state, row, states, private.state, 0, B + group, C + group, decay, drive, False)
             y[row] = total + through * u[row]
 
 

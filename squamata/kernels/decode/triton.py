@@ -138,8 +138,9 @@ class Mamba1Layer:
         assert dt_low is not None
         gated = buffers.get("gated", inner)
         yield from enter(self.entry, entered, self.state.ring, buffers, first, "in_proj")
-        yield "conv", lambda: conv_step(
-            self.state.ring, self.conv, buffers.position, u, u.dtype == torch.int8, buffers.pdl
+        yield (
+            "conv",
+            lambda: conv_step(self.state.ring, self.conv, buffers.position, u, u.dtype == torch.int8, buffers.pdl),
         )
         yield "x_proj", lambda: self.x_proj.run(u, low, None, buffers)
         yield "dt_proj", lambda: self.dt_proj.run(dt_low[:, : self.low_rank], dt, None, buffers)
@@ -157,8 +158,19 @@ def enter(
     """residual += h and norm, then the product called ``name``."""
     projection = stage.projection
     x = buffers.get("normed", projection.linear.columns, projection.site.quantized)
-    yield "norm", lambda: norm(
-        buffers.h, buffers.residual, stage.gain, stage.epsilon, projection.site, x, buffers.row_scale, first, buffers.pdl
+    yield (
+        "norm",
+        lambda: norm(
+            buffers.h,
+            buffers.residual,
+            stage.gain,
+            stage.epsilon,
+            projection.site,
+            x,
+            buffers.row_scale,
+            first,
+            buffers.pdl,
+        ),
     )
     yield name, lambda: projection.run(x, out, ring, buffers)
 
@@ -167,8 +179,19 @@ def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> Iterator[Kerne
     """Gate norm and rotation, then the product: the new h."""
     projection = stage.projection
     x = buffers.get("rotated", projection.linear.columns, projection.site.quantized)
-    yield "rotate", lambda: rotate(
-        gated, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle, projection.site, x, buffers.pdl
+    yield (
+        "rotate",
+        lambda: rotate(
+            gated,
+            stage.gain,
+            stage.epsilon,
+            stage.groups,
+            stage.rotation,
+            stage.middle,
+            projection.site,
+            x,
+            buffers.pdl,
+        ),
     )
     yield "out_proj", lambda: projection.run(x, Outputs(None, buffers.h), None, buffers)
 
