@@ -42,7 +42,10 @@ def hugging_face(config: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
     else:
         heads = {"num_heads": config.n_heads, "head_dim": config.head_dim, "n_groups": config.n_groups}
         model = Mamba2ForCausalLM(Mamba2Config(**heads, **common))
-    model.load_state_dict({_their_name(name, config): _their_shape(name, tensor) for name, tensor in random_tensors(config).items()}, strict=False)
+    model.load_state_dict(
+        {_their_name(name, config): _their_shape(name, tensor) for name, tensor in random_tensors(config).items()},
+        strict=False,
+    )
     return model.to(dtype).eval()
 
 

@@ -70,7 +70,9 @@ def random_tensor(config: ModelConfig, name: str, size: tuple[int, ...]) -> Tens
     noise = torch.randn(size)
     if name.endswith(("A_log", "dt_bias")):
         one_layer = config.model_copy(update={"blocks": config.blocks[:1]})
-        return random_tensors(one_layer, prefix="layers.0.mixer." + name.split(".")[-1])[f"layers.0.{name.split('.', 2)[2]}"]
+        return random_tensors(one_layer, prefix="layers.0.mixer." + name.split(".")[-1])[
+            f"layers.0.{name.split('.', 2)[2]}"
+        ]
     if name.endswith((".D", "norm.weight")):
         return 1 + 0.1 * noise
     return noise * (0.02 if name.endswith("bias") else size[-1] ** -0.5)
@@ -93,7 +95,9 @@ def random_sites(config: ModelConfig, specs: dict[str, Any], device: str) -> dic
         spec = specs.get(name)
         if info.kind in ("activation", "state") and spec is not None and not spec.dynamic:
             assert spec.granularity.per_tensor, f"{name}: this benchmark draws one scale a site"
-            found[f"{name}.scale"] = torch.tensor(SITE_RANGE.get(name.rsplit(".", 1)[-1], 4.0) / spec.span, device=device)
+            found[f"{name}.scale"] = torch.tensor(
+                SITE_RANGE.get(name.rsplit(".", 1)[-1], 4.0) / spec.span, device=device
+            )
     return found
 
 
@@ -192,7 +196,9 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     bandwidth = copy_bandwidth()
     print(f"{device}, torch {torch.__version__}; device copy {bandwidth * 1e-12:.2f} TB/s")
-    print(f"{'shape':12} {'recipe':12} {'b':>3} {'TPOT ms':>8} {'p10':>7} {'p90':>7} {'MB':>7} {'TB/s':>5} {'floor':>6} {'share':>6} {'error':>8}")
+    print(
+        f"{'shape':12} {'recipe':12} {'b':>3} {'TPOT ms':>8} {'p10':>7} {'p90':>7} {'MB':>7} {'TB/s':>5} {'floor':>6} {'share':>6} {'error':>8}"
+    )
     rows = []
     for name in arguments.shapes:
         for recipe in arguments.recipes:
@@ -205,7 +211,9 @@ def main() -> None:
                     f"{row['bytes'] / 1e6:7.0f} {row['bandwidth_tb_s']:5.2f} {row['floor_ms']:6.3f} "
                     f"{100 * row['share_of_floor']:5.0f}% {row['error']:8.1e}   ({time.perf_counter() - started:.0f} s)"
                 )
-                kernels = ", ".join(f"{key} {value['launches']}x{value['microseconds']:.2f}" for key, value in row["kernels"].items())
+                kernels = ", ".join(
+                    f"{key} {value['launches']}x{value['microseconds']:.2f}" for key, value in row["kernels"].items()
+                )
                 print(f"   us a launch: {kernels}", flush=True)
                 torch.cuda.empty_cache()
     if arguments.json:

@@ -40,9 +40,12 @@ class Landing:
 @triton.jit
 def _load_quads(words, first, STEP: tl.constexpr, QUADS: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr,
                 S: tl.constexpr):  # fmt: skip
-    """COUNT tiles of int32 [S, BN, 4]: quad ``first + i`` of each of S slices that are STEP quads apart."""
-    slices = tl.arange(0, S)[:, None, None] * STEP
-    inside = tl.arange(0, BN)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    """COUNT tiles of int32 [BN, S, 4]: quad ``first + i`` of each of S slices that are STEP quads apart.
+
+    Rows come first because Triton spreads a warp over the last dimension, then over the first.
+    """
+    slices = tl.arange(0, S)[None, :, None] * STEP
+    inside = tl.arange(0, BN)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
     tiles = ()
     for i in tl.static_range(COUNT):
         tile = tl.load(words + (slices + (first + i)) * (BN * 4) + inside, eviction_policy="evict_first")
@@ -51,8 +54,23 @@ def _load_quads(words, first, STEP: tl.constexpr, QUADS: tl.constexpr, COUNT: tl
 
 
 @triton.jit
+def _into_cache(x, LENGTH: tl.constexpr):
+    """Read an activation row (32-bit words) as a whole into the first-level cache.
+
+    The products then read it four words at a time, the same in every lane: such reads would each wait for the second
+    level, one sector after the other.
+    """
+    BLOCK: tl.constexpr = 2048
+    for start in tl.static_range(0, LENGTH, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        words = tl.load(x + at, mask=at < LENGTH)
+        tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _quad_times_row(tile, accumulator, x, quads, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
-    """accumulator [S, BN, 4] + products of one quad a slice with activations ``x`` (of one row); quads [S, 1, 1]."""
+    """accumulator [BN, S, 4] + products of one quad a slice with activations ``x`` (of one row); quads [1, S, 1]."""
     lane = tl.arange(0, 4)[None, None, :]
     if FORMAT == 0:
         accumulator = dot4(tile, tl.load(x + quads * 4 + lane), accumulator, NATIVE)
@@ -102,7 +120,7 @@ def _store(y, row, n, factor_tables, codes, values, ring_codes, ring_values, pos
 
 @triton.jit
 def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, codes, values, ring_codes, ring_values,
-          position, N, rows, X_STRIDE: tl.constexpr, QUADS: tl.constexpr, QUADS_PER_SCALE: tl.constexpr,
+          position, N, rows, X_STRIDE: tl.constexpr, X_LENGTH: tl.constexpr, QUADS: tl.constexpr, QUADS_PER_SCALE: tl.constexpr,
           SAME: tl.constexpr, COUNT: tl.constexpr, ROUNDS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr,
           FORMAT: tl.constexpr, GROUPED: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
           RING_START: tl.constexpr, RING_STOP: tl.constexpr, SLOTS: tl.constexpr, ROUNDING: tl.constexpr,
@@ -118,6 +136,12 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
     n = tile * BN + tl.arange(0, BN)
     tile_words = words + tile.to(tl.int64) * (QUADS * BN * 4)
     tiles = _load_quads(tile_words, 0, STEP, QUADS, COUNT, BN, S)
+    scales = ()
+    if GROUPED:
+        for block in tl.static_range(STEP // SAME):
+            group = (tl.arange(0, S) * STEP + block * SAME) // QUADS_PER_SCALE
+            place = (tile * (QUADS // QUADS_PER_SCALE) + group[None, :, None]) * BN + tl.arange(0, BN)[:, None, None]
+            scales = scales + (tl.load(group_scale + place),)  # noqa: RUF005
     scale_factor = tl.load(factor + n)
     shift = tl.load(bias + n) if HAS_BIAS else scale_factor
     tables = (tl.load(inverse + n), tl.load(low + n), tl.load(high + n)) if ANY_CODES else (0.0 * scale_factor, 0, 0)
@@ -125,9 +149,11 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
     wait_for_previous(PDL)
     slices = tl.arange(0, S)
     integer: tl.constexpr = FORMAT < 2
+    if NATIVE:
+        _into_cache(x + first_row * X_STRIDE, X_LENGTH)
     for b in tl.static_range(ROWS):
-        total = tl.zeros((S, BN), tl.float32)
-        whole = tl.zeros((S, BN), tl.int32)
+        total = tl.zeros((BN, S, 1), tl.float32)
+        whole = tl.zeros((BN, S, 1), tl.int32)
         row = first_row + b
         x_row = x + tl.minimum(row, rows - 1) * X_STRIDE
         for around in tl.static_range(ROUNDS):
@@ -135,17 +161,15 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
                 tiles = _load_quads(tile_words, around * COUNT, STEP, QUADS, COUNT, BN, S)
             for block in tl.static_range(COUNT // SAME):
                 if integer:
-                    sums = tl.zeros((S, BN, 4), tl.int32)
+                    sums = tl.zeros((BN, S, 4), tl.int32)
                 else:
-                    sums = tl.zeros((S, BN, 4), tl.float32)
+                    sums = tl.zeros((BN, S, 4), tl.float32)
                 for i in tl.static_range(SAME):
-                    quads = (slices * STEP + (around * COUNT + block * SAME + i))[:, None, None]
+                    quads = (slices * STEP + (around * COUNT + block * SAME + i))[None, :, None]
                     sums = _quad_times_row(tiles[block * SAME + i], sums, x_row, quads, FORMAT, NATIVE)
-                part = tl.sum(sums, axis=2)
+                part = tl.sum(sums, axis=2, keep_dims=True)
                 if GROUPED:
-                    group = (slices * STEP + around * COUNT + block * SAME) // QUADS_PER_SCALE
-                    place = (tile * (QUADS // QUADS_PER_SCALE) + group[:, None]) * BN + tl.arange(0, BN)[None, :]
-                    scale = tl.load(group_scale + place).to(tl.float32)
+                    scale = scales[(around * COUNT) // SAME + block].to(tl.float32)
                     if integer:
                         total += small_to_float(part) * scale
                     else:
@@ -155,9 +179,9 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
                 else:
                     total += part
         if integer and not GROUPED:
-            y = tl.sum(whole, axis=0).to(tl.float32)
+            y = tl.sum(tl.reshape(whole, (BN, S)), axis=1).to(tl.float32)
         else:
-            y = tl.sum(total, axis=0)
+            y = tl.sum(tl.reshape(total, (BN, S)), axis=1)
         if DYNAMIC:
             y = y * (tl.load(x_scale + row) * scale_factor)
         else:
@@ -220,7 +244,8 @@ def gemv(
         land.inverse if land else factor, land.low if land else factor, land.high if land else factor,
         codes if codes is not None else fallback, values if values is not None else fallback,
         ring if ring is not None else fallback, ring if ring is not None else fallback, position, linear.rows, rows,
-        X_STRIDE=x.stride(0) // 4 if integer else x.stride(0), QUADS=linear.quads,
+        X_STRIDE=x.stride(0) // 4 if integer else x.stride(0),
+        X_LENGTH=linear.columns // 4 if integer else linear.columns, QUADS=linear.quads,
         QUADS_PER_SCALE=linear.quads_per_scale, SAME=same, COUNT=count,
         ROUNDS=quads_per_slice // count, BN=linear.tile_rows, S=shape.slices, ROWS=per_program,
         FORMAT=int(linear.format), GROUPED=grouped, DYNAMIC=x_scale is not None, HAS_BIAS=linear.bias is not None,

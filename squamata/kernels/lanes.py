@@ -139,3 +139,85 @@ selective_row = _state_row(True, False)
 selective_row_int8 = _state_row(True, True)
 head_row = _state_row(False, False)
 head_row_int8 = _state_row(False, True)
+
+
+def _open_row(per_state_decay: bool) -> Any:
+    """Numba intrinsic: as ``_state_row`` for codes that share one scale; the new values go to ``scratch`` in float32.
+
+    Arguments: addresses of the codes, scratch, A, B, C; blocks; scale, decay or dt, drive (float32).
+    """
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        row, scratch, a, b, c, blocks, scale, decay, drive = arguments
+        total = cgutils.alloca_once_value(builder, constant(_FLOATS, 0.0))
+        scale, rate, drive = (splat(builder, value) for value in (scale, decay, drive))
+        with cgutils.for_range(builder, blocks) as loop:
+
+            def at(base: ir.Value) -> ir.Value:
+                return load(builder, offset(builder, base, loop.index, 64), _FLOATS, 4)
+
+            codes = load(builder, offset(builder, row, loop.index, LANES), _BYTES, 1)
+            state = builder.fmul(builder.sitofp(builder.sext(codes, _INTS), _FLOATS), scale)
+            factor = emit_exp(builder, builder.fmul(rate, at(a))) if per_state_decay else rate
+            state = builder.fadd(builder.fmul(factor, state), builder.fmul(drive, at(b)))
+            builder.store(builder.fadd(builder.load(total), builder.fmul(state, at(c))), total)
+            store(builder, state, offset(builder, scratch, loop.index, 64), 4)
+        return _horizontal(builder, builder.load(total))
+
+    def typed(_typing, row, scratch, a, b, c, blocks, scale, decay, drive):  # type: ignore[no-untyped-def]
+        return types.float32(*[types.int64] * 6, *[types.float32] * 3), codegen
+
+    return intrinsic(typed)
+
+
+open_selective_row = _open_row(True)
+open_head_row = _open_row(False)
+
+
+@intrinsic
+def close_row(_typing, scratch, row, blocks, inverse, low, high, rounding):  # type: ignore[no-untyped-def]
+    """codes[n] = clamp(round(scratch[n] * inverse)), int8 (16 * blocks,); rounding as ``_state_row``."""
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        scratch, row, blocks, inverse, low, high, rounding = arguments
+        inverse, low, high = (splat(builder, value) for value in (inverse, low, high))
+
+        def loop_with(rounded: Any) -> None:
+            with cgutils.for_range(builder, blocks) as loop:
+                values = load(builder, offset(builder, scratch, loop.index, 64), _FLOATS, 4)
+                code = emit_clamp(builder, rounded(builder.fmul(values, inverse)), low, high)
+                store(
+                    builder,
+                    builder.trunc(builder.fptosi(code, _INTS), _BYTES),
+                    offset(builder, row, loop.index, LANES),
+                    1,
+                )
+
+        with builder.if_else(builder.icmp_signed("==", rounding, rounding.type(0))) as (even, others):
+            with even:
+                loop_with(lambda x: call(builder, "rint", (x,)))
+            with others:
+                away = builder.icmp_signed("==", rounding, rounding.type(1))
+                loop_with(lambda x: builder.select(away, emit_round_away(builder, x), call(builder, "trunc", (x,))))
+        return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+    return types.none(*[types.int64] * 3, *[types.float32] * 3, types.int64), codegen
+
+
+@intrinsic
+def prefetch_lines(_typing, where, lines):  # type: ignore[no-untyped-def]
+    """Ask for ``lines`` cache lines of 64 bytes from ``where`` on to be brought into the second-level cache."""
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        where, lines = arguments
+        pointer = ir.IntType(8).as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [pointer, INT32, INT32, INT32])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
+        read, second_level, data = INT32(0), INT32(2), INT32(1)
+        with cgutils.for_range(builder, lines) as loop:
+            address = builder.inttoptr(offset(builder, where, loop.index, 64), pointer)
+            builder.call(function, (address, read, second_level, data))
+        return ir.Constant(pointer, None)
+
+    return types.none(types.int64, types.int64), codegen

@@ -53,10 +53,10 @@ class Decoder:
             self._rows = [self.plan.bind([_states(layer, row) for layer in cache]) for row in range(len(ids))]
             self._cache = cache
         embedded = ops.embedding(ids[:, None], self.model.embedding, torch.float32)[:, 0].numpy()
-        logits = torch.empty(len(ids), self.model.config.vocab_size)
+        logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)  # torch's threads would spin beside ours
         for row, states in enumerate(self._rows):
-            logits[row] = torch.from_numpy(self.plan.step(embedded[row], states=states))
-        return logits
+            logits[row] = self.plan.step(embedded[row], states=states)
+        return torch.from_numpy(logits)
 
 
 def plan_model(model: LanguageModel) -> DecodePlan:

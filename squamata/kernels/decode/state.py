@@ -1,4 +1,4 @@
-"""One row of the scan's state moves on by one token: float32, int8 with static scales, int8 with the row's own scale."""
+"""One row of the scan's state moves on by one token: float32, int8 with static scales, int8 with its own scale."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -6,7 +6,16 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from squamata.kernels.lanes import head_row, head_row_int8, selective_row, selective_row_int8
+from squamata.kernels.lanes import (
+    close_row,
+    head_row,
+    head_row_int8,
+    largest_magnitude,
+    open_head_row,
+    open_selective_row,
+    selective_row,
+    selective_row_int8,
+)
 from squamata.kernels.memory import view_float32, view_int8, view_int32
 from squamata.kernels.simd import clamp, divide, exp, rint, round_away, truncate
 
@@ -66,19 +75,26 @@ def update_floats(where, states, a, b, c, decay, drive, selective):
 @njit(cache=True)
 def update_row_dynamic(state, row, states, scratch, a, b, c, decay, drive, selective):
     """The row is read with its scale, moves on in float32, and is written with the scale it then has."""
-    codes, values = view_int8(state.data + row * states, states), view_float32(scratch, states)
+    where, blocks = state.data + row * states, states // 16
     scales = view_float32(state.scale, row + 1)
     scale = scales[row]
-    for n in range(states):
-        values[n] = np.float32(codes[n]) * scale
-    y = update_floats(scratch, states, a, b, c, decay, drive, selective)
-    most = _ZERO
-    for n in range(states):
+    if selective:
+        y = open_selective_row(where, scratch, a, b, c, blocks, scale, decay, drive)
+    else:
+        y = open_head_row(where, scratch, a, b, c, blocks, scale, decay, drive)
+    most = largest_magnitude(scratch, blocks)
+    B, C = view_float32(b, states), view_float32(c, states)
+    codes, values = view_int8(where, states), view_float32(scratch, states)
+    for n in range(blocks * 16, states):
+        factor = exp(decay * view_float32(a, states)[n]) if selective else decay
+        values[n] = factor * (np.float32(codes[n]) * scale) + drive * B[n]
+        y += values[n] * C[n]
         most = max(most, abs(values[n]))
     scale = max(divide(most, state.span), _LEAST_SCALE)
     scales[row] = scale
     inverse = divide(_ONE, scale)
-    for n in range(states):
+    close_row(scratch, where, blocks, inverse, state.low, state.high, state.rounding)
+    for n in range(blocks * 16, states):
         codes[n] = round_code(state, values[n] * inverse)
     return y
 

@@ -19,6 +19,7 @@ from squamata.kernels.gemv import scale_rows, sum_groups
 from squamata.kernels.lanes import (
     butterfly_16,
     largest_magnitude,
+    prefetch_lines,
     sum_of_squares,
 )
 from squamata.kernels.memory import call_address, pointer, record_address, view_float32, view_int8
@@ -29,6 +30,7 @@ _ZERO = np.float32(0.0)
 _LEAST_SCALE = np.float32(1e-8)
 _STATIC, _DYNAMIC = 1, 2
 _INTEGER_ACTIVATIONS = 4  # first such Kind
+_PREFETCHED_LINES = 8192  # half a megabyte: what a core's second-level cache takes beside everything else
 
 
 @njit(cache=True)
@@ -199,6 +201,17 @@ def low_rank_input(layer, shared, private, linear, site, out, codes, count):
     land(site, out, codes, 0, count)
 
 
+@njit(cache=True)
+def ahead(linear, thread, threads, rows):
+    """Where this thread's tiles of the next projection begin, and how many lines of them to prefetch a row.
+
+    The scan leaves the memory idle; the weights that follow it do not depend on it.
+    """
+    first, last = linear.tile_count * thread // threads, linear.tile_count * (thread + 1) // threads
+    lines = min((last - first) * linear.lines, _PREFETCHED_LINES)
+    return linear.tiles + first * linear.lines * 64, lines // max(rows, 1)
+
+
 def scan_selective(layer_record, shared_record, private_record, thread, threads):
     """Phase 2, Mamba-1: x_proj, dt_proj, state update, skip and gate."""
     layer = carray(pointer(layer_record), (1,), LAYER)[0]
@@ -223,7 +236,9 @@ def scan_selective(layer_record, shared_record, private_record, thread, threads)
     for e in range(start, stop):
         dt[e] = softplus(dt[e] + bias[e])
     states = layer.states
+    weights, lines = ahead(layer.out_proj, thread, threads, stop - start)
     for e in range(start, stop):
+        prefetch_lines(weights + (e - start) * lines * 64, lines)
         a = layer.A + e * states * 4
         y[e] = update_row(layer.state, e, states, private.state, a, private.B, private.C, dt[e], dt[e] * u[e], True)
     for e in range(start, stop):
@@ -241,6 +256,7 @@ def scan_heads(layer_record, shared_record, private_record, thread, threads):
     dt, u, y = view_float32(shared.dt, layer.heads), view_float32(shared.u, stop), view_float32(shared.y, stop)
     bias, A, skip = view_float32(layer.dt_bias, layer.heads), view_float32(layer.A, layer.heads), layer.skip
     per_group = layer.heads // layer.groups
+    weights, lines = ahead(layer.out_proj, thread, threads, stop - start)
     B, C = shared.B_conv, shared.C_conv
     for head in range(start // head_dim, (stop + head_dim - 1) // head_dim):
         step = clamp(softplus(dt[head] + bias[head]), layer.dt_low_limit, layer.dt_high_limit)
@@ -248,6 +264,7 @@ def scan_heads(layer_record, shared_record, private_record, thread, threads):
         through = view_float32(skip, layer.heads)[head]
         group = head // per_group * states * 4
         for row in range(max(start, head * head_dim), min(stop, (head + 1) * head_dim)):
+            prefetch_lines(weights + (row - start) * lines * 64, lines)
             drive = step * u[row]
             total = update_row(layer.state, row, states, private.state, 0, B + group, C + group, decay, drive, False)
             y[row] = total + through * u[row]
