@@ -202,11 +202,18 @@ class Shape:
 
 
 def choose_shape(rows: int, columns: int, format: Format) -> Shape:
-    """The cut for a weight (rows, columns), from the committed measurements' rule: enough programs, few quads a thread."""
+    """The cut for a weight (rows, columns).
+
+    A rule that comes within a tenth of the best cut of every shape measured (H200, docs/log.md): 256 threads a program
+    where K allows it, three quads a thread at least, some 200 programs at least.
+    """
     quads = columns // format.quad
-    tile_rows = next((size for size in (32, 16) if rows // size >= 256), 8)
+    tall = format.integer_activations
+    tile_rows = next((size for size in (32, 16) if tall and rows // size >= (256 if size == 32 else 200)), 8)
     slices = 1
-    while quads % (2 * slices) == 0 and (quads // slices > 12 or slices * tile_rows < 32) and slices * tile_rows < 256:
+    while quads % (2 * slices) == 0 and quads // (2 * slices) >= 3 and slices * tile_rows < 256:
+        slices *= 2
+    while slices * tile_rows < 32 and quads % (2 * slices) == 0:
         slices *= 2
     return Shape(tile_rows, slices)
 

@@ -152,11 +152,19 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilo
     y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
     if NORM:
         width: tl.constexpr = E // GROUPS
-        for group in tl.static_range(GROUPS):
-            lane = tl.arange(0, BE)
-            member = tl.load(gated + row * E + group * width + lane, mask=lane < width, other=0.0)
-            scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(member * member, axis=0) / width + epsilon))
-            y = tl.where(channel // width == group, y * scale, y)
+        if GROUPS == 1 and PARTS * A * B == E:  # the tile is the whole row
+            y = y * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(tl.sum(y * y, axis=1), axis=0) / width + epsilon))
+        elif PARTS * A * B == E and PARTS_PADDED % GROUPS == 0 and PARTS == PARTS_PADDED:
+            squares = tl.reshape(tl.sum(y * y, axis=1), (GROUPS, PARTS // GROUPS))
+            scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) / width + epsilon))
+            spread = tl.broadcast_to(scale[:, None], (GROUPS, PARTS // GROUPS))
+            y = y * tl.reshape(spread, (PARTS,))[:, None]
+        else:
+            for group in tl.static_range(GROUPS):
+                lane = tl.arange(0, BE)
+                member = tl.load(gated + row * E + group * width + lane, mask=lane < width, other=0.0)
+                scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(member * member, axis=0) / width + epsilon))
+                y = tl.where(channel // width == group, y * scale, y)
         y = y * weight
     if MIDDLE:
         y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale

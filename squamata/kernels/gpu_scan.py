@@ -58,30 +58,44 @@ class InputPlan:
 
 
 @triton.jit
-def _convolve(ring, taps, tables, channel, mask, position, row, rows, C, WIDTH: tl.constexpr,
-              ROUNDING: tl.constexpr):  # fmt: skip
-    """SiLU(sum_k x[t - K + 1 + k] tap[k] * factor + bias), landed and dequantized, for some channels."""
+def _history(ring, taps, tables, channel, mask, now, row, rows, C, WIDTH: tl.constexpr, ROUNDING: tl.constexpr):
+    """What a convolution needs besides its newest input: nothing here waits for this token's in_proj."""
     factor, bias, inverse, scale, low, high = tables
-    now = tl.load(position)
     total = tl.zeros(channel.shape, tl.float32)
-    for k in tl.static_range(WIDTH):
+    for k in tl.static_range(WIDTH - 1):
         slot = (now + 1 + k) % WIDTH
         x = tl.load(ring + (slot * rows + row) * C + channel, mask=mask, other=0).to(tl.float32)
         total += x * tl.load(taps + k * C + channel, mask=mask, other=0.0)
-    f = tl.load(factor + channel, mask=mask, other=0.0)
-    u = silu(total * f + tl.load(bias + channel, mask=mask, other=0.0))
+    newest = tl.load(taps + (WIDTH - 1) * C + channel, mask=mask, other=0.0)
+    affine = (tl.load(factor + channel, mask=mask, other=0.0), tl.load(bias + channel, mask=mask, other=0.0))
     if ROUNDING >= 0:
-        inv = tl.load(inverse + channel, mask=mask, other=0.0)
-        smallest, largest = tl.load(low + channel, mask=mask, other=0.0), tl.load(high + channel, mask=mask, other=0.0)
-        landed = to_codes(u, inv, smallest, largest, ROUNDING) * tl.load(scale + channel, mask=mask, other=0.0)
-        u = tl.where(inv == 0, u, landed)
+        grid = (
+            tl.load(inverse + channel, mask=mask, other=0.0), tl.load(scale + channel, mask=mask, other=0.0),
+            tl.load(low + channel, mask=mask, other=0.0), tl.load(high + channel, mask=mask, other=0.0),
+        )  # fmt: skip
+    else:
+        grid = affine + affine
+    return (total, newest) + affine + grid  # noqa: RUF005
+
+
+@triton.jit
+def _convolve(ring, history, channel, mask, now, row, rows, C, WIDTH: tl.constexpr, ROUNDING: tl.constexpr,
+              CODES: tl.constexpr):  # fmt: skip
+    """SiLU(sum_k x[t - K + 1 + k] tap[k] * factor + bias) for some channels, landed; CODES: not dequantized."""
+    total, newest, factor, bias, inverse, scale, low, high = history
+    x = tl.load(ring + ((now % WIDTH) * rows + row) * C + channel, mask=mask, other=0).to(tl.float32)
+    u = silu((total + x * newest) * factor + bias)
+    if ROUNDING >= 0:
+        landed = to_codes(u, inverse, low, high, ROUNDING)
+        u = tl.where(inverse == 0, u, landed if CODES else landed * scale)
     return u
 
 
 @triton.jit
-def _read(codes, values, scale, place, index, mask, CODES: tl.constexpr):
+def _read(codes, values, unit, place, mask, CODES: tl.constexpr):
+    """Float values of an input: int8 codes times ``unit``, or float32."""
     if CODES:
-        x = tl.load(codes + place, mask=mask, other=0).to(tl.float32) * tl.load(scale + index, mask=mask, other=0.0)
+        x = tl.load(codes + place, mask=mask, other=0).to(tl.float32) * unit
     else:
         x = tl.load(values + place, mask=mask, other=0.0)
     return x
@@ -132,24 +146,32 @@ def _ssd_kernel(ring, codes, values, taps, factor, bias, inverse, scale, low, hi
         scale_place += row * (H * P)
     grid_scale = tl.load(state_scale + scale_place) if QUANTIZED else 1.0
     s = _load_state(state, place, mask, grid_scale, QUANTIZED)  # the last step wrote it: long finished
+    tables = (factor, bias, inverse, scale, low, high)
+    now = tl.load(position)
+    every = channel >= 0
+    b_channel = H * P + (head * GROUPS // H) * N + n
+    u_past = _history(ring, taps, tables, channel, every, now, row, rows, C, WIDTH, U_ROUNDING)
+    b_past = _history(ring, taps, tables, b_channel, inside, now, row, rows, C, WIDTH, BC_ROUNDING)
+    c_past = _history(ring, taps, tables, b_channel + GROUPS * N, inside, now, row, rows, C, WIDTH, BC_ROUNDING)
+    decay_rate, shift, through = tl.load(A + head), tl.load(dt_bias + head), tl.load(skip + head)
+    dt_unit = tl.load(dt_scale + head)
+    z_unit = tl.load(z_scale + channel)
     let_next_start(PDL)
     wait_for_previous(PDL)
-    tables = (factor, bias, inverse, scale, low, high)
-    u = _convolve(ring, taps, tables, channel, channel >= 0, position, row, rows, C, WIDTH, U_ROUNDING)
-    b_channel = H * P + (head * GROUPS // H) * N + n
-    B = _convolve(ring, taps, tables, b_channel, inside, position, row, rows, C, WIDTH, BC_ROUNDING)
-    C_ = _convolve(ring, taps, tables, b_channel + GROUPS * N, inside, position, row, rows, C, WIDTH, BC_ROUNDING)
     if DT_CODES:
-        dt = tl.load(codes + row * N_OUT + DT_START + head).to(tl.float32) * tl.load(dt_scale + head)
+        dt = tl.load(codes + row * N_OUT + DT_START + head).to(tl.float32) * dt_unit
     else:
         dt = tl.load(values + row * N_OUT + DT_START + head)
-    dt = softplus(dt + tl.load(dt_bias + head))
+    z = _read(codes, values, z_unit, row * N_OUT + Z_START + channel, every, Z_CODES)
+    u = _convolve(ring, u_past, channel, every, now, row, rows, C, WIDTH, U_ROUNDING, False)
+    B = _convolve(ring, b_past, b_channel, inside, now, row, rows, C, WIDTH, BC_ROUNDING, False)
+    C_ = _convolve(ring, c_past, b_channel + GROUPS * N, inside, now, row, rows, C, WIDTH, BC_ROUNDING, False)
+    dt = softplus(dt + shift)
     dt = tl.minimum(tl.maximum(dt, dt_low), dt_high)
-    s = tl.exp(dt * tl.load(A + head)) * s + (dt * u)[:, None] * B[None, :]
+    s = tl.exp(dt * decay_rate) * s + (dt * u)[:, None] * B[None, :]
     _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, (channel >= 0)[:, None], state_low,
                  state_high, state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
-    y = tl.sum(s * C_[None, :], axis=1) + tl.load(skip + head) * u
-    z = _read(codes, values, z_scale, row * N_OUT + Z_START + channel, channel, channel >= 0, Z_CODES)
+    y = tl.sum(s * C_[None, :], axis=1) + through * u
     tl.store(out + row * (H * P) + channel, y * silu(z), mask=channel >= 0)
 
 
@@ -179,14 +201,14 @@ def _conv_kernel(ring, taps, factor, bias, inverse, scale, low, high, position, 
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     row = tl.program_id(1)
     mask = channel < C
+    now = tl.load(position)
+    tables = (factor, bias, inverse, scale, low, high)
+    past = _history(ring, taps, tables, channel, mask, now, row, rows, C, WIDTH, ROUNDING)
     let_next_start(PDL)
     wait_for_previous(PDL)
-    tables = (factor, bias, inverse, scale, low, high)
-    u = _convolve(ring, taps, tables, channel, mask, position, row, rows, C, WIDTH, -1 if TO_CODES else ROUNDING)
+    u = _convolve(ring, past, channel, mask, now, row, rows, C, WIDTH, ROUNDING, TO_CODES)
     if TO_CODES:
-        inv = tl.load(inverse + channel, mask=mask, other=0.0)
-        smallest, largest = tl.load(low + channel, mask=mask, other=0.0), tl.load(high + channel, mask=mask, other=0.0)
-        tl.store(out_codes + row * C + channel, to_codes(u, inv, smallest, largest, ROUNDING).to(tl.int8), mask=mask)
+        tl.store(out_codes + row * C + channel, u.to(tl.int8), mask=mask)
     else:
         tl.store(out_values + row * C + channel, u, mask=mask)
 
@@ -222,17 +244,21 @@ def _selective_kernel(u_codes, u_values, u_scale, z_codes, z_values, z_scale, dt
     grid_scale = tl.load(state_scale + scale_place, mask=live[:, None], other=0.0) if QUANTIZED else 1.0
     s = _load_state(state, place, mask, grid_scale, QUANTIZED)
     shift = tl.load(dt_bias + channel, mask=live, other=0.0)
+    through = tl.load(skip + channel, mask=live, other=0.0)
+    u_unit, z_unit = tl.load(u_scale + channel, mask=live, other=0.0), tl.load(z_scale + channel, mask=live, other=0.0)
+    dt_unit = tl.load(dt_scale + channel, mask=live, other=0.0)
+    b_unit, c_unit = tl.load(b_scale + n, mask=n < N, other=0.0), tl.load(b_scale + N + n, mask=n < N, other=0.0)
     let_next_start(PDL)
     wait_for_previous(PDL)
-    u = _read(u_codes, u_values, u_scale, row * E + channel, channel, live, U_CODES)
-    z = _read(z_codes, z_values, z_scale, row * N_IN + Z_START + channel, channel, live, Z_CODES)
-    dt = softplus(_read(dt_codes, dt_values, dt_scale, row * E + channel, channel, live, DT_CODES) + shift)
-    B = _read(low_codes, low_values, b_scale, row * N_LOW + B_START + n, n, n < N, B_CODES)
-    C = _read(low_codes, low_values, b_scale + N, row * N_LOW + B_START + N + n, n, n < N, B_CODES)
+    u = _read(u_codes, u_values, u_unit, row * E + channel, live, U_CODES)
+    z = _read(z_codes, z_values, z_unit, row * N_IN + Z_START + channel, live, Z_CODES)
+    dt = softplus(_read(dt_codes, dt_values, dt_unit, row * E + channel, live, DT_CODES) + shift)
+    B = _read(low_codes, low_values, b_unit, row * N_LOW + B_START + n, n < N, B_CODES)
+    C = _read(low_codes, low_values, c_unit, row * N_LOW + B_START + N + n, n < N, B_CODES)
     s = tl.exp(dt[:, None] * decay_rate) * s + (dt * u)[:, None] * B[None, :]
     _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, live[:, None], state_low, state_high,
                  state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
-    y = tl.sum(s * C[None, :], axis=1) + tl.load(skip + channel, mask=live, other=0.0) * u
+    y = tl.sum(s * C[None, :], axis=1) + through * u
     tl.store(out + row * E + channel, y * silu(z), mask=live)
 
 
