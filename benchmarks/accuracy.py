@@ -25,7 +25,7 @@ RECIPES = ("float", "w8a8", "w8a8-channel", "quamba-w8a8", "quamba-w8a8-float-he
 TEXTS = {"wikipedia": "wikipedia-heldout.jsonl", "wikitext2": "wikitext2-test.txt"}
 
 
-def judge(model: Model, against: Model, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def judge(model: Model, against: Model | None, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Perplexity and fidelity on both texts in both modes, and LAMBADA."""
     row: dict[str, Any] = {}
     limits = {"parallel": arguments.max_tokens, "recurrent": arguments.recurrent_tokens}
@@ -45,7 +45,8 @@ def run(folder: Path, recipe: str, arguments: argparse.Namespace) -> dict[str, A
     out = arguments.out / f"{folder.name}-{recipe}"
     calibration = arguments.data / "pile-calibration-512.jsonl"
     made = squamata.quantize(folder, recipe, out, calibration, force=True)
-    model, reference = squamata.load(out), squamata.load(folder)
+    model = squamata.load(out)
+    reference = None if recipe == "float" else squamata.load(folder)
     with torch.inference_mode():
         judged = judge(model, reference, arguments.data, arguments)
     return {
@@ -65,13 +66,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     floats = {row["model"]: row for row in rows if row["recipe"] == "float"}
     for row in rows:
-        cells = [row["model"], row["recipe"], f"{row['bytes']['total'] / 1e6:.1f} ({row['bytes']['layers'] / 1e6:.1f})"]
+        total, layers = row["bytes"]["total"] / 1e6, row["bytes"]["layers"] / 1e6
+        cells = [row["model"], row["recipe"], f"{total:.1f} ({layers:.1f})"]
         for column in ("wikipedia parallel", "wikipedia recurrent", "wikitext2 parallel", "wikitext2 recurrent"):
             value = row[column]["perplexity"]
             cells.append(f"{value:.2f} ({value / floats[row['model']][column]['perplexity']:.4f})")
-        kls = [row[f"wikipedia {mode}"]["kl"] for mode in ("parallel", "recurrent")]
+        kls = [row[f"wikipedia {mode}"]["kl"] or 0.0 for mode in ("parallel", "recurrent")]
         cells.append(" / ".join(f"{kl:.4f}" for kl in kls))
-        cells.append(f"{100 * row['wikipedia parallel']['top1_agreement']:.1f}")
+        agreement = row["wikipedia parallel"]["top1_agreement"]
+        cells.append("" if agreement is None else f"{100 * agreement:.1f}")
         cells.append(f"{100 * row['lambada']['accuracy']:.1f} ± {100 * row['lambada']['standard_error']:.1f}")
         cells.append(f"{row['quantization_seconds']:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -84,9 +87,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("out/accuracy"))
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--max-tokens", type=int, default=65536)
-    parser.add_argument("--recurrent-tokens", type=int, default=16384)
-    parser.add_argument("--lambada", type=int, default=1000)
+    parser.add_argument("--max-tokens", type=int, default=32768)
+    parser.add_argument("--recurrent-tokens", type=int, default=4096)
+    parser.add_argument("--lambada", type=int, default=500)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     store = arguments.out / "rows.jsonl"

@@ -196,9 +196,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     bandwidth = copy_bandwidth()
     print(f"{device}, torch {torch.__version__}; device copy {bandwidth * 1e-12:.2f} TB/s")
-    print(
-        f"{'shape':12} {'recipe':12} {'b':>3} {'TPOT ms':>8} {'p10':>7} {'p90':>7} {'MB':>7} {'TB/s':>5} {'floor':>6} {'share':>6} {'error':>8}"
-    )
+    print("shape        recipe         b  TPOT ms     p10     p90      MB  TB/s  floor  share    error")
     rows = []
     for name in arguments.shapes:
         for recipe in arguments.recipes:

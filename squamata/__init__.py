@@ -2,7 +2,8 @@
 
 ``squamata.quantize``, ``squamata.load``, ``squamata.evaluate`` and ``squamata.generate`` are the verbs of the command
 line with the same names and defaults; each is also the name of a room (a subpackage), so the package keeps those
-names for the functions. They are imported on first use: ``squamata.kernels`` needs only torch.
+names for the functions, and what is in a room is imported as ``from squamata.load.hub import resolve``. The verbs are
+imported on first use: ``squamata.kernels`` needs torch and pydantic only.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ def __getattr__(name: str) -> Any:
     from squamata import pipeline
 
     return getattr(pipeline, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_VERBS})
 
 
 sys.modules[__name__].__class__ = _Package

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
 class SquamataError(Exception):
     """Raised for anything the user can put right; the command line prints it and exits with status 2."""
+
+
+@contextmanager
+def about(subject: str) -> Iterator[None]:
+    """A SquamataError raised within the block begins with ``subject: ``."""
+    try:
+        yield
+    except SquamataError as error:
+        raise SquamataError(f"{subject}: {error}") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,13 +1,14 @@
 """The whole story on one screen: load -> transform -> observe -> quantize -> save, a layer at a time.
 
-Memory is bounded by one layer, the calibration stream (samples x length x d_model x 8 bytes) and one shard, whatever
-the size of the model.
+Memory is bounded by the embedding table, one layer, the calibration stream (samples x length x d_model x 8 bytes) and
+one shard, however many layers the model has.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from squamata import __version__, scales, transform
-from squamata.calibrate.observe import Stream, attach, observe_head, run_layer, scales_of
+from squamata.calibrate.observe import Stream, attach, observe_head, run_layer, scales_of, watch_layer
 from squamata.calibrate.tokens import CalibrationSet, sample
 from squamata.errors import SquamataError
-from squamata.evaluate.perplexity import evaluate
+from squamata.evaluate.perplexity import Evaluation
+from squamata.evaluate.perplexity import evaluate as judge
 from squamata.kernels import ops
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Mode
@@ -30,7 +32,7 @@ from squamata.load.tokenizer import Tokenizer, check_fits
 from squamata.memory import peak_rss_bytes
 from squamata.models.checkpoint import Checkpoint, under
 from squamata.models.config import ModelConfig, shape
-from squamata.models.lm import build_block, model_layouts
+from squamata.models.lm import LanguageModel, build_block, model_layouts
 from squamata.quantize import check as check_weight_quantizer
 from squamata.quantize import quantize_tensors
 from squamata.run.generate import generate
@@ -38,8 +40,8 @@ from squamata.run.model import Model
 from squamata.save.format import describe
 from squamata.save.read import read_checkpoint
 from squamata.save.write import CheckpointWriter
+from squamata.scales.statistics import Statistics
 from squamata.spec.recipe import Recipe
-from squamata.spec.sites import all_sites
 
 __all__ = ["Quantization", "evaluate", "generate", "load", "quantize"]
 
@@ -124,6 +126,22 @@ def load(path: str | Path, mode: Mode = "integer") -> Model:
     return Model(checkpoint, mode, tokenizer=tokenizer)
 
 
+def evaluate(
+    model: LanguageModel | str | Path,
+    text: str | Path | Sequence[str],
+    against: LanguageModel | str | Path | None = None,
+    window: int = 2048,
+    max_tokens: int | None = None,
+    mode: str = "parallel",
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Judge a model, or the checkpoint at a path, on a text: see ``squamata.evaluate.perplexity.evaluate``."""
+    first = load(model) if isinstance(model, str | Path) else model
+    second = load(against) if isinstance(against, str | Path) else against
+    return judge(first, text, second, window, max_tokens, mode, batch, progress)
+
+
 def check(recipe: Recipe, config: ModelConfig) -> None:
     """Refuse a recipe that cannot be carried out on this model, before any work is done."""
     for kind in set(config.blocks) - set(recipe.architectures):
@@ -169,13 +187,33 @@ class QuantizedParts:
 
     def _layer(self, layer: int, stream: Stream) -> Iterator[Mapping[str, Value]]:
         prefix = f"layers.{layer}."
-        tensors = transform.apply(self.recipe, self.config, under(prefix, self._read(prefix)))
+        kind, read = self.config.blocks[layer], under(prefix, self._read(prefix))
+        observed = self._observed(layer, read, stream)
+        tensors = transform.apply(self.recipe, self.config, kind, read, observed)
+        maps = self._take_maps(prefix, tensors)
         if stream:
-            block = build_block(self.config, layer, tensors)
+            block = build_block(self.config, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
             run_layer(block, stream)
             yield scales_of(statistics, self.specs)
         yield self._quantize({prefix + name: tensor for name, tensor in tensors.items()})
+
+    def _observed(self, layer: int, tensors: Mapping[str, Tensor], stream: Stream) -> dict[str, Statistics]:
+        """What the recipe's transforms need to know of a layer as it is, by site (``mixer.u``)."""
+        prefix = f"layers.{layer}."
+        needed = transform.needs(self.recipe, self.config.blocks[layer])
+        if not needed:
+            return {}
+        block = build_block(self.config, layer, tensors)
+        statistics = attach(block.sites.values(), {prefix + site: spec for site, spec in needed.items()})
+        watch_layer(block, stream)
+        return under(prefix, statistics)
+
+    def _take_maps(self, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the index maps that transforms left out of the tensors; those of sites that the recipe makes ragged."""
+        maps = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".index")}
+        sites = {name: self.specs.get(prefix + name.removesuffix(".index")) for name in maps}
+        return {name: maps[name] for name, spec in sites.items() if spec is not None and spec.granularity.ragged}
 
     def _read(self, prefix: str) -> dict[str, Tensor]:
         tensors = self.source.tensors(prefix)
@@ -201,7 +239,7 @@ def random_model(shape_name: str, recipe_name: str, progress: Progress | None = 
     config, recipe = shape(shape_name), Recipe.read(recipe_name)
     check(recipe, config)
     ids = torch.randint(config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    parts = QuantizedParts(RandomSource(config), recipe, [ids] if recipe.resolve(config.blocks) else [])
+    parts = QuantizedParts(RandomSource(config), recipe, [ids] if calibrated_sites(recipe, config) else [])
     everything = {name: value for some in parts.each(progress) for name, value in some.items()}
     sites = {name: value for name, value in everything.items() if name.endswith((".scale", ".zero", ".index"))}
     tensors = {name: value for name, value in everything.items() if name not in sites}
@@ -209,22 +247,26 @@ def random_model(shape_name: str, recipe_name: str, progress: Progress | None = 
     return Model(Checkpoint(parts.config, tensors, recipe, site_tensors))
 
 
+def calibrated_sites(recipe: Recipe, config: ModelConfig) -> list[str]:
+    """Sites whose values must be seen beforehand: those with a static scale, and those that transforms look at."""
+    looked_at = [
+        f"layers.{layer}.{site}" for layer, kind in enumerate(config.blocks) for site in transform.needs(recipe, kind)
+    ]
+    return [*recipe.static_sites(config.blocks), *looked_at]
+
+
 def _draw(
     folder: Path, config: ModelConfig, recipe: Recipe, calibration: str | Path | None, seed: int
 ) -> CalibrationSet | None:
     """The calibration sample, or None for a recipe that needs none."""
-    infos = all_sites(config.blocks)
-    needed = [
-        site
-        for site, spec in recipe.resolve(config.blocks).items()
-        if infos[site].kind in ("activation", "state") and not spec.dynamic
-    ]
+    needed = calibrated_sites(recipe, config)
     if not needed:
         return None
     if calibration is None:
         raise SquamataError(
-            f"recipe {recipe.name} has static scales ({needed[0]} ...): give a text with --calibration FILE"
+            f"recipe {recipe.name} must see values beforehand ({needed[0]} ...): give a text with --calibration FILE"
         )
     tokenizer = Tokenizer.read(folder)
     check_fits(tokenizer, config)
-    return sample(Path(calibration), tokenizer, recipe.calibration, seed)
+    fingerprint = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    return sample(Path(calibration), tokenizer, recipe.calibration, seed, fingerprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -19,17 +20,21 @@ def read_documents(path: str | Path) -> list[str]:
     that are blank are left out. SquamataError, one line, for a missing file, another suffix, bytes that are not UTF-8,
     a line that is not such an object, and a file without any text.
     """
+    return read_fingerprinted(path)[0]
+
+
+def read_fingerprinted(path: str | Path) -> tuple[list[str], str]:
+    """``read_documents``, and the SHA-256 of the very bytes that gave them."""
     path = Path(path)
-    if path.suffix == ".jsonl":
-        documents = [row["text"] for row in read_rows(path, {"text": str})]
-    elif path.suffix == ".txt":
-        documents = [_read_utf8(path)]
-    else:
+    if path.suffix not in (".jsonl", ".txt"):
         raise SquamataError(f"{path}: text must be a .txt file or a .jsonl file with a 'text' field a line")
+    content = _read(path)
+    text = _decode(path, content)
+    documents = [row["text"] for row in _rows(path, text, {"text": str})] if path.suffix == ".jsonl" else [text]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise SquamataError(f"{path} holds no text: give a file with at least one document that is not blank")
-    return documents
+    return documents, hashlib.sha256(content).hexdigest()
 
 
 def read_rows(path: str | Path, fields: dict[str, type]) -> list[dict[str, Any]]:
@@ -38,8 +43,12 @@ def read_rows(path: str | Path, fields: dict[str, type]) -> list[dict[str, Any]]
     Blank lines are skipped. SquamataError names the line number and what is wrong with it.
     """
     path = Path(path)
+    return _rows(path, _decode(path, _read(path)), fields)
+
+
+def _rows(path: Path, text: str, fields: dict[str, type]) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             rows.append(_parse_row(line, fields, f"{path}, line {number}"))
     if not rows:
@@ -69,14 +78,19 @@ def _quoted(names: dict[str, type]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def _read_utf8(path: Path) -> str:
+def _read(path: Path) -> bytes:
     if path.is_dir():
         raise SquamataError(f"{path} is a folder: give a .txt or .jsonl file")
     try:
-        return path.read_bytes().decode("utf-8-sig")  # a byte order mark is no part of the text
+        return path.read_bytes()
     except FileNotFoundError:
         raise SquamataError(f"no such file: {path}") from None
     except OSError as error:
         raise SquamataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _decode(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
         raise SquamataError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8 first") from None

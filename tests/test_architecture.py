@@ -28,12 +28,9 @@ def room_of(path: Path) -> str:
     return "" if inside == Path("__init__.py") else inside.parts[0].removesuffix(".py")
 
 
-def imported(path: Path, types_too: bool = True) -> Iterator[str]:
+def imported(path: Path) -> Iterator[str]:
     """Full names of every module that a file imports, wherever in the file; ``from a import b`` gives a.b."""
     tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if not types_too and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -42,9 +39,9 @@ def imported(path: Path, types_too: bool = True) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imported_rooms(path: Path, types_too: bool = True) -> set[str]:
+def imported_rooms(path: Path) -> set[str]:
     """Rooms of ours that a file imports, its own left out; ``from squamata import __version__`` is no room."""
-    parts = [name.split(".") for name in imported(path, types_too)]
+    parts = [name.split(".") for name in imported(path)]
     rooms = {part[1] for part in parts if part[0] == "squamata" and len(part) > 1 and not part[1].startswith("__")}
     return rooms - {room_of(path)}
 
@@ -69,9 +66,9 @@ def test_rooms_import_only_rooms_above(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_verbs_never_call_each_other(path: Path) -> None:
-    """Under TYPE_CHECKING a verb may name what it is handed: a tokenizer, a model."""
+    """Not even for a type: what one is handed from another's room it describes as a protocol."""
     if room_of(path) in VERBS:
-        assert not imported_rooms(path, types_too=False) & VERBS
+        assert not imported_rooms(path) & VERBS
 
 
 def test_the_package_itself_imports_nothing_of_ours_until_asked() -> None:
@@ -179,4 +176,6 @@ def test_verbs_stay_functions_in_every_import_order() -> None:
         code += "from squamata import load\nassert callable(load)\n"
     result = run_python(code)
     assert result.returncode == 0, result.stderr[-2000:]
+    listed = run_python("import squamata; print(*dir(squamata))").stdout.split()
+    assert {"quantize", "load", "evaluate", "generate", "__version__"} <= set(listed)
     assert run_python("import squamata; squamata.nothing").stderr.strip().endswith("has no attribute 'nothing'")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +14,22 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SHIPPED, model_folders
-from tiny import write_tiny_folder
+from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of, write_tiny_folder
 
 import squamata
 from squamata.errors import SquamataError
+from squamata.evaluate import perplexity
 from squamata.kernels.dispatch import use_backend
 from squamata.load.source import open_source
 from squamata.load.tokenizer import Tokenizer
+from squamata.models.config import ModelConfig
+from squamata.models.lm import LanguageModel
 from squamata.pipeline import load, quantize
+from squamata.save.read import read_checkpoint
+from squamata.save.write import write_checkpoint
+from squamata.scales.statistics import Statistics
 from squamata.text import read_documents
+from squamata.transform import TRANSFORMS, Transform
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +75,8 @@ def test_the_report_of_a_quantization(bundled_folder: Path, bundled_calibration:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     stored = config["quantization_config"]
     assert stored["calibration"] == done.calibration and stored["seed"] == 4
+    tokenizer = (bundled_folder / "tokenizer.json").read_bytes()
+    assert done.calibration["tokenizer_sha256"] == hashlib.sha256(tokenizer).hexdigest()
     assert stored["squamata_version"] == squamata.__version__
     assert stored["recipe"]["calibration"] == {"samples": 3, "length": 20}
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (bundled_folder / "tokenizer.json").read_bytes()
@@ -141,6 +153,81 @@ def test_a_model_without_a_tokenizer_loads_and_calibrates_not(tmp_path: Path, bu
     assert load(tmp_path / "out").tokenizer is None
     with pytest.raises(SquamataError, match=r"tokenizer\.json"):
         quantize(folder, "w8a8", tmp_path / "other", calibration=bundled_calibration)
+
+
+def test_evaluate_takes_paths_as_well(shipped: Callable[[str, str], Path], bundled_folder: Path) -> None:
+    folder, text = shipped("mamba2", "w4a16"), squamata_excerpt(bundled_folder)
+    by_path = squamata.evaluate(str(folder), text, bundled_folder, window=32, max_tokens=48)
+    by_model = perplexity.evaluate(load(folder), text, load(bundled_folder), window=32, max_tokens=48)
+    assert by_path.to_dict() | {"seconds": 0} == by_model.to_dict() | {"seconds": 0} and by_path.kl > 0
+    options = [dict(inspect.signature(verb).parameters) for verb in (squamata.evaluate, perplexity.evaluate)]
+    assert list(options[0]) == list(options[1])
+    assert all(options[0][name].default == options[1][name].default for name in options[0])
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def group_by_magnitude(
+    config: ModelConfig, kind: str, tensors: Tensors, statistics: dict[str, Statistics], groups: int = 2
+) -> Tensors:
+    """Loud and quiet channels of u apart, and the state's heads dealt out: maps alone, the layer stays as it is."""
+    low, high = statistics["mixer.u"].magnitude()  # (H, P)
+    loudness = torch.maximum(low.abs(), high.abs())
+    maps = {
+        "mixer.u.index": (loudness > loudness.median()).long(),
+        "mixer.state.index": torch.arange(config.n_heads) % groups,
+        "mixer.z.index": torch.zeros(config.n_heads, dtype=torch.int64),  # of a site that the recipe does not split
+    }
+    return tensors | maps
+
+
+@torch.no_grad()
+def test_a_transform_looks_first_and_leaves_index_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Observed before it runs, ragged scales found along its maps, saved, loaded, and run."""
+    monkeypatch.setitem(TRANSFORMS, "grouping", Transform(group_by_magnitude, needs=("mixer.u",)))
+    config = config_of("mamba2")
+    tensors, batches = perturbed_tensors(config), [random_ids(config, 2, 30), random_ids(config, 1, 50, seed=1)]
+    recipe = recipe_of(
+        {"site": "*.mixer.u", "spec": {"bits": 8, "granularity": "index"}},
+        {"site": "*.mixer.state", "spec": {"bits": 8, "granularity": "index,state"}},
+        {"site": "*.mixer.z", "spec": {"bits": 8}},
+        transforms=[{"grouping": {"groups": 3}}],
+    )
+    checkpoint = quantized(config, tensors, recipe, batches)
+    write_checkpoint(checkpoint, tmp_path / "saved")
+    loaded = read_checkpoint(tmp_path / "saved")
+    ids = random_ids(config, 2, 12, seed=2)
+    logits, plain = LanguageModel(loaded)(ids), float_model(config, tensors)(ids)
+    assert torch.equal(logits, LanguageModel(checkpoint)(ids))
+    assert 0 < float((logits - plain).norm() / plain.norm()) < 0.1
+
+    model, collected = float_model(config, tensors), defaultdict(list)
+    for site in model.sites():
+        site.mode, site.observer = "observe", collected[site.name].append
+    for batch in batches:
+        model(batch)
+    stored = loaded.site_tensors
+    assert not [name for name in stored if "mixer.z.index" in name]
+    for layer in range(2):
+        prefix = f"layers.{layer}.mixer"
+        u = torch.cat([x.reshape(-1, 4, 16) for x in collected[f"{prefix}.u"]]).abs()
+        index = stored[f"{prefix}.u.index"]
+        assert torch.equal(index, (u.amax(0) > u.amax(0).median()).long())
+        expected = torch.stack([u[:, index == value].max() for value in (0, 1)]) / 127
+        torch.testing.assert_close(stored[f"{prefix}.u.scale"], expected, rtol=2e-5, atol=0)
+        state = torch.cat(collected[f"{prefix}.state"]).abs()  # (observations, H, P, N)
+        dealt = torch.arange(4) % 3
+        expected = torch.stack([state[:, dealt == value].amax((0, 1, 2)) for value in range(3)]) / 127
+        torch.testing.assert_close(stored[f"{prefix}.state.scale"], expected, rtol=2e-5, atol=0)
+
+
+def test_a_transform_that_looks_needs_a_text(
+    tmp_path: Path, tiny_mamba1: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRANSFORMS, "grouping", Transform(group_by_magnitude, needs=("mixer.u",)))
+    with pytest.raises(SquamataError, match=r"layers\.0\.mixer\.u.*--calibration"):
+        quantize(tiny_mamba1, recipe_of(transforms=["grouping"]), tmp_path / "out")
 
 
 def refused(tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path, **changed: Any) -> str:

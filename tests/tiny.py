@@ -67,7 +67,7 @@ def quantized(config: ModelConfig, tensors: Tensors, recipe: Recipe, batches: li
     with use_backend("ref"):
         parts = QuantizedParts(MemorySource(config, tensors), recipe, batches)
         everything = {name: value for part in parts.each() for name, value in part.items()}
-    sites = {name: everything.pop(name) for name in list(everything) if name.endswith((".scale", ".zero"))}
+    sites = {name: everything.pop(name) for name in list(everything) if name.endswith((".scale", ".zero", ".index"))}
     assert not any(isinstance(value, QTensor) for value in sites.values())
     return Checkpoint(parts.config, everything, recipe, sites)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from squamata import scales
+from squamata.errors import about
 from squamata.kernels import ops
 from squamata.kernels.site import Site
 from squamata.models.block import Block
@@ -26,9 +27,16 @@ def attach(sites: Iterable[Site], specs: Mapping[str, QuantSpec]) -> dict[str, S
         spec = specs.get(site.name)
         if spec is not None and not spec.dynamic:
             site.spec, site.mode = spec, "observe"
-            attached[site.name] = Statistics(site.partition, spec)
+            attached[site.name] = scales.gather_for(site.partition, spec)
             site.observer = attached[site.name].update
     return attached
+
+
+@torch.no_grad()
+def watch_layer(block: Block, stream: Stream) -> None:
+    """Send the stream through one block for its observers alone; the stream stays as it is."""
+    for h, residual in stream:
+        block.forward(h, residual, block.new_cache(h.shape[0]))
 
 
 @torch.no_grad()
@@ -52,10 +60,11 @@ def observe_head(
 
 
 def scales_of(statistics: Mapping[str, Statistics], specs: Mapping[str, QuantSpec]) -> dict[str, Tensor]:
-    """Statistics -> site tensors ``NAME.scale``, ``NAME.zero``, ``NAME.index``."""
+    """Statistics -> site tensors ``NAME.scale``, ``NAME.zero``, ``NAME.index``; SquamataErrors name the site."""
     tensors: dict[str, Tensor] = {}
     for name, observed in statistics.items():
-        scale, zero = scales.compute(observed, specs[name])
+        with about(name):
+            scale, zero = scales.compute(observed, specs[name])
         tensors[f"{name}.scale"] = scale
         if zero is not None:
             tensors[f"{name}.zero"] = zero

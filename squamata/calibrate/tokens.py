@@ -15,7 +15,7 @@ from torch import Tensor
 
 from squamata.errors import SquamataError
 from squamata.spec.recipe import Calibration
-from squamata.text import read_documents
+from squamata.text import read_fingerprinted
 
 CHARACTERS_A_TOKEN = 40  # a document is cut to this many a token before it is tokenised: some are megabytes long
 
@@ -28,31 +28,36 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids of every sample, each starting with the document-start token, and where they came from."""
+    """Token ids of every sample, each starting with the document-start token, and where they came from.
+
+    ``sha256``: of the text file; ``tokenizer_sha256``: of tokenizer.json, None if unknown.
+    """
 
     sequences: tuple[tuple[int, ...], ...]
     sha256: str
     settings: Calibration
     seed: int
+    tokenizer_sha256: str | None = None
 
     @property
     def tokens(self) -> int:
         return sum(len(sequence) for sequence in self.sequences)
 
     def batches(self) -> list[Tensor]:
-        """int64 (B, L): neighbours of equal length together, in order, at most ``settings.batch`` at once."""
+        """int64 (B, L): shortest first, equal lengths in the order drawn, at most ``settings.batch`` at once."""
         batches = []
         for _, group in itertools.groupby(sorted(self.sequences, key=len), key=len):
             batches += [torch.tensor(rows) for rows in _batched(group, self.settings.batch)]
         return batches
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint remembers: counts, settings, and fingerprints of the file and of the tokens drawn."""
+        """What a checkpoint remembers: counts, settings, and fingerprints of file, tokenizer and tokens drawn."""
         drawn = hashlib.sha256(repr(self.sequences).encode()).hexdigest()
         return {
             "samples": len(self.sequences),
             "tokens": self.tokens,
             "sha256": self.sha256,
+            "tokenizer_sha256": self.tokenizer_sha256,
             "tokens_sha256": drawn,
             "seed": self.seed,
             "settings": self.settings.model_dump(),
@@ -64,13 +69,15 @@ def _batched(items: Iterator[tuple[int, ...]], size: int) -> Iterator[tuple[tupl
         yield batch
 
 
-def sample(path: Path, tokenizer: Encoder, settings: Calibration, seed: int) -> CalibrationSet:
+def sample(
+    path: Path, tokenizer: Encoder, settings: Calibration, seed: int, tokenizer_sha256: str | None = None
+) -> CalibrationSet:
     """Draw ``settings.samples`` documents of at most ``settings.length`` tokens each.
 
     With fewer documents than samples (a .txt file is one document) consecutive pieces of them are drawn instead.
     SquamataError if the file cannot be read or holds no text.
     """
-    documents = read_documents(path)
+    documents, sha256 = read_fingerprinted(path)
     if len(documents) >= settings.samples:
         order = list(range(len(documents)))
         if settings.order == "shuffled":
@@ -84,7 +91,7 @@ def sample(path: Path, tokenizer: Encoder, settings: Calibration, seed: int) -> 
     sequences = tuple(itertools.islice((tuple(piece) for piece in pieces if len(piece) > 1), settings.samples))
     if not sequences:
         raise SquamataError(f"{path}: holds no document of at least two tokens to calibrate with")
-    return CalibrationSet(sequences, hashlib.sha256(Path(path).read_bytes()).hexdigest(), settings, seed)
+    return CalibrationSet(sequences, sha256, settings, seed, tokenizer_sha256)
 
 
 def _shuffled_pieces(documents: list[str], tokenizer: Encoder, settings: Calibration, seed: int) -> list[list[int]]:

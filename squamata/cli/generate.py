@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,32 +51,12 @@ def generate(
 
 def stream(model: LanguageModel, prompt: str, options: SamplingOptions) -> Generation:
     """Print prompt and continuation as they come."""
-    from squamata.run import Generation, generate_stream
-    from squamata.run.generate import prompt_ids
+    from squamata.run import generate
 
-    started = time.perf_counter()
-    ids = prompt_ids(model, prompt)
-    times: list[float] = []
-    pieces: list[Piece] = []
-    shown = prompt if not sys.stdout.isatty() else f"\033[1m{prompt}\033[0m"
-    print(shown, end="", flush=True)
-    for piece in _timed(generate_stream(model, ids, options), times):
+    def show(piece: Piece) -> None:
         print(piece.text, end="", flush=True)
-        pieces.append(piece)
+
+    print(prompt if not sys.stdout.isatty() else f"\033[1m{prompt}\033[0m", end="", flush=True)
+    result = generate(model, prompt, show, **asdict(options))
     print()
-    return Generation(
-        text="".join(piece.text for piece in pieces),
-        prompt=prompt,
-        ids=tuple(piece.id for piece in pieces),
-        prompt_tokens=len(ids),
-        new_tokens=len(pieces),
-        ttft_ms=1e3 * (times[0] - started),
-        tpot_ms=1e3 * (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        stopped_by=str(pieces[-1].stopped_by),
-    )
-
-
-def _timed(pieces: Iterator[Piece], times: list[float]) -> Iterator[Piece]:
-    for piece in pieces:
-        times.append(time.perf_counter())
-        yield piece
+    return result

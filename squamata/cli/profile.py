@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from squamata.evaluate.profile import Profile
     from squamata.models.lm import LanguageModel
 
+
 class Device(StrEnum):
     """Where the model runs."""
 
@@ -101,8 +102,8 @@ def _show(name: str, recipe: str, result: Profile) -> None:
             ("memory while timed", size(result.rss_bytes), f"peak of the process {size(result.peak_rss_bytes)}"),
             (
                 "against the reference",
-                f"{result.agreement.relative_error:.1e}",
-                f"relative error of the logits, {result.agreement.tolerance:g} tolerated",
+                f"{result.agreement.layer_error:.1e}",
+                f"relative error of a layer; of a token {result.agreement.token_error:.1e}",
             ),
         ],
     )

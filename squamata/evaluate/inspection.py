@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from squamata.evaluate.windows import Progress, Window, batches, cut, tokenizer_
 from squamata.kernels.codec import round_codes
 from squamata.kernels.partition import Partition
 from squamata.kernels.qtensor import QTensor, as_float
-from squamata.kernels.site import Site
+from squamata.kernels.site import Site, observing
 from squamata.models.lm import model_layouts
 from squamata.spec.quant import QuantSpec
 from squamata.spec.sites import all_sites
@@ -177,24 +177,23 @@ def clipped_fractions(
 ) -> dict[str, float]:
     """Site name -> fraction of the values that land there on a text and lie beyond the outermost codes.
 
-    The float-valued stream is observed (weights as they are, activations not rounded), the same that calibration
-    saw; the state counts as it is at the end of every window of 512 tokens. Sites with a dynamic scale are left out.
+    The float-valued stream is observed, activations not rounded; the weights are the checkpoint's own, so quantized
+    ones differ from those that calibration saw. Documents run in windows of 512 tokens, each from a fresh state, and
+    the state is looked at every 64 tokens, as in calibration. Sites with a dynamic scale are left out.
     """
     corpus = cut(read_documents(text), tokenizer_of(model), _WINDOW, max_tokens)
-    counts: dict[str, list[int]] = {}
     sites = [site for site in model.sites() if site.spec is not None and not site.spec.dynamic]
+    counts = {site.name: [0, 0] for site in sites}
     modes = {site.name: site.mode for site in model.sites()}
     model.set_mode("observe")
-    for site in sites:
-        counts[site.name] = [0, 0]
-        site.observer = _counter(site, counts[site.name])
     try:
-        for done in _observed_windows(model, corpus.windows):
-            if progress is not None:
-                progress(done, corpus.tokens)
+        with observing(sites, lambda site, x: _count(site, x, counts[site.name])):
+            for done in _observed_windows(model, corpus.windows):
+                if progress is not None:
+                    progress(done, corpus.tokens)
     finally:
         for site in model.sites():
-            site.mode, site.observer = modes[site.name], None
+            site.mode = modes[site.name]
     return {name: beyond / seen for name, (beyond, seen) in counts.items() if seen}
 
 
@@ -207,17 +206,12 @@ def _observed_windows(model: LanguageModel, windows: Sequence[Window]) -> Iterat
         yield done
 
 
-def _counter(site: Site, count: list[int]) -> Callable[[Tensor], None]:
-    """An observer that adds (values beyond the codes, values) to ``count``."""
+def _count(site: Site, x: Tensor, count: list[int]) -> None:
+    """Add (values beyond the codes, values) to ``count``."""
     assert site.spec is not None
     smallest, largest = site.spec.code_range
-    rounding = site.spec.rounding
     _, inverse, zero = site.expanded()
-
-    def observe(x: Tensor) -> None:
-        codes = round_codes(x.float() * inverse, rounding)
-        codes = codes if zero is None else codes + zero
-        count[0] += int(((codes < smallest) | (codes > largest)).sum())
-        count[1] += codes.numel()
-
-    return observe
+    codes = round_codes(x.float() * inverse, site.spec.rounding)
+    codes = codes if zero is None else codes + zero
+    count[0] += int(((codes < smallest) | (codes > largest)).sum())
+    count[1] += codes.numel()

@@ -11,11 +11,10 @@ import torch
 
 from squamata.errors import SquamataError
 from squamata.evaluate.measure import measure, rows_that_fit
-from squamata.evaluate.windows import Progress, Window, batches
+from squamata.evaluate.windows import Progress, Tokenizer, Window, batches
 from squamata.text import read_rows
 
 if TYPE_CHECKING:
-    from squamata.load.tokenizer import Tokenizer
     from squamata.models.lm import LanguageModel
 
 

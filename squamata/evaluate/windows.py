@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from squamata.errors import SquamataError
 
 if TYPE_CHECKING:
-    from squamata.load.tokenizer import Tokenizer
     from squamata.models.lm import LanguageModel
 
 Progress = Callable[[int, int], None]  # (done, in all)
 
 _PADDING = 0  # any valid id: what follows a row's end cannot reach back in a causal model
+
+
+class Tokenizer(Protocol):
+    """What judging needs of a tokenizer. ``begin_id``: put before a document, None if there is no such token."""
+
+    begin_id: int | None
+
+    def encode(self, text: str, begin: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Matrix-vector products for a few rows: packed weights streamed once, results landed on the sites of their rows."""
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _load_quads(words, first, STEP: tl.constexpr, QUADS: tl.constexpr, COUNT: tl
     tiles = ()
     for i in tl.static_range(COUNT):
         tile = tl.load(words + (slices + (first + i)) * (BN * 4) + inside, eviction_policy="evict_first")
-        tiles = tiles + (tile,)  # noqa: RUF005
+        tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005
     return tiles
 
 
@@ -120,8 +121,10 @@ def _store(y, row, n, factor_tables, codes, values, ring_codes, ring_values, pos
 
 @triton.jit
 def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, codes, values, ring_codes, ring_values,
-          position, N, rows, X_STRIDE: tl.constexpr, X_LENGTH: tl.constexpr, QUADS: tl.constexpr, QUADS_PER_SCALE: tl.constexpr,
-          SAME: tl.constexpr, COUNT: tl.constexpr, ROUNDS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr,
+          position, N, rows, X_STRIDE: tl.constexpr, X_LENGTH: tl.constexpr, QUADS: tl.constexpr,
+          QUADS_PER_SCALE: tl.constexpr,
+          SAME: tl.constexpr, COUNT: tl.constexpr, ROUNDS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
+          ROWS: tl.constexpr,
           FORMAT: tl.constexpr, GROUPED: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
           RING_START: tl.constexpr, RING_STOP: tl.constexpr, SLOTS: tl.constexpr, ROUNDING: tl.constexpr,
           ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr, RING_CODES: tl.constexpr, NATIVE: tl.constexpr,
@@ -141,7 +144,7 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
         for block in tl.static_range(STEP // SAME):
             group = (tl.arange(0, S) * STEP + block * SAME) // QUADS_PER_SCALE
             place = (tile * (QUADS // QUADS_PER_SCALE) + group[None, :, None]) * BN + tl.arange(0, BN)[:, None, None]
-            scales = scales + (tl.load(group_scale + place),)  # noqa: RUF005
+            scales = scales + (tl.load(group_scale + place),)  # type: ignore[assignment]  # noqa: RUF005
     scale_factor = tl.load(factor + n)
     shift = tl.load(bias + n) if HAS_BIAS else scale_factor
     tables = (tl.load(inverse + n), tl.load(low + n), tl.load(high + n)) if ANY_CODES else (0.0 * scale_factor, 0, 0)
@@ -160,16 +163,13 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
             if around > 0 or (b > 0 and ROUNDS > 1):
                 tiles = _load_quads(tile_words, around * COUNT, STEP, QUADS, COUNT, BN, S)
             for block in tl.static_range(COUNT // SAME):
-                if integer:
-                    sums = tl.zeros((BN, S, 4), tl.int32)
-                else:
-                    sums = tl.zeros((BN, S, 4), tl.float32)
+                sums = tl.zeros((BN, S, 4), tl.int32 if integer else tl.float32)
                 for i in tl.static_range(SAME):
                     quads = (slices * STEP + (around * COUNT + block * SAME + i))[None, :, None]
                     sums = _quad_times_row(tiles[block * SAME + i], sums, x_row, quads, FORMAT, NATIVE)
                 part = tl.sum(sums, axis=2, keep_dims=True)
                 if GROUPED:
-                    scale = scales[(around * COUNT) // SAME + block].to(tl.float32)
+                    scale = scales[(around * COUNT) // SAME + block].to(tl.float32)  # type: ignore[var-annotated]
                     if integer:
                         total += small_to_float(part) * scale
                     else:
@@ -182,10 +182,7 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
             y = tl.sum(tl.reshape(whole, (BN, S)), axis=1).to(tl.float32)
         else:
             y = tl.sum(tl.reshape(total, (BN, S)), axis=1)
-        if DYNAMIC:
-            y = y * (tl.load(x_scale + row) * scale_factor)
-        else:
-            y = y * scale_factor
+        y = y * (tl.load(x_scale + row) * scale_factor if DYNAMIC else scale_factor)
         if HAS_BIAS:
             y = y + shift
         if row < rows:
@@ -233,7 +230,8 @@ def gemv(
 ) -> None:
     """y = W x, each row times ``factor`` (and ``x_scale`` (rows,) if dynamic), plus bias, landed.
 
-    ``x``: int8 or float32 (rows, K), rows 4-byte aligned. ``codes`` int8 and ``values`` float32: (rows, N), one of them may be None.
+    ``x``: int8 or float32 (rows, K), rows 4-byte aligned. ``codes`` int8 and ``values`` float32: (rows, N), one of
+    them may be None.
     """
     rows = x.shape[0]
     quads_per_slice = linear.quads // shape.slices

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """What the Triton kernels share: rounding onto a site, the activation functions, byte products, grid dependencies.
 
 ``NATIVE`` is false where a kernel runs in Triton's interpreter, which has no PTX: the same numbers come from plain

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The row-wise kernels of a decode step: embedding, residual and RMS norm, gate norm and rotation, next token."""
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from squamata.kernels.gpu_math import let_next_start, to_codes, wait_for_previou
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import decompose, hadamard_matrix
 
+GREEDY_PART = 1024  # logits a program
+ROTATE_WARPS = 4
 _SMALLEST_SCALE = tl.constexpr(1e-8)  # of a dynamic site, as in site.range_to_scale
 
 
@@ -76,7 +79,8 @@ def norm(h: Tensor, residual: Tensor, weight: Tensor, epsilon: float, site: RowS
     _norm_kernel[(rows,)](
         h, residual, weight, out, out_scale if out_scale is not None else residual, width, epsilon, site.inverse,
         site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
-        ROUNDING=site.rounding, BD=triton.next_power_of_2(width), PDL=pdl, num_warps=8, **_launch(pdl),
+        ROUNDING=site.rounding, BD=triton.next_power_of_2(width), PDL=pdl, num_warps=16 if width > 2048 else 8,
+        **_launch(pdl),
     )  # fmt: skip
 
 
@@ -108,13 +112,13 @@ def plan_rotation(rotation: Rotation | None, size: int, device: torch.device | s
     """Split a rotation (or none) of ``size`` channels into parts of at most 256 channels."""
     if rotation is None:
         part = next(width for width in (256, 128, 64, 32, 16, 8, 4, 2, 1) if size % width == 0)
-        left, right = _square(part)
+        a, b = _square(part)
         one = torch.ones(1, 1, device=device)
-        return RotationPlan(size // part, one, torch.eye(left, device=device), torch.eye(right, device=device), 1.0, False)
+        return RotationPlan(size // part, one, torch.eye(a, device=device), torch.eye(b, device=device), 1.0, False)
     parts = decompose(rotation.block)
     assert parts is not None
     order, power = parts
-    part = min(power, 256)
+    part = next(size for size in (256, 16, 1) if power >= size)
     with torch.device("cpu"):
         rest = hadamard_matrix(power // part)
         mix = torch.kron(hadamard_matrix(order), rest) if order > 1 else rest
@@ -123,15 +127,16 @@ def plan_rotation(rotation: Rotation | None, size: int, device: torch.device | s
     return RotationPlan(blocks, mix.contiguous().to(device), left, right, rotation.block**-0.5, True)
 
 
-def _square(size: int) -> tuple[int, int]:
-    power = size.bit_length() - 1
-    return 1 << (power // 2), 1 << (power - power // 2)
+def _square(part: int) -> tuple[int, int]:
+    """The two sides of a part: 16 by 16 for the matrix unit, else one row."""
+    return (16, 16) if part == 256 else (1, part)
 
 
 @triton.jit
 def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
                    middle_inverse, middle_scale, middle_low, middle_high,
-                   E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, A: tl.constexpr,
+                   E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+                   A: tl.constexpr,
                    B: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
                    MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
                    QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -170,18 +175,20 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilo
         y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
     mixed = tl.sum(y * signs[:, None], axis=0)
     if ROTATED:
-        square = tl.reshape(mixed, (A, B))
-        # choosing a sign, not multiplying: Triton would make a TF32 matrix product of a sum of products
-        half = tl.sum(tl.where(H_left[:, :, None] > 0, square[None, :, :], -square[None, :, :]), axis=1)  # (A, B)
-        square = tl.sum(tl.where(H_right[None, :, :] > 0, half[:, :, None], -half[:, :, None]), axis=1)
-        mixed = tl.reshape(square, (A * B,)) * factor
+        if A == 16:
+            square = tl.reshape(mixed, (A, B))
+            square = tl.dot(tl.dot(H_left, square, input_precision="ieee"), H_right, input_precision="ieee")
+            mixed = tl.reshape(square, (A * B,))
+        elif B > 1:
+            mixed = tl.sum(mixed[:, None] * H_right, axis=0)
+        mixed = mixed * factor
     place = row * E + at * (A * B) + within
     _land_row(mixed, out, out_scale, row, place, within >= 0, inverse, low, high, span, QUANTIZED, False, ROUNDING)
 
 
 def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan: RotationPlan, middle: RowSite,
            site: RowSite, out: Tensor, pdl: bool) -> None:  # fmt: skip
-    """RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site`` (static or float)."""
+    """RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site`` (not dynamic)."""
     rows, width = gated.shape
     a, b = plan.left.shape[0], plan.right.shape[0]
     _rotate_kernel[(plan.blocks * plan.parts, rows)](
@@ -190,7 +197,7 @@ def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan
         E=width, GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a, B=b,
         BE=triton.next_power_of_2(width // groups), NORM=gain is not None, ROTATED=plan.rotated,
         MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
-        PDL=pdl, num_warps=8, **_launch(pdl),
+        PDL=pdl, num_warps=ROTATE_WARPS, **_launch(pdl),
     )  # fmt: skip
 
 
@@ -259,9 +266,6 @@ def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position
     _pick_kernel[(rows,)](
         *scratch, ids, position, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1, **_launch(pdl)
     )
-
-
-GREEDY_PART = 1024
 
 
 def greedy_scratch(rows: int, vocabulary: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

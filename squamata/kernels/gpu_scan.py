@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """One token through convolution and scan, state in int8, float16, bfloat16 or float32."""
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from squamata.kernels.gpu_math import let_next_start, silu, softplus, to_codes, wait_for_previous
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE, _launch
+
+SSD_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,13 @@ def _store_state(state, place, mask, s, state_scale, state_inverse, scale_place,
 
 @triton.jit
 def _ssd_kernel(ring, codes, values, taps, factor, bias, inverse, scale, low, high, dt_scale, z_scale, dt_bias, A, skip,
-                state, state_scale, state_inverse, state_low, state_high, state_span, position, out, rows, N_OUT, dt_low, dt_high,
+                state, state_scale, state_inverse, state_low, state_high, state_span, position, out, rows, N_OUT,
+                dt_low, dt_high,
                 Z_START: tl.constexpr, DT_START: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                 GROUPS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, U_ROUNDING: tl.constexpr,
                 BC_ROUNDING: tl.constexpr, DT_CODES: tl.constexpr, Z_CODES: tl.constexpr, QUANTIZED: tl.constexpr,
-                ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
     """BP channels of one head of one sequence: convolve x, B and C, update the state, skip, gate."""
     at = tl.program_id(0)
     row = tl.program_id(1)
@@ -156,8 +161,8 @@ def _ssd_kernel(ring, codes, values, taps, factor, bias, inverse, scale, low, hi
     decay_rate, shift, through = tl.load(A + head), tl.load(dt_bias + head), tl.load(skip + head)
     dt_unit = tl.load(dt_scale + head)
     z_unit = tl.load(z_scale + channel)
-    let_next_start(PDL)
     wait_for_previous(PDL)
+    let_next_start(PDL)  # not earlier: programs of the product after next would take this kernel's places (measured)
     if DT_CODES:
         dt = tl.load(codes + row * N_OUT + DT_START + head).to(tl.float32) * dt_unit
     else:
@@ -185,12 +190,14 @@ def ssd_step(ring: Tensor, codes: Tensor, values: Tensor, conv: ConvolutionPlan,
     _ssd_kernel[(heads * head_dim // channels, rows)](
         ring, codes, values, conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high,
         dt.scale, z.scale, dt_bias, A, skip, state, grid.scale if grid else filler, grid.inverse if grid else filler,
-        grid.low if grid else 0.0, grid.high if grid else 0.0, grid.span if grid else 0.0, position, out, rows, codes.shape[1], *limit,
+        grid.low if grid else 0.0, grid.high if grid else 0.0, grid.span if grid else 0.0, position, out, rows,
+        codes.shape[1], *limit,
         Z_START=starts[0], DT_START=starts[1], H=heads, P=head_dim, N=states, GROUPS=groups, BP=channels,
         BN=triton.next_power_of_2(states), WIDTH=conv.taps.shape[0], U_ROUNDING=conv.rounding,
         BC_ROUNDING=conv.rounding_bc, DT_CODES=dt.codes, Z_CODES=z.codes, QUANTIZED=grid is not None,
-        ALONG=grid.along_states if grid else False, DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0, PDL=pdl,
-        num_warps=4, **_launch(pdl),
+        ALONG=grid.along_states if grid else False, DYNAMIC=grid is not None and grid.span > 0,
+        STATE_ROUNDING=grid.rounding if grid else 0, PDL=pdl,
+        num_warps=SSD_WARPS, **_launch(pdl),
     )  # fmt: skip
 
 
@@ -219,13 +226,15 @@ def conv_step(ring: Tensor, conv: ConvolutionPlan, position: Tensor, out: Tensor
     block = 256
     _conv_kernel[(triton.cdiv(channels, block), rows)](
         ring, conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high, position, out, out,
-        rows, C=channels, BC=block, WIDTH=conv.taps.shape[0], ROUNDING=conv.rounding, TO_CODES=to_codes_, PDL=pdl, num_warps=4, **_launch(pdl),
+        rows, C=channels, BC=block, WIDTH=conv.taps.shape[0], ROUNDING=conv.rounding, TO_CODES=to_codes_, PDL=pdl,
+        num_warps=4, **_launch(pdl),
     )  # fmt: skip
 
 
 @triton.jit
 def _selective_kernel(u_codes, u_values, u_scale, z_codes, z_values, z_scale, dt_codes, dt_values, dt_scale, low_codes,
-                      low_values, b_scale, dt_bias, A, skip, state, state_scale, state_inverse, state_low, state_high, state_span,
+                      low_values, b_scale, dt_bias, A, skip, state, state_scale, state_inverse, state_low, state_high,
+                      state_span,
                       out, N_IN, N_LOW, Z_START: tl.constexpr, B_START: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
                       BE: tl.constexpr, BN: tl.constexpr, U_CODES: tl.constexpr, Z_CODES: tl.constexpr,
                       DT_CODES: tl.constexpr, B_CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
@@ -273,9 +282,11 @@ def selective_step(u: Tensor, z: tuple[Tensor, Tensor], dt: tuple[Tensor, Tensor
     _selective_kernel[(triton.cdiv(channels, block), rows)](
         u, u, inputs["u"].scale, *z, inputs["z"].scale, *dt, inputs["dt"].scale, *low, inputs["BC"].scale, dt_bias, A,
         skip, state, grid.scale if grid else filler, grid.inverse if grid else filler, grid.low if grid else 0.0,
-        grid.high if grid else 0.0, grid.span if grid else 0.0, out, z[0].shape[1], low[0].shape[1], Z_START=starts[0], B_START=starts[1],
+        grid.high if grid else 0.0, grid.span if grid else 0.0, out, z[0].shape[1], low[0].shape[1],
+        Z_START=starts[0], B_START=starts[1],
         E=channels, N=states, BE=block, BN=triton.next_power_of_2(states), U_CODES=inputs["u"].codes,
         Z_CODES=inputs["z"].codes, DT_CODES=inputs["dt"].codes, B_CODES=inputs["BC"].codes,
-        QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False, DYNAMIC=grid is not None and grid.span > 0,
+        QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
+        DYNAMIC=grid is not None and grid.span > 0,
         STATE_ROUNDING=grid.rounding if grid else 0, PDL=pdl, num_warps=2, **_launch(pdl),
     )  # fmt: skip

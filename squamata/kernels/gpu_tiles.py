@@ -34,7 +34,8 @@ class Format(IntEnum):
     @property
     def quad(self) -> int:
         """Weights of a row in 16 bytes."""
-        return {Format.INT4_INT8: 32, Format.INT4_FLOAT: 32, Format.BFLOAT16_FLOAT: 8, Format.FLOAT32_FLOAT: 4}.get(self, 16)
+        four_bit = {Format.INT4_INT8: 32, Format.INT4_FLOAT: 32}
+        return (four_bit | {Format.BFLOAT16_FLOAT: 8, Format.FLOAT32_FLOAT: 4}).get(self, 16)
 
     @property
     def integer_activations(self) -> bool:
@@ -116,7 +117,7 @@ def tile_linear(layer: Linear, format: Format, tile_rows: int, device: torch.dev
 def _group_scale(scale: Tensor, group: int, columns: int, format: Format, tile_rows: int) -> Tensor:
     """(N, groups) -> (T, groups, tile_rows), in float16 if that loses nothing."""
     if group % format.quad or columns % group:
-        raise SquamataError(f"the GPU kernels take weight groups that are multiples of {format.quad} and divide {columns}")
+        raise SquamataError(f"the GPU kernels take weight groups of multiples of {format.quad} that divide {columns}")
     tiled = _pad_rows(scale, tile_rows).unflatten(0, (-1, tile_rows)).transpose(1, 2).contiguous()
     half = tiled.half()
     return half if torch.equal(half.float(), tiled) else tiled

@@ -93,7 +93,7 @@ def readable(value: Value) -> bool:
 
 def uniform(value: QTensor) -> bool:
     """True if value = code * scale with int8 codes."""
-    return value.zero is None and value.data.dtype == torch.int8 and value.spec.codec == "uniform"
+    return value.zero is None and value.data.dtype == torch.int8 and value.spec.linear_grid
 
 
 def source(value: Value) -> Source:
@@ -154,9 +154,9 @@ def landing(site: Site | None, *shape: int, per_token: bool = False) -> Landing:
 
 def _per_token(site: Site) -> bool:
     spec = site.spec
-    if spec is None or not (site.quantized and site.mode == "integer" and spec.dynamic and spec.symmetric):
+    if spec is None or site.observer is not None or not (site.mode == "integer" and spec.dynamic and spec.symmetric):
         return False
-    return spec.codec == "uniform" and spec.granularity.axes == ("token",) and spec.granularity.group is None
+    return spec.linear_grid and spec.granularity.axes == ("token",) and spec.granularity.group is None
 
 
 @njit(cache=True, nogil=True)

@@ -10,6 +10,8 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+import squamata.kernels.compilation  # noqa: F401  before anything is compiled
+
 
 def address(array: NDArray | None) -> int:
     """Address of the first element of a C-contiguous array; 0 for None. The caller keeps the array alive."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -47,9 +47,6 @@ class Partition:
     granularity: Granularity
     layout: Layout
     index: Tensor | None = None
-
-    def with_index(self, index: Tensor | None) -> Partition:
-        return replace(self, index=index)
 
     @property
     def kept(self) -> tuple[bool, ...]:

@@ -22,6 +22,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+import squamata.kernels.compilation  # noqa: F401  before anything is compiled
+
 FLOAT = ir.FloatType()
 INT32 = ir.IntType(32)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,14 +18,24 @@ from squamata.spec.quant import QuantSpec
 
 Mode = Literal["float", "observe", "simulate", "integer"]
 
+_MEANING = frozenset(("layout", "spec", "scale", "zero", "index", "mode", "observer"))
+
+
+@dataclass
+class Revision:
+    """How often the sites that share it have changed: whoever has compiled them compares the number."""
+
+    number: int = 0
+
 
 @dataclass
 class Site:
     """Where a tensor may be represented in few bits; producer and consumer share one.
 
-    ``mode`` decides what landing does: *float*: identity; *observe*: identity, and ``observer`` sees the tensor;
-    *simulate*: rounded, integers carried in float (differentiable: straight-through); *integer*: rounded to int8.
-    Without a spec every mode but *observe* is the identity. ``scale``: stored form (``partition.shape()``), float32.
+    ``mode`` decides what landing does: *float* and *observe*: identity; *simulate*: rounded, integers carried in
+    float (differentiable: straight-through); *integer*: rounded to int8. Without a spec every mode is the identity.
+    ``observer`` sees the tensor before that, in every mode; while there is one, no kernel lands here by itself.
+    ``scale``: stored form (``partition.shape()``), float32. ``revision`` grows with every change to one of these.
     """
 
     name: str
@@ -35,6 +47,14 @@ class Site:
     mode: Mode = "float"
     observer: Callable[[Tensor], None] | None = None
     _expanded: tuple[Tensor, Tensor, Tensor | None] | None = field(default=None, repr=False)
+    revision: Revision = field(default_factory=Revision, repr=False, compare=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        changed = name in _MEANING and "revision" in self.__dict__ and self.__dict__[name] is not value
+        object.__setattr__(self, name, value)
+        if changed:
+            self._expanded = None
+            self.revision.number += 1
 
     @property
     def partition(self) -> Partition:
@@ -49,12 +69,13 @@ class Site:
     @property
     def static(self) -> bool:
         """True if a tensor that lands here becomes int8 with a scale known beforehand: what kernels may fuse."""
-        spec = self.spec if self.quantized and self.mode == "integer" else None
-        return spec is not None and not spec.dynamic and spec.symmetric and spec.codec == "uniform"
+        spec = self.spec if self.mode == "integer" and self.observer is None else None
+        return spec is not None and not spec.dynamic and spec.symmetric and spec.linear_grid
 
     def set_scale(self, scale: Tensor, zero: Tensor | None = None) -> None:
         """Give the site its calibrated scale, stored form."""
         self.scale, self.zero, self._expanded = scale, zero, None
+        self.revision.number += 1  # it may be the same tensor with other numbers
 
     def expanded(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scale, its reciprocal (float32 1/scale: what every backend multiplies with) and zero, broadcastable."""
@@ -68,7 +89,7 @@ class Site:
 
     def land(self, x: Tensor) -> Value:
         """What the tensor (..., features) becomes here."""
-        if self.mode == "observe" and self.observer is not None:
+        if self.observer is not None:
             self.observer(x)
         if not self.quantized:
             return x
@@ -114,6 +135,31 @@ class Site:
         if zero is not None:
             carrier += zero.to(carrier.dtype)
         return QTensor(carrier, scale, self.spec, zero)
+
+
+def observed(value: object) -> bool:
+    """True if the value is a site with an observer, or a mapping or sequence with such a site in it."""
+    if isinstance(value, Site):
+        return value.observer is not None
+    if isinstance(value, Mapping):
+        return any(map(observed, value.values()))
+    return isinstance(value, list | tuple) and any(map(observed, value))
+
+
+@contextmanager
+def observing(sites: Iterable[Site], callback: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Within the block ``callback(site, tensor)`` sees every tensor that lands on these sites, before it is rounded.
+
+    The observers that were there before do not see them, and are put back afterwards.
+    """
+    before = [(site, site.observer) for site in sites]
+    try:
+        for site, _ in before:
+            site.observer = partial(callback, site)
+        yield
+    finally:
+        for site, observer in before:
+            site.observer = observer
 
 
 def encode(

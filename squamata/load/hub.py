@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -17,6 +18,12 @@ _SMALL_FILES = ["*.json"]
 _SAFETENSORS = ["model*.safetensors"]
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _PICKLES = ["pytorch_model*.bin"]
+_HUB_ERRORS: tuple[
+    type[Exception], ...
+] = (  # the client has no common base; its HTTP library's, which differs by version, is among them
+    OSError,
+    *(value for value in vars(hub_errors).values() if isinstance(value, type) and issubclass(value, Exception)),
+)
 
 
 def bundled() -> Path:
@@ -61,7 +68,7 @@ def _fetch(name: str) -> Path:
         ) from None
     except HfHubHTTPError as error:
         raise SquamataError(f"{name}: the hub answered '{_first_line(error)}'; try again later") from None
-    except Exception as error:  # also the errors of whichever HTTP library the hub's client uses
+    except _HUB_ERRORS as error:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise SquamataError(f"{name}: cannot be stored in the hub's cache ({error.strerror})") from None
         raise SquamataError(

@@ -7,20 +7,17 @@ transformers 5.x); what we do not compute is refused by its type, so that no opt
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Container
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from squamata.errors import SquamataError, nearest
-from squamata.models.config import ModelConfig
+from squamata.models.config import Epsilon, ModelConfig, Size
 
-Size = Annotated[int, Field(ge=1, le=2**24)]
 Layers = Annotated[int, Field(ge=1, le=2**12)]
 Rank = Size | Literal["auto"]
 Expand = Annotated[float, Field(gt=0, le=64)]
-Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _plain_floats(value: Any) -> Any:
@@ -243,14 +240,16 @@ def _first_problem(error: ValidationError) -> str:
     return f"{key} = {str(value)[:60]}: {message}" if key else message
 
 
-_RENAMES = (
-    (r"^embedding\.", "backbone.embedding."),
-    (r"^final_norm\.", "backbone.norm_f."),
-    (r"^head\.", "lm_head."),
-    (r"^layers\.", "backbone.layers."),
-    (r"\.mixer\.conv\.", ".mixer.conv1d."),
-    (r"\.mixer\.gate_norm\.", ".mixer.norm."),
-)
+_RENAMES = {
+    "embedding.": "backbone.embedding.",
+    "final_norm.": "backbone.norm_f.",
+    "head.": "lm_head.",
+    "layers.": "backbone.layers.",
+}
+_RENAMES_INSIDE = {
+    "mamba1": {".mixer.conv.": ".mixer.conv1d.", ".mixer.dt_bias": ".mixer.dt_proj.bias"},
+    "mamba2": {".mixer.conv.": ".mixer.conv1d.", ".mixer.gate_norm.": ".mixer.norm."},
+}
 
 
 def foreign_name(name: str, config: ModelConfig, held: Container[str]) -> str:
@@ -259,10 +258,11 @@ def foreign_name(name: str, config: ModelConfig, held: Container[str]) -> str:
     The layouts differ in one name: the embedding is ``backbone.embedding`` in state-spaces and
     ``backbone.embeddings`` in Hugging Face, which reads either.
     """
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    if config.architecture == "mamba1":
-        name = name.replace(".mixer.dt_bias", ".mixer.dt_proj.bias")
+    if name.startswith("layers."):
+        for ours, theirs in _RENAMES_INSIDE[config.blocks[int(name.split(".")[1])]].items():
+            name = name.replace(ours, theirs)
+    start = name.split(".")[0] + "."
+    name = _RENAMES[start] + name.removeprefix(start)
     plural = name.replace("backbone.embedding.", "backbone.embeddings.")
     return plural if plural in held else name
 

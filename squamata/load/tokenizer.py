@@ -21,7 +21,7 @@ class Tokenizer:
 
     ``begin_id``: put before a document (the tokenizer's bos token, or else its eos token, as GPT-NeoX's
     ``<|endoftext|>``). ``eos_id``: ends a text. Either is None if the tokenizer has no such token.
-    ``vocab_size``: largest id plus one. ``files``: the tokenizer's files, to be copied beside a checkpoint.
+    ``vocab_size``: largest id plus one.
     """
 
     def __init__(self, folder: Path, inner: tokenizers.Tokenizer, special: Mapping[str, str]) -> None:
@@ -49,11 +49,6 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise SquamataError(f"{path}: not a readable tokenizer ({str(error).splitlines()[0]})") from None
         return cls(folder, inner, _special_tokens(folder))
-
-    @property
-    def files(self) -> list[Path]:
-        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-        return [self.folder / name for name in names if (self.folder / name).is_file()]
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Ids of ``text``; ``begin`` puts the document-start token before them."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from squamata.errors import SquamataError
 from squamata.kernels.hadamard import Rotation
+from squamata.kernels.hadamard.matrices import decompose
 from squamata.kernels.linear import Linear
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value, as_float
@@ -20,9 +23,16 @@ from squamata.spec.quant import QuantSpec
 from squamata.spec.sites import BLOCKS
 
 
+class LayerCache(Protocol):
+    """One layer's memory of the past, updated in place; what it holds is its block's business."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 @dataclass
-class LayerCache:
-    """One layer's memory of the past, updated in place: last convolution inputs, and the state."""
+class ScanCache:
+    """The memory of a layer with a convolution and a scan: last convolution inputs, and the state."""
 
     conv: Value
     state: Value
@@ -32,7 +42,20 @@ class LayerCache:
         return self.conv.nbytes + self.state.nbytes
 
 
-class Block(ABC):
+class OptionalTensor(NamedTuple):
+    """A tensor that a layer may have beside its parameters. ``left_by``: the transform whose every layer has it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    left_by: str = ""
+
+
+ROTATION = {"mixer.rotation": OptionalTensor((2,), torch.int64, left_by="hadamard")}
+
+OwnCache = TypeVar("OwnCache", bound=LayerCache)
+
+
+class Block(ABC, Generic[OwnCache]):
     """One layer of the network. Subclasses read their tensors in ``__init__`` and define ``forward``.
 
     ``tensors``: this layer's tensors without the ``layers.N.`` prefix. ``dtype``: of the float computation.
@@ -59,12 +82,17 @@ class Block(ABC):
     def segments(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Rows of fused tensors, by what they are for: ``in_proj``, ``conv``..."""
 
+    @classmethod
+    def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:
+        """Tensors that a transform may leave in a layer for this block to read, by name without ``layers.N.``."""
+        return {}
+
     @abstractmethod
-    def forward(self, h: Tensor, residual: Tensor | None, cache: LayerCache) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, residual: Tensor | None, cache: OwnCache) -> tuple[Tensor, Tensor]:
         """(h, residual) float (B, L, D) -> the block's output and the residual stream before it is added."""
 
     @abstractmethod
-    def new_cache(self, batch: int) -> LayerCache:
+    def new_cache(self, batch: int) -> OwnCache:
         """An empty cache in the storage of the sites."""
 
     def parameter(self, name: str) -> Tensor:
@@ -88,11 +116,17 @@ class Block(ABC):
         )
 
     def rotation(self) -> Rotation | None:
-        """The rotation before out_proj that a transform left here (int64: size, block)."""
+        """The rotation before out_proj that a transform left here (int64: size, block); SquamataError if it is none."""
         if "rotation" not in self._mixer:
             return None
-        size, block = (int(value) for value in as_float(self._mixer["rotation"]))
-        return Rotation(size, block)
+        values, inner = as_float(self._mixer["rotation"]).tolist(), self.config.d_inner
+        match values:
+            case [int(size), int(block)] if size == inner and block >= 1 and size % block == 0 and decompose(block):
+                return Rotation(size, block)
+        raise SquamataError(
+            f"tensor 'mixer.rotation' holds {values}: expected the inner size {inner} and a block that divides it and "
+            f"has a Hadamard matrix; the checkpoint is damaged, quantize the model again"
+        )
 
 
 def tensor_layouts(kind: type[Block], config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from squamata.errors import SquamataError, nearest
 from squamata.spec.sites import BLOCKS
+
+Size = Annotated[int, Field(ge=1, le=2**24)]
+SizeOrNone = Annotated[int, Field(ge=0, le=2**24)]  # 0 where the kind of layer has no such size
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
 class ModelConfig(BaseModel):
@@ -21,19 +25,19 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     blocks: tuple[str, ...]
-    d_model: int
-    vocab_size: int
-    d_inner: int
-    d_state: int
-    d_conv: int = 4
-    dt_rank: int = 0
-    head_dim: int = 0
-    n_groups: int = 1
-    norm_epsilon: float = 1e-5
-    gate_norm_epsilon: float = 1e-5
-    bcdt_norm_epsilon: float | None = None
+    d_model: Size
+    vocab_size: Size
+    d_inner: Size
+    d_state: Size
+    d_conv: Size = 4
+    dt_rank: SizeOrNone = 0
+    head_dim: SizeOrNone = 0
+    n_groups: Size = 1
+    norm_epsilon: Epsilon = 1e-5
+    gate_norm_epsilon: Epsilon = 1e-5
+    bcdt_norm_epsilon: Epsilon | None = None
     time_step_limit: tuple[float, float] = (0.0, math.inf)
-    chunk_size: int = 256
+    chunk_size: Size = 256
     projection_bias: bool = False
     conv_bias: bool = True
     tie_embeddings: bool = True
@@ -45,6 +49,8 @@ class ModelConfig(BaseModel):
         for kind in self.blocks:
             if kind not in BLOCKS:
                 raise ValueError(f"no kind of layer named '{kind}'{nearest(kind, BLOCKS)}")
+        if "mamba1" in self.blocks and self.dt_rank < 1:
+            raise ValueError("a mamba1 layer needs a dt_rank of at least 1")
         if "mamba2" in self.blocks and (self.head_dim < 1 or self.d_inner % self.head_dim):
             raise ValueError(f"head_dim {self.head_dim} does not divide d_inner {self.d_inner}")
         if "mamba2" in self.blocks and self.n_heads % self.n_groups:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from squamata.errors import SquamataError, nearest
 from squamata.kernels import ops
 from squamata.kernels.linear import Linear
 from squamata.kernels.partition import Layout
@@ -88,6 +89,7 @@ class LanguageModel:
         dtype: torch.dtype = torch.float32,
         tokenizer: Any = None,
     ) -> None:
+        _check_mode(mode)
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.dtype = dtype
@@ -120,6 +122,7 @@ class LanguageModel:
 
     def set_mode(self, mode: Mode) -> None:
         """Change what landing on the sites means; caches made before are of the old mode."""
+        _check_mode(mode)
         for site in self.sites():
             site.mode = mode
 
@@ -151,6 +154,11 @@ class LanguageModel:
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One token for every sequence: ids (B,) -> logits (B, V)."""
         return self.forward(ids[:, None], cache)[:, 0]
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        raise SquamataError(f"no mode named '{mode}'{nearest(str(mode), get_args(Mode))}")
 
 
 def _storage(weight: Value, dtype: torch.dtype) -> Value:

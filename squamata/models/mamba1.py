@@ -12,11 +12,11 @@ from squamata.kernels.causal_conv1d import empty_state
 from squamata.kernels.conv_selective_scan import SelectiveScanLayer
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
-from squamata.models.block import Block, LayerCache
+from squamata.models.block import ROTATION, Block, OptionalTensor, ScanCache
 from squamata.models.config import ModelConfig
 
 
-class Mamba1(Block):
+class Mamba1(Block[ScanCache]):
     """norm -> in_proj -> (x, z); x -> conv, SiLU -> u; u -> x_proj -> (dt, B, C); scan, gate -> rotate -> out_proj."""
 
     kind = "mamba1"
@@ -49,7 +49,11 @@ class Mamba1(Block):
         E, N, R = config.d_inner, config.d_state, config.dt_rank
         return {"in_proj": (E, E), "x_proj": (R, N, N)}  # rows: x, z; dt_low, B, C
 
-    def forward(self, h: Tensor, residual: Tensor | None, cache: LayerCache) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:
+        return ROTATION
+
+    def forward(self, h: Tensor, residual: Tensor | None, cache: ScanCache) -> tuple[Tensor, Tensor]:
         sites = self.sites
         (x, z), residual = ops.norm_linear(
             h, residual, self.norm, self.config.norm_epsilon, self.in_proj, sites["in"], (sites["x"], sites["z"])
@@ -58,7 +62,7 @@ class Mamba1(Block):
         h = ops.norm_rotate_linear(y, None, None, self.out_rotation, self.out_proj, sites["y"], sites["out"])
         return h, residual
 
-    def new_cache(self, batch: int) -> LayerCache:
+    def new_cache(self, batch: int) -> ScanCache:
         E, N = self.config.d_inner, self.config.d_state
         conv = empty_state(batch, self.config.d_conv, [self.sites["x"]], self.dtype)
-        return LayerCache(conv, self.sites["state"].empty(batch, E, N, dtype=self.dtype))
+        return ScanCache(conv, self.sites["state"].empty(batch, E, N, dtype=self.dtype))

@@ -14,11 +14,11 @@ from squamata.kernels.norm_rotate_linear import GatedNorm
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan import HeadLayout
-from squamata.models.block import Block, LayerCache
+from squamata.models.block import ROTATION, Block, OptionalTensor, ScanCache
 from squamata.models.config import ModelConfig
 
 
-class Mamba2(Block):
+class Mamba2(Block[ScanCache]):
     """norm -> in_proj -> (z, x, B, C, dt); x, B, C -> conv, SiLU; scan; gated norm -> rotate -> out_proj."""
 
     kind = "mamba2"
@@ -65,7 +65,11 @@ class Mamba2(Block):
         E, GN = config.d_inner, config.n_groups * config.d_state
         return {"in_proj": (E, E, GN, GN, config.n_heads), "conv": (E, GN, GN)}  # rows: z, x, B, C, dt; x, B, C
 
-    def forward(self, h: Tensor, residual: Tensor | None, cache: LayerCache) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:
+        return ROTATION
+
+    def forward(self, h: Tensor, residual: Tensor | None, cache: ScanCache) -> tuple[Tensor, Tensor]:
         sites = self.sites
         (z, x, B, C, dt), residual = ops.norm_linear(
             h,
@@ -80,8 +84,8 @@ class Mamba2(Block):
         h = ops.norm_rotate_linear(y, z, self.gate_norm, self.out_rotation, self.out_proj, sites["y"], sites["out"])
         return h, residual
 
-    def new_cache(self, batch: int) -> LayerCache:
+    def new_cache(self, batch: int) -> ScanCache:
         config = self.config
         conv = empty_state(batch, config.d_conv, [self.sites[name] for name in ("x", "B", "C")], self.dtype)
         state = self.sites["state"].empty(batch, config.n_heads, config.head_dim, config.d_state, dtype=self.dtype)
-        return LayerCache(conv, state)
+        return ScanCache(conv, state)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+import torch
 from torch import Tensor
 
 from squamata import scales
@@ -12,20 +17,58 @@ from squamata.kernels.site import encode
 from squamata.scales.statistics import Statistics
 from squamata.spec.quant import QuantSpec
 
+BLOCK = 2**24  # elements that are float32 at a time
 
-def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout) -> QTensor:
-    """The nearest code of every element, with the scale that the spec's strategy finds in the tensor itself."""
-    weight = weight.float()
-    partition = Partition(spec.granularity, layout)
-    statistics = Statistics(partition, spec)
-    statistics.update(weight.unsqueeze(0))
-    scale, zero = (None if part is None else partition.expand(part) for part in scales.compute(statistics, spec))
+
+def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics: Statistics | None = None) -> QTensor:
+    """The nearest code of every element, with the scale that the spec's strategy finds in the tensor itself.
+
+    Needs the int8 codes and a few float32 copies of ``BLOCK`` elements beside the weight; of a quantile over more
+    than a row, copies of the whole.
+    """
+    found = _scales(weight, spec, layout)
+    scale, zero = (None if part is None else Partition(spec.granularity, layout).expand(part) for part in found)
     assert scale is not None
-    shaped = QTensor(weight, scale, spec, zero)
-    element = shaped.element_scale()
-    element_zero = None if zero is None else QTensor(weight, zero, spec).element_scale()
-    codes = encode(weight, element, 1.0 / element, element_zero, spec).data
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    for rows in _row_blocks(weight.shape):
+        part = weight[rows].float()
+        element = QTensor(part, _of_rows(scale, rows, len(weight)), spec).element_scale()
+        element_zero = None
+        if zero is not None:
+            element_zero = QTensor(part, _of_rows(zero, rows, len(weight)), spec).element_scale()
+        codes[rows] = encode(part, element, 1.0 / element, element_zero, spec).data
     return pack(QTensor(codes, scale, spec, zero))
+
+
+def _scales(weight: Tensor, spec: QuantSpec, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point, stored form: a block of rows at a time where no scale serves two rows."""
+    partition = Partition(spec.granularity, layout)
+    varies = bool(spec.granularity.group) or partition.kept[0]
+    if weight.ndim < 2 or not varies or "segment" in spec.granularity.axes:
+        return _scales_of_all(weight, spec, partition)
+    parts = []
+    for rows in _row_blocks(weight.shape):
+        some = weight[rows]
+        sizes = replace(layout, sizes=tuple(some.shape), segments=())
+        parts.append(_scales_of_all(some, spec, Partition(spec.granularity, sizes)))
+    zeros = [zero for _, zero in parts if zero is not None]
+    return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None
+
+
+def _scales_of_all(weight: Tensor, spec: QuantSpec, partition: Partition) -> tuple[Tensor, Tensor | None]:
+    statistics = scales.gather_for(partition, spec)
+    statistics.update(weight.unsqueeze(0))
+    return scales.compute(statistics, spec)
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    rows = max(1, BLOCK // max(1, prod(shape[1:])))
+    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+
+
+def _of_rows(part: Tensor, rows: slice, count: int) -> Tensor:
+    """Those entries of an expanded scale that belong to these rows; all, if the rows share them."""
+    return part[rows] if part.ndim and part.shape[0] == count else part
 
 
 def pack(quantized: QTensor) -> QTensor:

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from squamata.errors import SquamataError
 from squamata.kernels import ops, packing
+from squamata.kernels.causal_conv1d import factored
 from squamata.kernels.decode.cpu import (
     BoundStates,
     ConvolutionPlan,
@@ -22,13 +24,15 @@ from squamata.kernels.decode.cpu import (
 )
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import base_matrix, decompose
+from squamata.kernels.landing import share_threads
 from squamata.kernels.linear import Linear
-from squamata.kernels.qtensor import QTensor, Value
+from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
-from squamata.models.block import Block, LayerCache
+from squamata.models.block import Block, LayerCache, ScanCache
 from squamata.models.lm import Cache, LanguageModel
 from squamata.models.mamba1 import Mamba1
 from squamata.models.mamba2 import Mamba2
+from squamata.spec.quant import QuantSpec
 
 DYNAMIC_SITES = ("in", "out", "head.in")
 FLOATS = (torch.float32,)
@@ -44,19 +48,37 @@ class Decoder:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.plan = plan_model(model)
+        self._threads = 0
         self._cache: Cache | None = None
         self._rows: list[BoundStates] = []
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """One token for every sequence, ids (B,) -> logits float32 (B, V); the cache is updated in place."""
+        """One token for every sequence, ids (B,) -> logits float32 (B, V); the cache is updated in place.
+
+        Runs on as many threads as torch has now. SquamataError for a cache of another batch, mode or model.
+        """
         if self._cache is not cache:
-            self._rows = [self.plan.bind([_states(layer, row) for layer in cache]) for row in range(len(ids))]
-            self._cache = cache
+            self._rows, self._cache = self._bind(cache, len(ids)), cache
+        if len(ids) != len(self._rows):
+            raise SquamataError(f"{len(ids)} token ids for a cache of {len(self._rows)} sequences: one each is needed")
+        if self._threads != torch.get_num_threads():
+            share_threads()
+            self._threads = torch.get_num_threads()
         embedded = ops.embedding(ids[:, None], self.model.embedding, torch.float32)[:, 0].numpy()
-        logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)  # torch's threads would spin beside ours
+        shape = (len(ids), self.model.config.vocab_size)
+        logits = np.empty(shape, np.float32)  # not torch's: its threads would spin beside ours
         for row, states in enumerate(self._rows):
             logits[row] = self.plan.step(embedded[row], states=states)
         return torch.from_numpy(logits)
+
+    def _bind(self, cache: Cache, batch: int) -> list[BoundStates]:
+        """Every sequence's states; ``batch`` counts only for a model without layers."""
+        try:
+            rows = _memory(cache[0].conv).shape[0] if cache and isinstance(cache[0], ScanCache) else batch
+            return [self.plan.bind([_states(layer, row) for layer in cache]) for row in range(rows)]
+        except ValueError:
+            message = "the cache was made in another mode or by another model: make one with model.new_cache()"
+            raise SquamataError(message) from None
 
 
 def plan_model(model: LanguageModel) -> DecodePlan:
@@ -73,7 +95,14 @@ def plan_model(model: LanguageModel) -> DecodePlan:
 
 
 def _states(layer: LayerCache, row: int) -> tuple[NDArray, NDArray, NDArray[np.float32]]:
-    """Convolution inputs, scan state, and the scales of a dynamic one, of one sequence: views of the cache."""
+    """Convolution inputs, scan state, and the scales of a dynamic one, of one sequence: views of the cache.
+
+    ValueError for what no plan reads: another kind of layer, codes carried in float.
+    """
+    if not isinstance(layer, ScanCache) or any(
+        isinstance(value, QTensor) and value.simulated for value in (layer.conv, layer.state)
+    ):
+        raise ValueError("no memory of a convolution and a scan, in integers or in float")
     state = layer.state
     dynamic = isinstance(state, QTensor) and state.spec.dynamic
     scales = state.scale[row].numpy() if dynamic else np.empty(0, np.float32)  # type: ignore[union-attr]
@@ -127,16 +156,21 @@ def _layer(block: Block) -> LayerPlan:
     )  # fmt: skip
 
 
+def _plannable_spec(site: Site) -> QuantSpec | None:
+    """What lands here becomes; None for float."""
+    if site.observer is not None or site.mode in ("observe", "simulate"):
+        raise NotPlannableError(f"{site.name} is observed or simulated")
+    spec = site.spec if site.quantized else None
+    if spec is not None and not (spec.symmetric and spec.linear_grid):
+        raise NotPlannableError(f"{site.name} has a zero point or a grid that is not linear")
+    return spec
+
+
 def _site(site: Site, name: str, codes_only: bool = False) -> SitePlan | None:
-    if site.mode in ("observe", "simulate"):
-        raise NotPlannableError(f"sites in mode {site.mode}")
-    if not site.quantized:
+    spec = _plannable_spec(site)
+    if spec is None:
         return None
-    spec = site.spec
-    assert spec is not None
     low, high = spec.code_range
-    if not spec.symmetric:
-        raise NotPlannableError(f"{site.name} has a zero point")
     if spec.dynamic:
         if name not in DYNAMIC_SITES or spec.granularity.group or set(spec.granularity.axes) - {"token"}:
             raise NotPlannableError(f"{site.name} has a dynamic scale per {spec.granularity}")
@@ -147,9 +181,9 @@ def _site(site: Site, name: str, codes_only: bool = False) -> SitePlan | None:
 def _state_site(site: Site) -> StateSitePlan | None:
     """The state's grid as rows that share scales: (rows, N) scales, equal rows stored once; or a scale a row."""
     *rows, states = site.layout.sizes
-    spec = site.spec
-    if site.quantized and spec is not None and spec.dynamic:
-        if not spec.symmetric or site.partition.kept != (*[True] * len(rows), False):
+    spec = _plannable_spec(site)
+    if spec is not None and spec.dynamic:
+        if site.partition.kept != (*[True] * len(rows), False):
             raise NotPlannableError(f"{site.name} has a dynamic scale per {spec.granularity}")
         return StateSitePlan(*spec.code_range, rounding=spec.rounding, span=spec.span)
     plan = _site(site, "state")
@@ -165,15 +199,7 @@ def _convolution(block: Mamba1 | Mamba2) -> tuple[ConvolutionPlan, bool]:
     state = block.new_cache(1).conv
     weight = block.scan.conv_weight
     channels = weight.shape[0]
-    scale = torch.ones(channels)
-    if isinstance(state, QTensor):
-        taps = weight
-        scale = state.scale
-        if isinstance(weight, QTensor):
-            taps, scale = weight.codes(), scale * weight.element_scale()
-    else:
-        taps = weight.dequantize() if isinstance(weight, QTensor) else weight
-    assert isinstance(taps, Tensor)
+    taps, scale = factored(weight, state) if isinstance(state, QTensor) else (as_float(weight), torch.ones(channels))
     bias = block.scan.conv_bias
     plan = ConvolutionPlan(
         taps=_floats(taps),
@@ -200,8 +226,8 @@ def _linear(layer: Linear, site: Site) -> list[packing.PackedLinear]:
     bias = None if layer.bias is None else _floats(layer.bias)
     arguments: Mapping[str, Any] = {}
     if isinstance(weight, QTensor):
-        if weight.zero is not None or weight.simulated:
-            raise NotPlannableError(f"an asymmetric or simulated weight that reads {site.name}")
+        if weight.zero is not None or weight.simulated or not weight.spec.linear_grid:
+            raise NotPlannableError(f"an asymmetric, simulated or non-linear weight that reads {site.name}")
         matrix = weight.codes().contiguous().numpy()
         group = weight.spec.granularity.group
         scale = _floats(weight.scale)
@@ -212,7 +238,8 @@ def _linear(layer: Linear, site: Site) -> list[packing.PackedLinear]:
         arguments = {"integer_activations": integer} | ({"group": group} if small else {})
         tile: Any = packing.tile_int4 if small else packing.tile_int8
     else:
-        matrix, scale, tile = _floats(weight), None, packing.tile_float32
+        scale = None
+        matrix, tile = _float_tiles(weight)
     packed, start = [], 0
     for rows in layer.rows:
         part = slice(start, start + rows)
@@ -221,3 +248,12 @@ def _linear(layer: Linear, site: Site) -> list[packing.PackedLinear]:
         packed.append(tile(matrix[part], *scales, bias=own_bias, **arguments))
         start += rows
     return packed
+
+
+def _float_tiles(weight: Tensor) -> tuple[NDArray, Any]:
+    """A float matrix and how to tile it: as bfloat16 bits, half the bytes of a token, if that loses nothing."""
+    values = weight.detach().float().contiguous()
+    short = values.bfloat16()
+    if torch.equal(short.float(), values):
+        return short.view(torch.int16).numpy().view(np.uint16), packing.tile_bfloat16
+    return values.numpy(), packing.tile_float32

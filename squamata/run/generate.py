@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,16 @@ class Generation:
         return asdict(self)
 
 
-def generate(model: LanguageModel, prompt: str | Sequence[int], **options: Any) -> Generation:
-    """Continue a prompt (text, or token ids used as they are). ``options``: the fields of ``SamplingOptions``."""
+def generate(
+    model: LanguageModel,
+    prompt: str | Sequence[int],
+    on_piece: Callable[[Piece], None] | None = None,
+    **options: Any,
+) -> Generation:
+    """Continue a prompt (text, or token ids used as they are). ``options``: the fields of ``SamplingOptions``.
+
+    ``on_piece`` is called with every piece as it comes.
+    """
     chosen = sampling_options(**options)
     started = time.perf_counter()
     ids = prompt_ids(model, prompt)
@@ -57,6 +65,8 @@ def generate(model: LanguageModel, prompt: str | Sequence[int], **options: Any) 
     for piece in generate_stream(model, ids, chosen):
         pieces.append(piece)
         times.append(time.perf_counter())
+        if on_piece is not None:
+            on_piece(piece)
     given = prompt if isinstance(prompt, str) else "" if model.tokenizer is None else model.tokenizer.decode(ids)
     return Generation(
         text="".join(piece.text for piece in pieces),

@@ -30,7 +30,7 @@ from squamata.kernels.gpu_tiles import tile_linear, weight_format
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
-from squamata.models.block import Block
+from squamata.models.block import Block, ScanCache
 from squamata.models.lm import Cache, LanguageModel
 from squamata.models.mamba1 import Mamba1
 from squamata.models.mamba2 import Mamba2
@@ -96,6 +96,7 @@ class CapturedDecoder:
     def load_cache(self, cache: Cache) -> None:
         """Go on from a model's cache (after its prefill, say), of the same batch."""
         for layer, given in zip(self.plan.layers, cache, strict=True):
+            assert isinstance(given, ScanCache)
             ring, state = layer.state.ring, layer.state.state
             history = given.conv.data if isinstance(given.conv, QTensor) else given.conv
             slots = ring.shape[0]
@@ -122,9 +123,7 @@ class CapturedDecoder:
 class Planner:
     """Turns a model's blocks into plans: repacks weights, expands scales, allocates states."""
 
-    def __init__(
-        self, batch: int, device: torch.device, bfloat16: bool, state_dtype: torch.dtype, pdl: bool
-    ) -> None:
+    def __init__(self, batch: int, device: torch.device, bfloat16: bool, state_dtype: torch.dtype, pdl: bool) -> None:
         self.batch = batch
         self.device = device
         self.bfloat16 = bfloat16
@@ -167,7 +166,8 @@ class Planner:
             config.norm_epsilon,
             self.projection(block.in_proj, sites["in"], outputs, ring, config.d_conv),
         )
-        conv = self.convolution(scan, [sites[name] for name in names[1:4]], [sites[n] for n in ("u", "B_conv", "C_conv")])
+        landed = [sites[name] for name in ("u", "B_conv", "C_conv")]
+        conv = self.convolution(scan, list(outputs[1:4]), landed)
         shape = (self.batch, config.n_heads, config.head_dim, config.d_state)
         inputs = {"z": self.read(sites["z"]), "dt": self.read(sites["dt"])}
         return Mamba2Layer(
@@ -197,6 +197,7 @@ class Planner:
         inputs = {name: self.read(sites[name]) for name in ("z", "dt")}
         inputs["BC"] = InputPlan(both[0].codes, torch.cat([part.scale for part in both]))
         x_proj = self.projection(scan.x_proj, sites["u"], (sites["dt_low"], sites["B"], sites["C"]))
+        shape = (self.batch, inner, config.d_state)
         inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
         return Mamba1Layer(
             entry=entry,
@@ -205,7 +206,7 @@ class Planner:
             dt_proj=self.projection(scan.dt_proj, sites["dt_low"], (sites["dt"],)),
             scan=self.scan(scan, sites["state"], inputs),
             exit=self.exit(block, None, 0.0, 1),
-            state=self.state(inner, config.d_conv, entry.projection, sites["state"], (self.batch, inner, config.d_state)),
+            state=self.state(inner, config.d_conv, entry.projection, sites["state"], shape),
             z_start=inner,
             low_rank=config.dt_rank,
         )
@@ -221,8 +222,8 @@ class Planner:
     def scan(
         self, layer: SSDScanLayer | SelectiveScanLayer, site: Site, inputs: dict[str, InputPlan]
     ) -> ScanParameters:
-        parameters = (self.floats(part) for part in (layer.dt_bias, layer.A, layer.D))
-        return ScanParameters(*parameters, self.state_grid(site), inputs)
+        dt_bias, A, skip = (self.floats(part) for part in (layer.dt_bias, layer.A, layer.D))
+        return ScanParameters(dt_bias, A, skip, self.state_grid(site), inputs)
 
     def floats(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device).float().contiguous()
@@ -239,7 +240,9 @@ class Planner:
         site = row_site(into)
         quantized = isinstance(layer.weight, QTensor)
         if site.quantized and not quantized:
-            raise SquamataError(f"{into.name} is quantized but the weight that reads it is not: the GPU kernels want both")
+            raise SquamataError(
+                f"{into.name} is in int8 but the weight that reads it is not: the GPU kernels want both"
+            )
         format = weight_format(layer, site.quantized, self.bfloat16)
         shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format)
         linear = tile_linear(layer, format, shape.tile_rows, self.device)
@@ -325,7 +328,8 @@ class Planner:
     ) -> LayerState:
         landing = projection.landing
         codes = landing is not None and landing.ring_codes
-        ring = torch.zeros(slots, self.batch, channels, dtype=torch.int8 if codes else torch.float32, device=self.device)
+        kind = torch.int8 if codes else torch.float32
+        ring = torch.zeros(slots, self.batch, channels, dtype=kind, device=self.device)
         dtype = torch.int8 if site.quantized else self.state_dtype
         return LayerState(ring, torch.zeros(shape, dtype=dtype, device=self.device))
 

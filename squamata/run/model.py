@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from squamata.kernels.dispatch import chosen_backend
-from squamata.kernels.site import Mode
+from squamata.kernels.site import Mode, Revision
+from squamata.models.checkpoint import Checkpoint
 from squamata.models.lm import Cache, LanguageModel
 from squamata.run.decode_plan import Decoder, NotPlannableError
 from squamata.run.generate import Generation, Piece, generate, generate_stream, sampling_options
@@ -17,8 +19,19 @@ from squamata.run.generate import Generation, Piece, generate, generate_stream, 
 class Model(LanguageModel):
     """What ``squamata.load`` returns: ``model(ids)`` for logits, ``model.generate(prompt)`` for text."""
 
-    _decoder: Decoder | None = None
-    _plannable = True
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        mode: Mode = "integer",
+        dtype: torch.dtype = torch.float32,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__(checkpoint, mode, dtype, tokenizer)
+        self._revision = Revision()
+        for site in self.sites():
+            site.revision = self._revision
+        self._planned: int | None = None  # the revision that the decoder is of
+        self._decoder: Decoder | None = None
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One token for every sequence: ids (B,) -> logits (B, V); compiled into one call where that is possible."""
@@ -26,21 +39,19 @@ class Model(LanguageModel):
         return super().step(ids, cache) if decoder is None else decoder.step(ids, cache)
 
     def _compiled(self) -> Decoder | None:
-        if chosen_backend() not in (None, "cpu") or not self._plannable:
+        """The decoder for the sites as they are now; None for one that composes the ops."""
+        if chosen_backend() not in (None, "cpu"):
             return None
-        if self._decoder is None:
+        if self._planned != self._revision.number:
+            self._planned = self._revision.number
             try:
                 self._decoder = Decoder(self)
             except NotPlannableError:
-                self._plannable = False
+                self._decoder = None
         return self._decoder
 
-    def set_mode(self, mode: Mode) -> None:
-        super().set_mode(mode)
-        self._decoder, self._plannable = None, True
-
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        """Continue a prompt; ``options`` are the fields of ``SamplingOptions``."""
+        """Continue a prompt; ``options`` are the fields of ``SamplingOptions``, and ``on_piece`` to see it come."""
         return generate(self, prompt, **options)
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Piece]:

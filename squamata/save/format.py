@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from squamata.kernels.partition import Layout, Partition
-from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.spec.quant import QuantSpec
 
@@ -44,8 +43,3 @@ def data_signature(shape: tuple[int, ...], spec: QuantSpec | None) -> tuple[tupl
 def scale_signature(spec: QuantSpec, layout: Layout) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype in which the scales of a weight are stored."""
     return Partition(spec.granularity, layout).shape(), getattr(torch, spec.scale_dtype)
-
-
-def checkpoint_size(checkpoint: Checkpoint) -> int:
-    """Bytes of all tensors as stored."""
-    return sum(tensor.nbytes for tensor in (*checkpoint.tensors.values(), *checkpoint.site_tensors.values()))

@@ -18,7 +18,7 @@ from squamata.kernels.partition import Partition
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig, parameter_shapes
-from squamata.models.lm import model_layouts, model_sites
+from squamata.models.lm import KINDS, model_layouts, model_sites
 from squamata.save.format import CONFIG, INDEX, VERSION, data_signature, scale_signature
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
@@ -35,7 +35,6 @@ _DTYPES = {
     "I32": torch.int32,
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ADDED_BY = {"hadamard": "mixer.rotation"}  # transform -> the int64 (2,) that it leaves in every layer
 
 Signature = tuple[tuple[int, ...] | None, torch.dtype | None]  # shape, dtype; None: any shape, any float
 
@@ -47,14 +46,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     specs = recipe.resolve(config.blocks)
     shards = _shards(folder)
     stored = {name: signature for path in shards for name, signature in _signatures(path).items()}
-    added = {
-        f"layers.{layer}.{_ADDED_BY[transform.name]}"
-        for transform in recipe.transforms
-        if transform.name in _ADDED_BY
-        for layer in range(config.n_layers)
-    }
-    _check(folder, stored, _expected(config, specs) | dict.fromkeys(added, ((2,), torch.int64)))
+    added = _left_by_transforms(config, recipe, stored)
+    _check(folder, stored, _expected(config, specs) | added)
     raw = {name: tensor for path in shards for name, tensor in _load(path).items()}
+    _refuse_bad_numbers(folder, raw)
+    _check_ragged(folder, config, specs, raw)
     tensors: dict[str, Value] = {}
     layouts = model_layouts(config)
     for name, shape in parameter_shapes(config).items():
@@ -66,7 +62,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     tensors |= {name: raw[name] for name in added}
     sites = _site_names(config, specs)
     site_tensors = {name: tensor for name, tensor in raw.items() if name.rpartition(".")[0] in sites}
-    _refuse_nan(folder, raw)
     recorded = description["quantization_config"].items()
     provenance = {key: value for key, value in recorded if key not in ("quant_method", "recipe")}
     return Checkpoint(config, tensors, recipe, site_tensors, provenance, folder)
@@ -158,6 +153,17 @@ def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Sig
     return expected
 
 
+def _left_by_transforms(config: ModelConfig, recipe: Recipe, stored: Mapping[str, Signature]) -> dict[str, Signature]:
+    """What the blocks declare that transforms may leave: where it is stored, and where the recipe says it must be."""
+    used = {transform.name for transform in recipe.transforms}
+    return {
+        name: (tensor.shape, tensor.dtype)
+        for layer, kind in enumerate(config.blocks)
+        for rest, tensor in KINDS[kind].optional_tensors(config).items()
+        if ((name := f"layers.{layer}.{rest}") in stored and used) or tensor.left_by in used
+    }
+
+
 def _with_zero(name: str, spec: QuantSpec, scale: Signature) -> dict[str, Signature]:
     zero = {} if spec.symmetric else {f"{name}.zero": (scale[0], torch.float32)}
     return {f"{name}.scale": scale} | zero
@@ -187,7 +193,24 @@ def _quantized(
     return QTensor(raw[name], scale, spec, zero, shape[-1] if packed else None)
 
 
-def _refuse_nan(folder: Path, raw: dict[str, Tensor]) -> None:
+def _refuse_bad_numbers(folder: Path, raw: Mapping[str, Tensor]) -> None:
     for name, tensor in raw.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise SquamataError(f"{folder}: tensor '{name}' holds NaN or infinity")
+        if name.endswith(".scale") and not bool((tensor > 0).all()):
+            raise SquamataError(f"{folder}: tensor '{name}' holds a scale that is not above zero")
+
+
+def _check_ragged(folder: Path, config: ModelConfig, specs: Mapping[str, QuantSpec], raw: Mapping[str, Tensor]) -> None:
+    """The map of every ragged site fits the site, and its scales fit the map."""
+    for site in model_sites(config, specs):
+        if (index := raw.get(f"{site.name}.index")) is None:
+            continue
+        shape = tuple(index.shape)
+        if not shape or shape != site.layout.sizes[: len(shape)] or int(index.min()) < 0:
+            raise SquamataError(f"{folder}: tensor '{site.name}.index' is no map of a site of {site.layout.sizes}")
+        wanted = Partition(site.partition.granularity, site.layout, index).shape()
+        for name in (f"{site.name}.scale", f"{site.name}.zero"):
+            if name in raw and tuple(raw[name].shape) != wanted:
+                found = tuple(raw[name].shape)
+                raise SquamataError(f"{folder}: tensor '{name}' has shape {found} where {wanted} was expected")

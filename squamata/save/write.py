@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,19 +27,23 @@ from squamata.models.lm import model_layouts
 from squamata.save.format import CONFIG, INDEX, TOKENIZER_FILES, describe
 
 SHARD_BYTES = 2**30
+LOCK = ".lock"  # in the temporary folder, held by its writer while it lives
 
 
 class CheckpointWriter:
     """Takes tensors as they become ready and publishes the folder only when all are there.
 
     Use as a context manager and end with ``publish``: leaving it without removes the temporary folder. A killed
-    process leaves the old checkpoint or none; the next writer to the same place clears what it left, and puts an old
-    checkpoint back that was being replaced. ``force`` replaces a checkpoint or an empty folder, nothing else.
+    process leaves the old checkpoint or none; the next writer to the same place clears what it left (what no living
+    writer has locked), and puts an old checkpoint back that was being replaced. ``force`` replaces a checkpoint or an
+    empty folder, nothing else.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder.absolute()
         self.force = force
+        own = secrets.token_hex(8)
+        self.partial, self.replaced = self._named("partial", own), self._named("replaced", own)
         self.layouts = model_layouts(config)
         self.shard_bytes = shard_bytes
         self.pending: dict[str, Tensor] = {}
@@ -45,17 +53,35 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            for replaced in self._left_over("replaced"):
-                if not self.folder.exists():
-                    replaced.rename(self.folder)
-            for left_over in (*self._left_over("partial"), *self._left_over("replaced")):
-                shutil.rmtree(left_over, ignore_errors=True)
-            self._refuse_to_replace()
-            self.partial = self._beside("partial")
-            self.partial.mkdir()
+            with _alone_in(self.folder.parent):
+                self._clear_left_overs()
+                self._refuse_to_replace()
+                self.partial.mkdir()
+                self.lock = os.open(self.partial / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+                _try_lock(self.lock)
         except OSError as error:
-            raise SquamataError(f"cannot write to {self.folder.parent}: {error.strerror}") from None
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise SquamataError(f"cannot write to {self.folder.parent}: {_reason(error)}") from None
         return self
+
+    def _named(self, what: str, writer: str) -> Path:
+        return self.folder.parent / f".{self.folder.name}.{what}-{writer}"
+
+    def _clear_left_overs(self) -> None:
+        """Put an old checkpoint back that a dead writer was replacing, and remove what else dead writers left."""
+        pattern = re.compile(re.escape(f".{self.folder.name}.") + "(?:partial|replaced)-([0-9a-f]+)")
+        writers = {match[1] for path in self.folder.parent.iterdir() if (match := pattern.fullmatch(path.name))}
+        for writer in sorted(writers):
+            partial, replaced = self._named("partial", writer), self._named("replaced", writer)
+            if _is_live(partial):
+                continue
+            if replaced.is_dir() and not self.folder.exists():
+                try:
+                    replaced.rename(self.folder)
+                except OSError:  # another user's: it stays where it is
+                    continue
+            shutil.rmtree(replaced, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _refuse_to_replace(self) -> None:
         if self.folder.exists() and not self.force:
@@ -64,15 +90,6 @@ class CheckpointWriter:
             raise SquamataError(
                 f"{self.folder} is no checkpoint, and --force replaces nothing else; choose another folder"
             )
-
-    def _beside(self, what: str) -> Path:
-        return self.folder.with_name(f".{self.folder.name}.{what}-{os.getpid()}")
-
-    def _left_over(self, what: str) -> list[Path]:
-        """Folders of this kind beside the target whose process is dead."""
-        found = [(path, path.name.rpartition("-")) for path in self.folder.parent.iterdir()]
-        start = f".{self.folder.name}.{what}"
-        return [path for path, (head, _, tail) in found if head == start and tail.isdigit() and not _alive(int(tail))]
 
     def add(self, tensors: Mapping[str, Value]) -> None:
         """Queue tensors under their full names; full shards go to disk at once."""
@@ -96,6 +113,7 @@ class CheckpointWriter:
         path = self.partial / f"shard-{len(self.shards)}.safetensors"
         try:
             safetensors.torch.save_file(self.pending, path, metadata={"format": "pt"})
+            path.chmod(os.fstat(self.lock).st_mode & 0o777)  # safetensors writes 0600, the umask says otherwise
         except (OSError, safetensors.SafetensorError) as error:
             raise SquamataError(f"cannot write {self.folder}: {_reason(error)}; nothing was changed") from None
         self.bytes += sum(tensor.nbytes for tensor in self.pending.values())
@@ -131,17 +149,27 @@ class CheckpointWriter:
             (self.partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
     def _replace(self) -> None:
-        old = self._beside("replaced")
-        self._refuse_to_replace()  # it may have been made meanwhile
-        if self.folder.exists():
-            self.folder.rename(old)
-        self.partial.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with _alone_in(self.folder.parent):
+            self._refuse_to_replace()  # it may have been made meanwhile
+            (self.partial / LOCK).unlink()
+            _sync_folder(self.partial)
+            try:
+                if self.folder.exists():
+                    self.folder.rename(self.replaced)
+                self.partial.rename(self.folder)
+            except BaseException:
+                if self.replaced.exists():
+                    self.replaced.rename(self.folder)
+                raise
+            _sync_folder(self.folder.parent)
+            if self.replaced.exists():
+                self.replaced.rename(self.partial)  # now it is rubbish, which nobody puts back
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+        os.close(self.lock)
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, force: bool = False) -> int:
@@ -170,19 +198,52 @@ def _replaceable(folder: Path) -> bool:
     return not any(folder.iterdir()) or (config.is_file() and b'"squamata_format"' in config.read_bytes())
 
 
-def _alive(process: int) -> bool:
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Only one writer at a time looks for left-overs in a folder, or renames there."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        with suppress(OSError):  # some file systems have no locks: then left-overs count as live, see _is_live
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
-    except PermissionError:
-        return True
     return True
+
+
+def _is_live(partial: Path) -> bool:
+    """Whether the writer of a temporary folder may still run: its lock cannot be taken."""
+    try:
+        descriptor = os.open(partial / LOCK, os.O_RDWR)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    try:
+        return not _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot sync a folder; its files are synced
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

@@ -5,43 +5,66 @@ A strategy's further parameters are what a recipe may set; their annotations say
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import get_type_hints
+from dataclasses import dataclass
 
-from pydantic import TypeAdapter, ValidationError
+import torch
 from torch import Tensor
 
 from squamata.errors import SquamataError, nearest
+from squamata.kernels.partition import Partition
 from squamata.scales.minmax import minmax
 from squamata.scales.percentile import percentile
-from squamata.scales.statistics import Statistics
+from squamata.scales.statistics import ALPHA, Statistics
+from squamata.spec.parameters import checked_parameters
 from squamata.spec.quant import QuantSpec
 
-Strategy = Callable[..., tuple[Tensor, Tensor | None]]
+OWN_ARGUMENTS = 2  # statistics, spec: what a recipe does not set
 
-STRATEGIES: dict[str, Strategy] = {"minmax": minmax, "percentile": percentile}
+
+@dataclass(frozen=True)
+class Strategy:
+    """``function(statistics, spec, **parameters) -> scale, zero``.
+
+    ``quantile``: it wants every sample's quantile of |x|, at its parameter ``alpha``, beside smallest and largest.
+    """
+
+    function: Callable[..., tuple[Tensor, Tensor | None]]
+    quantile: bool = False
+
+
+STRATEGIES: dict[str, Strategy] = {"minmax": Strategy(minmax), "percentile": Strategy(percentile, quantile=True)}
 
 
 def check(spec: QuantSpec, where: str) -> None:
     """Refuse an unknown strategy or parameter, naming the nearest; for recipes, before any work is done."""
-    name, parameters = spec.scale.strategy, spec.scale.parameters
+    name = spec.scale.strategy
     if name not in STRATEGIES:
         raise SquamataError(f"{where}: no scale strategy named '{name}'{nearest(name, STRATEGIES)}")
-    types = get_type_hints(STRATEGIES[name], include_extras=True)
-    known = list(inspect.signature(STRATEGIES[name]).parameters)[2:]
-    for key, value in parameters.items():
-        if key not in known:
-            raise SquamataError(f"{where}: {name} has no parameter '{key}'{nearest(key, known)}")
-        try:
-            TypeAdapter(types[key]).validate_python(value)
-        except ValidationError as error:
-            raise SquamataError(f"{where}: {name} with {key} {value}: {error.errors()[0]['msg']}") from None
+    _parameters(spec, f"{where}: {name}")
+
+
+def gather_for(partition: Partition, spec: QuantSpec) -> Statistics:
+    """Empty statistics that will gather what the spec's strategy needs."""
+    quantile = STRATEGIES[spec.scale.strategy].quantile
+    return Statistics(partition, spec.scale.parameters.get("alpha", ALPHA) if quantile else None)
 
 
 def compute(statistics: Statistics, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point in the partition's stored form, in the precision in which they are stored."""
-    scale, zero = STRATEGIES[spec.scale.strategy](statistics, spec, **spec.scale.parameters)
+    """Scale and zero point in the partition's stored form, in the precision in which they are stored.
+
+    SquamataError for a scale that this precision cannot hold.
+    """
+    name = spec.scale.strategy
+    scale, zero = STRATEGIES[name].function(statistics, spec, **_parameters(spec, name))
     if spec.scale_dtype == "float16":
+        largest = torch.finfo(torch.float16).max
+        if bool((scale > largest).any()):
+            problem = f"a scale of {float(scale.max()):.4g} is beyond float16, which ends at {largest:.0f}"
+            raise SquamataError(f"{problem}; use 'scale_dtype: float32' or a finer granularity")
         scale = scale.half().float().clamp_min(2.0**-24)
     return scale, zero
+
+
+def _parameters(spec: QuantSpec, where: str) -> dict[str, object]:
+    return checked_parameters(STRATEGIES[spec.scale.strategy].function, spec.scale.parameters, OWN_ARGUMENTS, where)

@@ -20,7 +20,11 @@ def percentile(
     statistics: Statistics, spec: QuantSpec, alpha: Alpha = ALPHA, ema: Sigma | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Combine the samples' quantiles: their mean, or with ``ema`` = sigma the moving average
-    w <- w + sigma (c - w) that starts at the first sample (upstream: sigma 0.01, which forgets the first slowly)."""
+    w <- w + sigma (c - w) that starts at the first sample (upstream: sigma 0.01, which forgets the first slowly).
+
+    The moving average depends on the order, which is the batch order: short samples first, those of one length in the
+    order in which they were drawn.
+    """
     threshold = statistics.quantiles[0]
     if ema is None:
         threshold = torch.stack(statistics.quantiles).mean(0)

@@ -8,36 +8,37 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.partition import Partition, gather
-from squamata.spec.quant import QuantSpec
 
 ALPHA = 0.9999  # quantile of |x| that percentile clipping keeps unless a recipe says otherwise
 
 
 class Statistics:
-    """Per group of a partition: smallest and largest value, and the alpha-quantile of |x| of every sample.
+    """Per group of a partition: smallest and largest value, and the ``alpha``-quantile of |x| of every sample.
 
-    Memory: a few numbers a group, and one a group and sample for a quantile; nothing grows with the tokens.
+    All float32, whatever the data; no quantiles if ``alpha`` is None. Memory: a few numbers a group, and one a group
+    and sample for a quantile; nothing grows with the tokens.
     """
 
-    def __init__(self, partition: Partition, spec: QuantSpec) -> None:
+    def __init__(self, partition: Partition, alpha: float | None = None) -> None:
         self.partition = partition
-        self.alpha = spec.scale.parameters.get("alpha", ALPHA) if spec.scale.strategy == "percentile" else None
+        self.alpha = alpha
         self.low: Tensor | None = None
         self.high: Tensor | None = None
         self.quantiles: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
-        """Take in a tensor (samples, ..., features)."""
+        """Take in a tensor (samples, ..., features) of any float type."""
         x = x.detach()
         shape = self.partition.shape()
         parts = self.partition.split(x)
-        low, high = gather([part.amin(-1) for part in parts], shape), gather([part.amax(-1) for part in parts], shape)
+        low = gather([part.amin(-1).float() for part in parts], shape)
+        high = gather([part.amax(-1).float() for part in parts], shape)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         if self.alpha is not None:
             for sample in x:
                 parts = self.partition.split(sample)
-                self.quantiles.append(gather([quantile(part.abs(), self.alpha) for part in parts], shape))
+                self.quantiles.append(gather([quantile(part.abs().float(), self.alpha) for part in parts], shape))
 
     def magnitude(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of every group."""

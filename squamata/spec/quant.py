@@ -61,6 +61,11 @@ class QuantSpec(Data):
     scale_dtype: Literal["float32", "float16"] = "float32"
 
     @property
+    def linear_grid(self) -> bool:
+        """True if a value is its code (less the zero point) times the scale, so that codes can enter a product."""
+        return self.codec == "uniform"
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest integer code."""
         largest = 2 ** (self.bits - 1) - 1

@@ -13,6 +13,14 @@ YAML form::
     rules:
       - {site: "*.mixer.u", spec: {bits: 8, scale: {percentile: {alpha: 0.9999}}}}
       - {site: "*.mixer.u", spec: float, layers: [0, 11], architectures: [mamba2]}
+      - {site: "*.mixer.*", spec: int8, kind: activation}
+
+``*.mixer.*`` without a ``kind`` (activation, state, weight or parameter) also matches the state, the weights and small
+parameters such as ``conv.weight``, ``A_log`` and ``dt_bias``.
+
+A recipe that extends another has its own ``name`` and ``description``. Its rules come after the parent's, whose named
+specs it may use (a name that it gives again changes nothing in the parent's rules); of ``calibration`` it says only
+what differs; ``architectures``, ``transforms`` and ``weights`` replace the parent's.
 """
 
 from __future__ import annotations
@@ -27,7 +35,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Va
 
 from squamata.errors import SquamataError, nearest
 from squamata.spec.quant import Data, QuantSpec, ScaleSpec
-from squamata.spec.sites import BLOCKS, SiteInfo, all_sites
+from squamata.spec.sites import BLOCKS, Kind, SiteInfo, all_sites
 
 SpecOrFloat = Annotated[
     QuantSpec | None,
@@ -53,14 +61,19 @@ class Rule(Data):
     spec: SpecOrFloat
     layers: tuple[int, ...] | None = None
     architectures: Architectures | None = None
+    kind: Kind | None = None
 
-    def matches(self, site: str, architecture: str) -> bool:
+    def names(self, site: str, info: SiteInfo) -> bool:
+        """True if glob and kind fit this full site name, in whatever layer and architecture."""
+        return self.kind in (None, info.kind) and fnmatchcase(site, self.site)
+
+    def matches(self, site: str, info: SiteInfo, architecture: str) -> bool:
         """True if the rule speaks of this full site name in a layer of this architecture."""
         if self.architectures is not None and architecture not in self.architectures:
             return False
         if self.layers is not None and (not site.startswith("layers.") or int(site.split(".")[1]) not in self.layers):
             return False
-        return fnmatchcase(site, self.site)
+        return self.names(site, info)
 
 
 class Calibration(Data):
@@ -115,12 +128,7 @@ class Recipe(Data):
     def from_mapping(cls, mapping: dict[str, Any], origin: str = "recipe") -> Recipe:
         """Build a recipe from parsed YAML or JSON; resolves ``extends`` and named ``specs``."""
         merged = _merge_ancestors(mapping, origin)
-        specs = merged.pop("specs", {})
-        for rule in merged.get("rules", []):
-            if isinstance(rule, dict) and isinstance(rule.get("spec"), str) and rule["spec"] != "float":
-                if rule["spec"] not in specs:
-                    raise SquamataError(f"{origin}: no spec named '{rule['spec']}'{nearest(rule['spec'], specs)}")
-                rule["spec"] = specs[rule["spec"]]
+        del merged["specs"]
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
@@ -146,20 +154,28 @@ class Recipe(Data):
         """
         chosen: dict[str, QuantSpec] = {}
         infos = all_sites(blocks)
-        for site in infos:
+        for site, info in infos.items():
             architecture = blocks[int(site.split(".")[1])] if site.startswith("layers.") else blocks[0]
-            matching = [rule for rule in self.rules if rule.matches(site, architecture)]
+            matching = [rule for rule in self.rules if rule.matches(site, info, architecture)]
             if matching and matching[-1].spec is not None:
                 chosen[site] = matching[-1].spec
         for site, spec in chosen.items():
             refuse_illegal(site, spec, infos[site])
+        everywhere = [item for kind in BLOCKS for item in all_sites((kind,) * len(blocks)).items()]
         for rule in self.rules:
-            if not any(fnmatchcase(site, rule.site) for kind in BLOCKS for site in all_sites((kind,) * len(blocks))):
-                raise SquamataError(f"recipe {self.name}: no site matches '{rule.site}'")
+            if not any(rule.names(site, info) for site, info in everywhere):
+                what = f" and is of kind {rule.kind}" if rule.kind else ""
+                raise SquamataError(f"recipe {self.name}: no site matches '{rule.site}'{what}")
             if beyond := [layer for layer in rule.layers or () if not 0 <= layer < len(blocks)]:
                 problem = f"the rule for '{rule.site}' speaks of layer {beyond[0]}"
                 raise SquamataError(f"recipe {self.name}: {problem}, the model has layers 0 to {len(blocks) - 1}")
         return chosen
+
+    def static_sites(self, blocks: tuple[str, ...]) -> dict[str, QuantSpec]:
+        """Those of ``resolve`` that need calibration: activations and states whose scale is known before the run."""
+        infos = all_sites(blocks)
+        chosen = self.resolve(blocks).items()
+        return {site: spec for site, spec in chosen if infos[site].kind in ("activation", "state") and not spec.dynamic}
 
 
 def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
@@ -188,10 +204,21 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         raise SquamataError(f"{site}: dynamic scales vary along whole axes, not per {spec.granularity}")
     if spec.dynamic and info.kind in ("weight", "parameter"):
         raise SquamataError(f"{site}: weights do not change at run time; remove 'dynamic: true'")
-    anywhere = {"channel", "index"} | ({"segment"} if info.kind in ("weight", "parameter") else set())
-    unknown = axes - set(info.axes) - anywhere
-    if unknown:
+    if spec.dynamic and info.kind == "activation" and "token" not in spec.granularity.axes:
+        raise SquamataError(
+            f"{site}: one run-time scale over all tokens would let later tokens, padding and other sequences change "
+            f"earlier ones; add 'token' to the granularity"
+        )
+    if info.kind in ("weight", "parameter") and spec.granularity.ragged:
+        raise SquamataError(f"{site}: an index is for activations and states; use channel, segment or group(N)")
+    if unknown := axes - _axis_words(info):
         raise SquamataError(f"{site}: has no axis '{sorted(unknown)[0]}' (its axes: {', '.join(info.axes)})")
+
+
+def _axis_words(info: SiteInfo) -> set[str]:
+    """Words of a granularity that mean something here; ``channel`` stands for every axis but state and tap."""
+    words = set(info.axes) | ({"segment"} if info.kind in ("weight", "parameter") else {"index"})
+    return words | ({"channel"} if words - {"state", "tap", "segment", "index"} else set())
 
 
 def recipe_folder() -> Path:
@@ -231,28 +258,58 @@ def _checked(mapping: Any, origin: str) -> dict[str, Any]:
 
 
 def _merge_ancestors(mapping: dict[str, Any], origin: str, seen: Iterable[str] = ()) -> dict[str, Any]:
+    """One mapping without ``extends``, its rules' named specs resolved; ``specs`` are those of all generations."""
     mapping = _checked(mapping, origin)
     parent_name = mapping.pop("extends", None)
     if parent_name is None:
-        return mapping
+        return _resolve_specs(mapping, {}, origin)
     if parent_name.endswith((".yaml", ".yml")):
         parent_name = str((Path(origin).parent / parent_name).resolve())
     if parent_name in seen:
         raise SquamataError(f"{origin}: 'extends' goes round in a circle at '{parent_name}'")
     parent = _merge_ancestors(_read_yaml(parent_name), parent_name, (*seen, parent_name))
-    joined = {"rules": parent["rules"] + mapping["rules"], "specs": parent["specs"] | mapping["specs"]}
-    return parent | mapping | joined
+    own = _resolve_specs(mapping, parent["specs"], origin)
+    inherited = {key: value for key, value in parent.items() if key not in ("name", "description")}
+    merged = inherited | own | {"rules": parent["rules"] + own["rules"]}
+    calibrations = [part["calibration"] for part in (parent, own) if isinstance(part.get("calibration"), dict)]
+    if len(calibrations) == 2:
+        merged["calibration"] = calibrations[0] | calibrations[1]
+    return merged
 
 
-def _first_problem(error: ValidationError) -> str:
-    """One line for the first thing pydantic found, with the nearest valid key."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        owners: dict[str, type[Data]] = {"rules": Rule, "calibration": Calibration}
-        owner: type[Data] = Recipe if len(problem["loc"]) == 1 else owners.get(str(problem["loc"][0]), Named)
-        if "spec" in problem["loc"][:-1]:
-            owner = ScaleSpec if problem["loc"][-2] == "scale" else QuantSpec
-        return f"unknown key '{where}'{nearest(key, owner.model_fields)}"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+def _resolve_specs(mapping: dict[str, Any], inherited: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The mapping with every spec that a rule names in the name's place, and ``specs`` joined with the inherited."""
+    for name, spec in mapping["specs"].items():
+        if name == "float":
+            raise SquamataError(f"{origin}: a spec cannot be named 'float', which means: not quantized")
+        try:
+            QuantSpec.model_validate(spec)
+        except ValidationError as error:
+            raise SquamataError(f"{origin}: {_first_problem(error, ('specs', name))}") from None
+    specs = inherited | mapping["specs"]
+    for rule in mapping["rules"]:
+        if isinstance(rule, dict) and isinstance(rule.get("spec"), str) and rule["spec"] != "float":
+            if rule["spec"] not in specs:
+                raise SquamataError(f"{origin}: no spec named '{rule['spec']}'{nearest(rule['spec'], specs)}")
+            rule["spec"] = specs[rule["spec"]]
+    return mapping | {"specs": specs}
+
+
+def _first_problem(error: ValidationError, inside: tuple[str, ...] = ()) -> str:
+    """One line for what pydantic found, an unknown key before all else, with the nearest valid one."""
+    problems = error.errors()
+    problem = next((some for some in problems if some["type"] == "extra_forbidden"), problems[0])
+    place = (*inside, *problem["loc"])
+    where = ".".join(map(str, place))
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+    owners: dict[str, type[Data]] = {"rules": Rule, "calibration": Calibration, "specs": QuantSpec}
+    owner: type[Data] = Recipe if len(place) == 1 else owners.get(str(place[0]), Named)
+    if place[-2:-1] == ("scale",):
+        owner = ScaleSpec
+    elif "spec" in place[:-1]:
+        owner = QuantSpec
+    likely = nearest(str(place[-1]), owner.model_fields)
+    if owner in (ScaleSpec, Named) and "did you mean" not in likely:
+        return f"unknown key '{where}': a parameter belongs to its name, {{NAME: {{{place[-1]}: VALUE}}}}"
+    return f"unknown key '{where}'{likely}"

@@ -81,14 +81,6 @@ MODEL = {
 BLOCKS: dict[str, dict[str, SiteInfo]] = {"mamba1": MAMBA1, "mamba2": MAMBA2}
 
 
-def find(name: str, kind_of_layer: dict[int, str]) -> SiteInfo:
-    """Look a full site name up (``layers.3.mixer.u``); KeyError if there is no such site."""
-    if not name.startswith("layers."):
-        return MODEL[name]
-    _, layer, rest = name.split(".", 2)
-    return BLOCKS[kind_of_layer[int(layer)]][rest]
-
-
 def all_sites(blocks: tuple[str, ...]) -> dict[str, SiteInfo]:
     """Every site of a model whose layers are of these kinds, in the order the data meets them."""
     sites = {"embedding.weight": MODEL["embedding.weight"]}

@@ -1,43 +1,86 @@
 """Transforms: model -> equal model that is easier to quantize. One file each; adding one is one entry here.
 
 A transform changes one layer's tensors (names without ``layers.N.``) and leaves what must happen at run time as
-tensors of the layer, so that it survives save and load without code of its own.
+tensors of the layer, so that it survives save and load without code of its own: those that the layer's block reads
+(``Block.optional_tensors``), and ``mixer.SITE.index``, the map of a ragged site.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from squamata.errors import SquamataError, nearest
 from squamata.models.config import ModelConfig
-from squamata.spec.recipe import Recipe
+from squamata.scales.statistics import Statistics
+from squamata.spec.granularity import Granularity
+from squamata.spec.parameters import checked_parameters
+from squamata.spec.quant import QuantSpec
+from squamata.spec.recipe import Named, Recipe
+from squamata.spec.sites import BLOCKS
 from squamata.transform.hadamard import rotate_output
 
 Tensors = dict[str, Tensor]
-Transform = Callable[..., Tensors]
 
-TRANSFORMS: dict[str, Transform] = {"hadamard": rotate_output}
+OWN_ARGUMENTS = 4  # config, kind, tensors, statistics: what a recipe does not set
+
+
+@dataclass(frozen=True)
+class Transform:
+    """``function(config, kind, tensors, statistics, **parameters) -> tensors`` of one layer of a kind.
+
+    ``needs``: sites (``mixer.u``) it wants observed before it runs; ``statistics`` holds those that the kind has,
+    smallest and largest value of every feature. A transform returns a kind that it does not know as it came.
+    """
+
+    function: Callable[..., Tensors]
+    needs: tuple[str, ...] = ()
+
+
+TRANSFORMS: dict[str, Transform] = {"hadamard": Transform(rotate_output)}
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse an unknown transform or parameter, naming the nearest."""
-    for transform in recipe.transforms:
-        if transform.name not in TRANSFORMS:
+    """Refuse an unknown transform or parameter, naming the nearest, and a parameter of the wrong type."""
+    for named in recipe.transforms:
+        if named.name not in TRANSFORMS:
             raise SquamataError(
-                f"recipe {recipe.name}: no transform named '{transform.name}'{nearest(transform.name, TRANSFORMS)}"
+                f"recipe {recipe.name}: no transform named '{named.name}'{nearest(named.name, TRANSFORMS)}"
             )
-        known = list(inspect.signature(TRANSFORMS[transform.name]).parameters)[2:]
-        for key in transform.parameters:
-            if key not in known:
-                raise SquamataError(f"transform {transform.name}: no parameter '{key}'{nearest(key, known)}")
+        _parameters(named)
 
 
-def apply(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensors:
-    """All transforms of a recipe, in order, on one layer's tensors; the given mapping is not changed."""
+def needs(recipe: Recipe, kind: str) -> dict[str, QuantSpec]:
+    """Sites of a layer of this kind that the recipe's transforms want observed, each with a number a feature."""
+    wanted = {site for named in recipe.transforms for site in TRANSFORMS[named.name].needs}
+    return {
+        site: QuantSpec(bits=8, granularity=Granularity(info.axes))
+        for site, info in BLOCKS[kind].items()
+        if site in wanted
+    }
+
+
+def apply(
+    recipe: Recipe,
+    config: ModelConfig,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    statistics: Mapping[str, Statistics],
+) -> Tensors:
+    """All transforms of a recipe, in order, on one layer's tensors; the given mapping is not changed.
+
+    ``statistics``: of the sites that ``needs`` names, observed on the layer as it was before the first transform.
+    """
     changed = dict(tensors)
-    for transform in recipe.transforms:
-        changed = TRANSFORMS[transform.name](config, changed, **transform.parameters)
+    for named in recipe.transforms:
+        transform = TRANSFORMS[named.name]
+        observed = {site: statistics[site] for site in transform.needs if site in statistics}
+        changed = transform.function(config, kind, changed, observed, **_parameters(named))
     return changed
+
+
+def _parameters(named: Named) -> dict[str, object]:
+    function = TRANSFORMS[named.name].function
+    return checked_parameters(function, named.parameters, OWN_ARGUMENTS, f"transform {named.name}")

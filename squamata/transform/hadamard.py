@@ -10,15 +10,21 @@ from torch import Tensor
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.ref import rotate
 from squamata.models.config import ModelConfig
+from squamata.scales.statistics import Statistics
 
 
-def rotate_output(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rotate_output(
+    config: ModelConfig, kind: str, tensors: Mapping[str, Tensor], statistics: Mapping[str, Statistics]
+) -> dict[str, Tensor]:
     """W <- W H^T, and y <- H y at run time just before out_proj, whose input site is then the rotated one.
 
-    Where d_inner has no Hadamard matrix the rotation is block-diagonal, with the largest block that has one.
+    Where d_inner has no Hadamard matrix the rotation is block-diagonal, with the largest block that has one. A layer
+    without an out_proj stays as it is.
     """
+    weight = tensors.get("mixer.out_proj.weight")
+    if weight is None:
+        return dict(tensors)
     rotation = Rotation.of_size(config.d_inner)
-    weight = tensors["mixer.out_proj.weight"]
     rotated = rotate(weight.double(), rotation).to(weight.dtype if weight.dtype == torch.float64 else torch.float32)
     return dict(tensors) | {
         "mixer.out_proj.weight": rotated,

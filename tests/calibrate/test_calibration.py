@@ -13,6 +13,7 @@ import torch
 from fakes import ByteTokenizer
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of
 
+from squamata.calibrate.observe import run_layer, watch_layer
 from squamata.calibrate.tokens import CalibrationSet, sample
 from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend
@@ -77,6 +78,23 @@ def test_batches_hold_every_sample_once(documents: Path) -> None:
     rows = sorted(tuple(row) for batch in batches for row in batch.tolist())
     assert rows == sorted(drawn.sequences) and len({len(row) for row in rows}) > 1
     assert all(batch.dtype == torch.int64 and len(batch) <= 3 for batch in batches)
+
+
+def test_batches_keep_the_order_drawn_within_a_length(documents: Path) -> None:
+    drawn = draw(documents, samples=40, length=30, batch=3)
+    rows = [tuple(row) for batch in drawn.batches() for row in batch.tolist()]
+    assert [len(row) for row in rows] == sorted(map(len, drawn.sequences))
+    for length in {len(row) for row in rows}:
+        assert [row for row in rows if len(row) == length] == [row for row in drawn.sequences if len(row) == length]
+
+
+def test_the_fingerprint_is_of_the_bytes_that_were_read(documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One read: a file that changes afterwards cannot lend its fingerprint to the old text."""
+    reads = []
+    honest = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (reads.append(path), honest(path))[1])
+    draw(documents, samples=5, length=8)
+    assert reads == [documents]
 
 
 @pytest.mark.parametrize("order", ["shuffled", "first"])
@@ -180,6 +198,21 @@ def test_every_static_site_gets_a_scale_and_no_other(kind: str) -> None:
     names = {site.name for site in model.sites() if not site.name.endswith((".in", ".z"))} | {"head.in"}
     assert set(found) == {f"{name}.scale" for name in names} | {"head.in.zero"}
     assert all(bool((scale > 0).all()) for name, scale in found.items() if name.endswith("scale"))
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_watching_a_layer_leaves_the_stream(kind: str) -> None:
+    config = config_of(kind)
+    block = float_model(config, perturbed_tensors(config)).blocks[1]
+    stream = [(torch.randn(2, 9, 32), torch.randn(2, 9, 32)), (torch.randn(1, 4, 32), None)]
+    before = [(h.clone(), None if residual is None else residual.clone()) for h, residual in stream]
+    with use_backend("ref"):
+        watch_layer(block, stream)
+        for (h, residual), (h_before, residual_before) in zip(stream, before, strict=True):
+            assert torch.equal(h, h_before)
+            assert residual is residual_before is None or torch.equal(residual, residual_before)
+        run_layer(block, stream)
+    assert not torch.equal(stream[0][0], before[0][0])
 
 
 def test_scales_are_taken_after_the_transform() -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import shutil
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import squamata
 from squamata.kernels.causal_conv1d import cpu as conv_cpu
 from squamata.kernels.causal_conv1d import empty_state
 from squamata.kernels.causal_conv1d import ref as conv_ref
-from squamata.kernels.compilation import _Announcer
+from squamata.kernels.compilation import KEPT_DAYS, _Announcer, cache_folder, fingerprint
 from squamata.kernels.conv_selective_scan.ref import tokens
 from squamata.kernels.gated_rms_norm import cpu as gated_cpu
 from squamata.kernels.gated_rms_norm import ref as gated_ref
@@ -31,11 +37,13 @@ from squamata.kernels.rms_norm import cpu as norm_cpu
 from squamata.kernels.rms_norm import ref as norm_ref
 from squamata.kernels.selective_scan import cpu as scan_cpu
 from squamata.kernels.selective_scan import ref as scan_ref
-from squamata.kernels.site import Site
+from squamata.kernels.site import Site, observing
 from squamata.kernels.ssd_scan import HeadLayout
 from squamata.kernels.ssd_scan import cpu as ssd_cpu
 from squamata.kernels.ssd_scan import ref as ssd_ref
 from squamata.spec.quant import QuantSpec
+
+PACKAGE = Path(squamata.__file__).parent
 
 LENGTHS = (1, 2, 63, 130)
 
@@ -328,6 +336,54 @@ def test_what_is_left_to_the_reference() -> None:
         assert norm_cpu.accepts(h.clone().requires_grad_(), None, weight, 1e-5, site)
     case = (h, asymmetric.land(h), weight, 1e-5, 1, site)
     assert_same(gated_cpu.run(*case), gated_ref.run(*case))
+
+
+def test_an_observed_site_is_landed_on_and_seen() -> None:
+    """By static and by per-token scales, which a kernel would else apply to a row that nobody sees."""
+    h, weight = torch.randn(2, 3, 16), torch.rand(16)
+    x, layer = quantized(torch.randn(2, 3, 16)), Linear(make_weight(16, 16))
+    for site in landings(16):
+        expected, _ = norm_cpu.run(h, None, weight, 1e-5, site)
+        (product,) = linear_cpu.run(x, layer, [site])
+        seen: list[Tensor] = []
+        with observing([site], lambda _, value, seen=seen: seen.append(value)):
+            landed, _ = norm_cpu.run(h, None, weight, 1e-5, site)
+            (landed_product,) = linear_cpu.run(x, layer, [site])
+        assert_same(landed, expected)
+        assert_same(landed_product, product)
+        assert [value.dtype for value in seen] == [torch.float32] * 2
+        assert_same(site.land(seen[0]), expected)
+
+
+def test_every_version_of_the_sources_has_its_folder_of_machine_code(tmp_path: Path) -> None:
+    sources = tmp_path / "kernels"
+    shutil.copytree(PACKAGE / "kernels", sources, ignore=shutil.ignore_patterns("__pycache__"))
+    blocked, cache = tmp_path / "file", tmp_path / "cache"
+    blocked.touch()
+    first = cache_folder(sources, [blocked / "cache", cache])
+    assert first is not None and first.parent == cache and first.is_dir()
+    assert first.name == f"kernels-{fingerprint(PACKAGE / 'kernels')}"
+    assert cache_folder(sources, [cache]) == first
+    helper = sources / "linear" / "cpu.py"
+    content = helper.read_bytes()
+    helper.write_bytes(content[:-2] + b"#" + content[-1:])
+    second = cache_folder(sources, [cache])
+    assert second is not None and second != first and first.is_dir()
+    old = time.time() - (KEPT_DAYS + 1) * 86400
+    os.utime(first, (old, old))
+    assert cache_folder(sources, [cache]) == second
+    assert not first.exists()
+    assert cache_folder(sources, [blocked / "cache"]) is None
+
+
+CACHED = [path for path in (PACKAGE / "kernels").rglob("*.py") if "cache=True" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", CACHED, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_folder_is_named_before_a_kernel_is_cached(path: Path) -> None:
+    names = "(compilation|simd|memory|landing|lanes|gemv)"
+    imported = rf"^(from|import) squamata\.kernels(\.| import ){names}\b"
+    assert path.name == "compilation.py" or re.search(imported, path.read_text(), re.MULTILINE)
 
 
 def test_compilation_is_announced_once(capsys: pytest.CaptureFixture[str]) -> None:

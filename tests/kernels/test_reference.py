@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,17 @@ import torch
 from conftest import SHIPPED
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of
 
-from squamata.kernels.dispatch import use_backend
+from squamata.errors import SquamataError
+from squamata.kernels import dispatch
+from squamata.kernels.causal_conv1d import empty_state, factored
+from squamata.kernels.codec import CODECS, Codec
+from squamata.kernels.dispatch import sibling, use_backend
 from squamata.kernels.linear import Linear
-from squamata.kernels.ops import linear
+from squamata.kernels.ops import linear, norm_linear
 from squamata.kernels.packing import pack_int4
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, as_float
-from squamata.kernels.site import Site
+from squamata.kernels.site import Site, observed, observing
 from squamata.load.tokenizer import Tokenizer
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.lm import LanguageModel
@@ -118,6 +123,104 @@ def test_rounding_at_ties(rounding: str, mode: str) -> None:
     assert landed.data.to(torch.int64).tolist() == ROUNDED[rounding]
     assert landed.data.dtype == (torch.int8 if mode == "integer" else torch.float32)
     assert landed.dequantize().tolist() == [code * 0.5 for code in ROUNDED[rounding]]
+
+
+@pytest.mark.parametrize("mode", ["float", "observe", "simulate", "integer"])
+def test_an_observer_sees_what_lands_in_every_mode(mode: str) -> None:
+    site, x = landing(QuantSpec(bits=8), 3, mode, 0.5), torch.tensor([0.2, 1.3, 99.0])
+    before: list[torch.Tensor] = []
+    site.observer = before.append
+    expected = as_float(site.land(x))
+    seen: list[tuple[Site, torch.Tensor]] = []
+    with observing([site], lambda *what: seen.append(what)):
+        assert torch.equal(as_float(site.land(x)), expected)
+    assert len(before) == 1 and before[0] is x
+    assert len(seen) == 1 and seen[0][0] is site and seen[0][1] is x
+    assert site.observer == before.append
+
+
+def test_what_a_site_means_has_a_revision() -> None:
+    site = landing(QuantSpec(bits=8), 3, scale=0.5)
+    assert site.static and float(site.expanded()[0]) == 0.5
+    changes: list[Callable[[], None]] = [
+        lambda: setattr(site, "scale", torch.tensor(2.0)),
+        lambda: site.set_scale(torch.tensor(4.0)),
+        lambda: setattr(site, "spec", QuantSpec(bits=4)),
+        lambda: setattr(site, "observer", print),
+        lambda: setattr(site, "mode", "simulate"),
+        lambda: setattr(site, "index", torch.zeros(3)),
+    ]
+    for change in changes:
+        before = site.revision.number
+        change()
+        assert site.revision.number > before
+    last = site.revision.number
+    site.mode = "simulate"  # as it was
+    assert site.revision.number == last
+    site.mode, site.index = "integer", None
+    assert not site.static  # observed
+    site.observer = None
+    assert site.static and float(site.expanded()[0]) == 4.0
+
+
+def test_a_fused_op_leaves_observed_sites_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fused(package: str, backend: str) -> Any:
+        if backend == "cpu" and package.endswith(".norm_linear"):
+            return SimpleNamespace(accepts=lambda *_: True, run=lambda *_: "fused")
+        return sibling(package, "ref") if backend == "ref" else None
+
+    monkeypatch.setattr(dispatch, "sibling", fused)
+    sites = [landing(QuantSpec(bits=8), 3, scale=0.1) for _ in range(2)]
+    arguments = (torch.randn(1, 2, 3), None, torch.ones(3), 1e-5, Linear(torch.eye(3)))
+    with use_backend(None):
+        assert norm_linear(*arguments, sites[0], [sites[1]]) == "fused"
+        for site in sites:
+            seen: list[torch.Tensor] = []
+            with observing([site], lambda _, x, seen=seen: seen.append(x)):
+                (landed,), _ = norm_linear(*arguments, sites[0], [sites[1]])
+            assert isinstance(landed, QTensor) and len(seen) == 1
+    assert observed({"a": sites[0]}) is False
+    sites[0].observer = print
+    assert observed({"a": sites[0]}) and observed([None, (sites[0],)]) and not observed(torch.ones(1))
+
+
+def test_a_backend_without_its_library_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "installed", lambda name: name == "ref")
+    x, layer = torch.ones(1, 3), Linear(torch.eye(3))
+    for name, library in (("triton", "triton"), ("cpu", "numba")):
+        with pytest.raises(SquamataError, match=f"'{name}' needs the library '{library}'"), use_backend(name):
+            pass
+        with pytest.raises(SquamataError, match=library):
+            linear(x, layer, (None,), backend=name)
+    with pytest.raises(SquamataError, match="did you mean 'ref'"):
+        linear(x, layer, (None,), backend="reff")
+    assert torch.equal(linear(x, layer, (None,), backend="ref")[0], x)
+
+
+def test_a_backend_without_the_op_leaves_it_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "installed", lambda name: True)
+    site = Site("s", Layout(("channel",), (3,)))
+    with use_backend("triton"):
+        (y,), _ = norm_linear(torch.full((1, 1, 3), 2.0), None, torch.ones(3), 0.0, Linear(torch.eye(3)), site, (None,))
+    assert torch.equal(y, torch.ones(1, 1, 3))
+
+
+def test_codes_of_a_grid_that_is_not_linear_are_decoded_before_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    squares = Codec(lambda x, *_: x, lambda c, scale, dtype: (c.to(dtype) ** 2 * c.sign()) * scale.to(dtype))
+    monkeypatch.setitem(CODECS, "squares", squares)
+    spec = QuantSpec.model_construct(**{**dict(QuantSpec(bits=8)), "codec": "squares"})
+    x = QTensor(torch.tensor([[2, -3]], dtype=torch.int8), torch.tensor(0.5), spec)
+    weight = QTensor(torch.tensor([[1, 2]], dtype=torch.int8), torch.tensor(1.0), QuantSpec(bits=8))
+    for backend in ("ref", "cpu"):
+        (y,) = linear(x, Linear(weight), (None,), backend=backend)
+        assert as_float(y).tolist() == [[-7.0]]  # 0.5 * (4 * 1 - 9 * 2)
+    site = Site("x", Layout(("channel",), (2,)), spec, torch.tensor(0.5), mode="integer")
+    assert not site.static and isinstance(empty_state(1, 4, [site], torch.float32), torch.Tensor)
+    taps, scale = factored(
+        QTensor(torch.tensor([[2, -3]], dtype=torch.int8), torch.tensor([[0.5]]), spec),
+        QTensor(torch.zeros(1, 1, 1), torch.tensor([[3.0]]), QuantSpec(bits=8)),
+    )
+    assert taps.tolist() == [[2.0, -4.5]] and scale.tolist() == [[3.0]]
 
 
 def test_code_ranges() -> None:

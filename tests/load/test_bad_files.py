@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from layout_writers import distinct_tensors, foreign_tensors, state_spaces_config, tiny_config, write_files
 from safetensors.torch import load_file, save_file
 
@@ -277,7 +278,8 @@ def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
             ConnectionError("name resolution"),
             "the hub could not be reached (name resolution); a local folder works too",
         ),
-        (RuntimeError("httpx\nsecond line"), "the hub could not be reached (httpx); a local folder works too"),
+        (HTTPError("httpx\nsecond line"), "the hub could not be reached (httpx); a local folder works too"),
+        (EntryNotFoundError("no entry"), "the hub could not be reached (no entry); a local folder works too"),
     ],
 )
 def test_failures_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str) -> None:
@@ -286,6 +288,15 @@ def test_failures_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, 
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
     assert expected in refusal(lambda: hub.resolve("owner/name"))
+
+
+def test_an_error_of_ours_is_not_taken_for_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise TypeError("a mistake in our call")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(TypeError, match="a mistake in our call"):
+        hub.resolve("owner/name")
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["safetensors", "bin"])

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from squamata.load.hub import bundled, resolve
-from squamata.load.layouts import normalise
+from squamata.load.layouts import foreign_name, normalise
 from squamata.load.random_model import random_tensors
 from squamata.load.source import is_squamata_checkpoint, open_source
 from squamata.models.config import SHAPES, ModelConfig, parameter_shapes
@@ -333,3 +333,13 @@ def test_bundled_text_is_disjoint_attributed_and_small() -> None:
         f"[{title}](https://en.wikipedia.org/" in attribution for title in titles["excerpt"] | titles["calibration"]
     )
     assert "creativecommons.org/licenses/by-sa/3.0" in attribution
+
+
+def test_names_inside_a_layer_go_by_its_own_kind() -> None:
+    """Also in a model of both kinds, which no foreign configuration describes yet."""
+    config = tiny_config("mamba1", blocks=("mamba1", "mamba2"), head_dim=8)
+    names = [foreign_name(name, config, ()) for name in parameter_shapes(config)]
+    assert "backbone.layers.0.mixer.dt_proj.bias" in names and "backbone.layers.1.mixer.dt_bias" in names
+    assert "backbone.layers.1.mixer.norm.weight" in names and "backbone.layers.0.mixer.norm.weight" not in names
+    assert "backbone.layers.0.norm.weight" in names and "backbone.norm_f.weight" in names
+    assert len(set(names)) == len(names)

@@ -11,7 +11,7 @@ from squamata.kernels.packing import unpack_int4
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor
 from squamata.models.lm import model_layouts
-from squamata.quantize import check, quantize_tensors
+from squamata.quantize import check, quantize_tensors, rtn
 from squamata.quantize.rtn import round_to_nearest
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
@@ -42,6 +42,50 @@ def test_the_error_is_at_most_half_a_step(layout: Layout, granularity: str, bits
     assert (error <= quantized.element_scale() * 0.50001).all()
     codes = quantized.codes().to(torch.int64)
     assert codes.abs().max() <= (2 ** (bits - 1) - 1 if symmetric else 2**bits - 1)
+
+
+@pytest.mark.parametrize(("layout", "granularity"), [*CASES, (BIAS, "group(4)")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", ["minmax", {"percentile": {"alpha": 0.9}}], ids=["minmax", "percentile"])
+def test_blocks_of_rows_give_the_same_bits(
+    layout: Layout, granularity: str, dtype: torch.dtype, scale: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bounds the memory changes nothing: blocks of a row or two against the whole at once in float32."""
+    weight = random_weight(layout).to(dtype)
+    for spec in (
+        QuantSpec(bits=8, granularity=granularity, scale=scale),
+        QuantSpec(bits=4, granularity=granularity, scale=scale, symmetric=False),
+    ):
+        whole = round_to_nearest(weight.float(), spec, layout)
+        monkeypatch.setattr(rtn, "BLOCK", 2 * weight[0].numel() + 1)
+        parts = round_to_nearest(weight, spec, layout)
+        monkeypatch.undo()
+        assert torch.equal(parts.data, whole.data) and torch.equal(parts.scale, whole.scale)
+        assert (parts.zero is None) == spec.symmetric
+        assert parts.zero is None or torch.equal(parts.zero, whole.zero)
+
+
+def test_a_large_table_needs_no_float32_copy_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No float32 tensor larger than a block is made of a bfloat16 table."""
+    sizes = []
+    honest = torch.Tensor.float
+    monkeypatch.setattr(rtn, "BLOCK", 64)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: (sizes.append(x.numel()), honest(x))[1])
+    layout = Layout(("out", "in"), (100, 21), flat=False)
+    for granularity in ("channel", "group(8)", "tensor"):
+        round_to_nearest(torch.randn(100, 21).bfloat16(), QuantSpec(bits=8, granularity=granularity), layout)
+    assert 0 < max(sizes) <= 64
+
+
+def test_a_scale_beyond_float16_is_refused() -> None:
+    weight = torch.tensor([[1.0, -1e7], [2.0, 1.0]])
+    layout = Layout(("out", "in"), (2, 2), flat=False)
+    spec = QuantSpec(bits=4, granularity="channel", scale_dtype="float16")
+    with pytest.raises(SquamataError, match=r"1.429e\+06 is beyond float16.*scale_dtype: float32"):
+        round_to_nearest(weight, spec, layout)
+    recipe = Recipe(name="mine")
+    with pytest.raises(SquamataError, match=r"^layers\.0\.w: a scale"):
+        quantize_tensors(recipe, {"layers.0.w": weight}, {"layers.0.w": spec}, {"layers.0.w": layout})
 
 
 @pytest.mark.parametrize(("layout", "granularity"), CASES)
@@ -114,11 +158,8 @@ def test_only_what_has_a_spec_is_quantized(kind: str) -> None:
             assert isinstance(quantized[name], QTensor) and quantized[name].shape == tuple(tensor.shape)
         else:
             assert quantized[name] is tensor
-    assert {name.split(".")[-2] for name, value in quantized.items() if not isinstance(value, QTensor)} <= {
-        "norm",
-        "gate_norm",
-        "final_norm",
-    }
+    left = {name.split(".")[-2] for name, value in quantized.items() if not isinstance(value, QTensor)}
+    assert left <= {"norm", "gate_norm", "final_norm"} | ({"mixer"} if kind == "mamba2" else set())  # dt_bias
 
 
 def test_segments_of_in_proj_are_z_x_b_c_dt() -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import numba
+import numpy as np
 import pytest
 import torch
 from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
+from torch import Tensor
 
+from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend
+from squamata.kernels.gemv import gemv
+from squamata.kernels.linear import Linear
+from squamata.kernels.packing import Kind
+from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, as_float, store
+from squamata.kernels.site import Site, observing
 from squamata.models.checkpoint import Checkpoint
-from squamata.models.lm import LanguageModel
-from squamata.run.decode_plan import Decoder, NotPlannableError, plan_model
+from squamata.run.decode_plan import Decoder, NotPlannableError, _linear, plan_model
+from squamata.run.model import Model
+from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
 
 FALCON = {"bcdt_norm_epsilon": 1e-6}
@@ -30,6 +40,10 @@ RECIPES = {
         {"site": "*.state", "spec": {"bits": 8, "granularity": "channel", "rounding": "half-away"}},
         transforms=["hadamard"],
     ),
+    "taps": recipe_of(
+        {"site": "*.conv.weight", "spec": {"bits": 8, "granularity": "channel, tap"}},
+        *({"site": f"*.{name}", "spec": {"bits": 8}} for name in ("x", "B", "C")),
+    ),
     "dynamic-state": recipe_of(
         {"site": "*.state", "spec": {"bits": 8, "granularity": "channel", "dynamic": True, "rounding": "half-away"}}
     ),
@@ -44,13 +58,23 @@ RECIPES = {
 }
 
 
-def make_model(kind: str, recipe: str, **overrides: object) -> LanguageModel:
+def make_model(kind: str, recipe: str, dtype: torch.dtype = torch.float32, **overrides: object) -> Model:
+    """``dtype``: what the weights are exact in."""
     config = config_of(kind, **overrides)
-    tensors = perturbed_tensors(config)
+    tensors = perturbed_tensors(config, dtype=dtype)
     if recipe == "float":
-        return LanguageModel(Checkpoint(config, tensors, RECIPES[recipe]), "float")
+        return Model(Checkpoint(config, tensors, RECIPES[recipe]), "float")
     batches = [random_ids(config, 2, 24, seed) for seed in range(2)]
-    return LanguageModel(quantized(config, tensors, RECIPES[recipe], batches), "integer")
+    return Model(quantized(config, tensors, RECIPES[recipe], batches), "integer")
+
+
+def assert_steps_follow_the_reference(model: Model) -> None:
+    """Two steps from a fresh cache, through whatever ``step`` chooses."""
+    ours, theirs = model.new_cache(), model.new_cache()
+    for token in (3, 5):
+        with use_backend("ref"):
+            expected = model.step(torch.tensor([token]), theirs)
+        torch.testing.assert_close(model.step(torch.tensor([token]), ours), expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -60,7 +84,7 @@ def make_model(kind: str, recipe: str, **overrides: object) -> LanguageModel:
 )
 def test_token_agrees_with_the_reference(kind: str, overrides: dict[str, object], recipe: str) -> None:
     model = make_model(kind, recipe, **overrides)
-    ids = random_ids(model.config, 1, 8, seed=5)[0]
+    ids = random_ids(model.config, 1, 8, seed=6)[0]
     decoder, ours, theirs = Decoder(model), model.new_cache(), model.new_cache()
     for token in ids:
         with use_backend("ref"):
@@ -85,3 +109,102 @@ def test_what_cannot_be_planned_is_refused() -> None:
     model.set_mode("simulate")
     with pytest.raises(NotPlannableError):
         plan_model(model)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_a_changed_site_is_planned_again(kind: str) -> None:
+    model = make_model(kind, "w8a8")
+    before = model.step(torch.tensor([3]), model.new_cache())
+    site = model.blocks[0].sites["in"]
+    assert site.scale is not None and site.spec is not None
+    site.set_scale(site.scale * 8)
+    assert_steps_follow_the_reference(model)
+    assert not torch.allclose(model.step(torch.tensor([3]), model.new_cache()), before, rtol=1e-3)
+    decoder = model._decoder
+    assert_steps_follow_the_reference(model)
+    assert model._decoder is decoder is not None  # nothing changed: no second plan
+    site.mode = "float"
+    assert_steps_follow_the_reference(model)
+    site.mode, site.spec = "integer", site.spec.model_copy(update={"bits": 4})
+    assert_steps_follow_the_reference(model)
+    site.scale = site.scale / 8
+    assert_steps_follow_the_reference(model)
+
+
+def test_observers_see_single_steps() -> None:
+    model = make_model("mamba2", "w8a8")
+    cache, reference = model.new_cache(), model.new_cache()
+    model.step(torch.tensor([3]), cache)
+    with use_backend("ref"):
+        model.step(torch.tensor([3]), reference)
+        expected = model.step(torch.tensor([5]), reference)
+    seen: dict[str, Tensor] = {}
+    with observing(model.sites(), lambda site, x: seen.update({site.name: x})):
+        logits = model.step(torch.tensor([5]), cache)
+        assert model._decoder is None
+    assert set(seen) == {site.name for site in model.sites()}
+    torch.testing.assert_close(logits, expected, rtol=2e-4, atol=2e-4)
+    model.step(torch.tensor([3]), model.new_cache())
+    assert model._decoder is not None
+
+
+def test_a_cache_that_does_not_fit_is_refused() -> None:
+    model = make_model("mamba2", "w8a8")
+    cache = model.new_cache(batch=3)
+    for count in (2, 4, 1):
+        with pytest.raises(SquamataError, match=f"{count} token ids for a cache of 3 sequences"):
+            model.step(torch.arange(count), cache)
+    assert model.step(torch.arange(3), cache).shape == (3, 61)
+    with pytest.raises(SquamataError, match="3 sequences"):
+        model.step(torch.arange(2), cache)
+    integers = model.new_cache()
+    model.set_mode("simulate")
+    simulated = model.new_cache()
+    model.set_mode("float")
+    for other in (integers, simulated, make_model("mamba1", "float").new_cache(), model.new_cache()[:1]):
+        with pytest.raises(SquamataError, match="another mode or by another model"):
+            model.step(torch.tensor([1]), other)
+
+
+@pytest.mark.parametrize(("recipe", "projections"), [("float", Kind.BFLOAT16), ("w4a16", Kind.INT4)])
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_weights_exact_in_bfloat16_stay_so(kind: str, recipe: str, projections: Kind) -> None:
+    model = make_model(kind, recipe, dtype=torch.bfloat16)
+    decoder, ours, theirs = Decoder(model), model.new_cache(), model.new_cache()
+    assert {packed.kind for layer in decoder.plan.layers for _, packed in layer.linears()} <= {projections}
+    for token in (3, 5, 7):
+        with use_backend("ref"):
+            expected = model.step(torch.tensor([token]), theirs)
+        torch.testing.assert_close(decoder.step(torch.tensor([token]), ours), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_bfloat16_would_round_stays_float32() -> None:
+    layer = Linear(torch.tensor([[1.0, 2.0], [0.5, 1.0 + 2.0**-9]]), segments=(1, 1))
+    site = Site("in", Layout(("channel",), (2,)))
+    assert [packed.kind for packed in _linear(layer, site)] == [Kind.FLOAT32] * 2
+    exact = Linear(torch.tensor([[1.0, -2.0], [0.5, 1.0 + 2.0**-7]]))
+    (packed,) = _linear(exact, site)
+    assert packed.kind == Kind.BFLOAT16
+    assert gemv(packed, np.array([1.0, 1.0], np.float32)).tolist() == [-1.0, 1.5078125]
+
+
+@pytest.mark.parametrize("name", ["in", "x", "state"])
+def test_codes_of_a_grid_that_is_not_linear_are_never_used_as_they_are(name: str) -> None:
+    model = make_model("mamba1", "quamba-w8a8")
+    site = model.blocks[0].sites[name]
+    assert site.spec is not None
+    site.spec = QuantSpec.model_construct(**{**dict(site.spec), "codec": "logarithmic"})
+    with pytest.raises(NotPlannableError, match="not linear"):
+        plan_model(model)
+
+
+def test_numba_follows_the_threads_of_torch() -> None:
+    model, before = make_model("mamba2", "float"), torch.get_num_threads()
+    most = min(2, numba.config.NUMBA_NUM_THREADS)
+    try:
+        for count in (most, 1):
+            torch.set_num_threads(count)
+            model.step(torch.tensor([1]), model.new_cache())
+            assert numba.get_num_threads() == torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)

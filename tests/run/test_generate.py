@@ -23,6 +23,13 @@ def test_greedy_follows_the_chain_to_the_end_of_text():
     assert json.loads(json.dumps(result.to_dict()))["text"] == "nake"
 
 
+def test_every_piece_is_shown_as_it_comes():
+    pieces = []
+    result = generate(chain_model("snake"), "s", on_piece=pieces.append, max_new_tokens=3)
+    assert [piece.text for piece in pieces] == ["n", "a", "k"] and result.text == "nak"
+    assert [piece.stopped_by for piece in pieces] == [None, None, "length"]
+
+
 def test_length_ends_it():
     result = generate(chain_model("snake"), "s", max_new_tokens=2)
     assert (result.text, result.stopped_by, result.new_tokens) == ("na", "length", 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 import signal
 import struct
@@ -29,7 +30,7 @@ from squamata.kernels.qtensor import QTensor
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.lm import LanguageModel
 from squamata.pipeline import quantize
-from squamata.save.format import VERSION, checkpoint_size
+from squamata.save.format import VERSION
 from squamata.save.read import read_checkpoint
 from squamata.save.write import CheckpointWriter, write_checkpoint
 from squamata.spec.recipe import Recipe
@@ -142,7 +143,6 @@ def test_what_is_read_is_what_was_written(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(again.site_tensors[name], value) for name, value in checkpoint.site_tensors.items())
     assert again.provenance == {"seed": 3, "calibration": {"samples": 2}}
     assert again.config == checkpoint.config and again.recipe == checkpoint.recipe
-    assert checkpoint_size(again) > 0
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
@@ -375,9 +375,68 @@ def test_kill_9_leaves_the_old_checkpoint_or_none(how: str, tmp_path: Path) -> N
 def test_kill_9_of_a_first_save_leaves_none(tmp_path: Path) -> None:
     save_and_die(tmp_path / "out", "writing-tensors")
     assert not (tmp_path / "out").exists()
-    (tmp_path / ".out.partial-mine").mkdir()  # not ours: no process number
+    (tmp_path / ".out.partial-mine").mkdir()  # not ours: no number
     write_checkpoint(small(), tmp_path / "out")
     assert_nothing_beside(tmp_path, "out", ".out.partial-mine")
+
+
+def test_a_living_writer_is_told_from_left_overs_of_any_number(tmp_path: Path) -> None:
+    for number in ("0", "1", str(os.getpid()), "00c0ffee", "f" * 16):
+        (tmp_path / f".out.partial-{number}").mkdir()
+        (tmp_path / f".out.replaced-{number}").mkdir()
+    (tmp_path / ".out.partial-abc").write_text("a file")
+    (tmp_path / ".out.replaced-abd").write_text("a file")
+    (tmp_path / ".out.partial-1" / writing.LOCK).write_text("")
+    write_checkpoint(small(), tmp_path / "out", force=True)
+    assert_nothing_beside(tmp_path, "out", ".out.partial-abc", ".out.replaced-abd")
+    before = files_of(tmp_path / "out")
+    with CheckpointWriter(tmp_path / "out", small().config, force=True) as slow:
+        write_checkpoint(small(), tmp_path / "out", force=True)
+        assert slow.partial.is_dir() and files_of(tmp_path / "out") == before
+        slow.add(small().tensors)
+        slow.publish(json.loads(before["config.json"]), None)
+    assert files_of(tmp_path / "out") == before
+    assert_nothing_beside(tmp_path, "out", ".out.partial-abc", ".out.replaced-abd")
+
+
+def test_the_old_checkpoint_comes_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(small(), tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    rename = Path.rename
+
+    def fail_second(self: Path, target: Path) -> Path:
+        if "partial" in self.name and target.name == "out":
+            raise FULL
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_second)
+    with pytest.raises(SquamataError, match="nothing was changed"):
+        write_checkpoint(small(), tmp_path / "out", force=True)
+    assert files_of(tmp_path / "out") == before
+    assert_nothing_beside(tmp_path, "out")
+
+
+def test_the_folder_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(writing, "_sync_folder", lambda folder: synced.append((folder, (tmp_path / "out").exists())))
+    write_checkpoint(small(), tmp_path / "out")
+    assert synced[-1] == (tmp_path, True) and not synced[0][1]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_every_file_follows_the_umask(umask: int, tmp_path: Path, bundled_folder: Path) -> None:
+    checkpoint = small()
+    checkpoint.folder = bundled_folder
+    before = os.umask(umask)
+    try:
+        write_checkpoint(checkpoint, tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= modes.keys()
+    assert set(modes.values()) == {0o666 & ~umask}
 
 
 # ---------------------------------------------------------------- damage
@@ -451,6 +510,45 @@ def test_nan_and_infinity_are_named(saved: Path) -> None:
             change(saved, name, tensor)
 
 
+def test_scales_that_are_not_above_zero_are_named(saved: Path) -> None:
+    for name, tensor in tensors_of(saved).items():
+        if name.endswith(".scale"):
+            for value in (0.0, -0.25):
+                bad = tensor.clone()
+                bad.view(-1)[-1] = value
+                change(saved, name, bad)
+                assert f"'{name}' holds a scale that is not above zero" in said(saved)
+            change(saved, name, tensor)
+
+
+def test_a_rotation_that_is_none_is_refused(saved: Path) -> None:
+    for values in ((32, 32), (64, 48), (64, 0), (64, -64), (-64, 64), (0, 0), (64, 128), (2**62, 2)):
+        change(saved, "layers.1.mixer.rotation", torch.tensor(values))
+        with pytest.raises(SquamataError, match=r"mixer\.rotation' holds") as caught:
+            LanguageModel(read_checkpoint(saved))
+        assert "\n" not in str(caught.value)
+
+
+def ragged_checkpoint(index: torch.Tensor, scale: torch.Tensor) -> Checkpoint:
+    """Scales of `y`, heads x channels of Mamba-2, by a map of the heads."""
+    config = config_of("mamba2", blocks=("mamba2",))
+    recipe = recipe_of({"site": "*.mixer.y", "spec": {"bits": 8, "granularity": "index"}})
+    sites = {"layers.0.mixer.y.index": index, "layers.0.mixer.y.scale": scale}
+    return Checkpoint(config, perturbed_tensors(config), recipe, sites)
+
+
+@torch.no_grad()
+def test_the_map_of_a_ragged_site_survives_and_must_fit(tmp_path: Path) -> None:
+    good = ragged_checkpoint(torch.tensor([1, 0, 2, 1]), torch.tensor([0.1, 0.2, 0.05]))
+    write_checkpoint(good, tmp_path / "good")
+    ids = random_ids(good.config, 1, 7)
+    assert torch.equal(LanguageModel(read_checkpoint(tmp_path / "good"))(ids), LanguageModel(good)(ids))
+    for number, (index, scales) in enumerate([([1, 0, 3, 1], 3), ([1, 0, -1, 1], 3), ([0, 1], 2), ([0, 0, 0, 0], 2)]):
+        folder = tmp_path / str(number)
+        write_checkpoint(ragged_checkpoint(torch.tensor(index), torch.full((scales,), 0.1)), folder)
+        assert "'layers.0.mixer.y." in said(folder)
+
+
 def test_truncated_files_are_named(saved: Path) -> None:
     path = saved / "model.safetensors"
     content = path.read_bytes()
@@ -498,6 +596,11 @@ CONFIG_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "model-value": lambda config: config["model"].update(d_model="wide"),
     "model-negative": lambda config: config["model"].update(d_model=-8),
     "no-limit": lambda config: config["model"].pop("time_step_limit"),
+    "no-groups": lambda config: config["model"].update(n_groups=0),
+    "negative-groups": lambda config: config["model"].update(n_groups=-2),
+    "no-state": lambda config: config["model"].update(d_state=0),
+    "no-taps": lambda config: config["model"].update(d_conv=0),
+    "no-chunk": lambda config: config["model"].update(chunk_size=0),
     "head-dim": lambda config: config["model"].update(head_dim=7),
     "head-dim-zero": lambda config: config["model"].update(head_dim=0),
     "unknown-block": lambda config: config["model"].update(blocks=["mamba2", "mamba9"]),

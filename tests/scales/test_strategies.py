@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from squamata import scales
 from squamata.errors import SquamataError
 from squamata.kernels.partition import Layout, Partition
-from squamata.scales.statistics import Statistics, quantile
+from squamata.scales.statistics import quantile
 from squamata.spec.quant import QuantSpec
 
 CHANNELS = Layout(("channel",), (4,))
@@ -21,7 +21,7 @@ CHANNELS = Layout(("channel",), (4,))
 def scale_of(
     spec: QuantSpec, *batches: torch.Tensor, layout: Layout = CHANNELS
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    statistics = Statistics(Partition(spec.granularity, layout), spec)
+    statistics = scales.gather_for(Partition(spec.granularity, layout), spec)
     for batch in batches:
         statistics.update(batch)
     return scales.compute(statistics, spec)

@@ -57,11 +57,12 @@ def test_shipped_recipes_load_resolve_and_round_trip(name: str) -> None:
 def test_what_quamba_w8a8_quantizes(kind: str) -> None:
     specs = Recipe.read("quamba-w8a8").resolve((kind,))
     every = set(all_sites((kind,)))
-    assert every - set(specs) == {"layers.0.mixer.y"}  # float through gate and rotation
+    left = {"layers.0.mixer.y"} | ({"layers.0.mixer.dt_bias"} if kind == "mamba2" else set())
+    assert every - set(specs) == left  # y is float through gate and rotation
     assert {spec.bits for spec in specs.values()} == {8}
     u, state = specs["layers.0.mixer.u"], specs["layers.0.mixer.state"]
     assert (u.scale.strategy, u.rounding, u.dynamic) == ("percentile", "half-away", False)
-    assert (str(state.granularity), state.rounding, state.dynamic) == ("channel", "half-away", True)
+    assert (str(state.granularity), state.rounding, state.dynamic) == ("channel", "half-even", True)
     upstream = Recipe.read("quamba-w8a8-static-state").resolve((kind,))
     state = upstream.pop("layers.0.mixer.state")
     assert (state.scale.strategy, str(state.granularity), state.dynamic) == ("percentile", "tensor", False)
@@ -147,6 +148,44 @@ def test_named_specs_of_parent_and_child() -> None:
     assert specs["layers.0.mixer.u"].bits == 5 and specs["layers.0.mixer.z"] == QuantSpec(bits=8)
 
 
+def write_parent(folder: Path) -> None:
+    parent = {
+        "name": "parent",
+        "description": "the parent's",
+        "architectures": ["mamba2"],
+        "calibration": {"samples": 7, "length": 9},
+        "specs": {"own": {"bits": 5}},
+        "rules": [{"site": "*.mixer.u", "spec": "own"}],
+    }
+    (folder / "parent.yaml").write_text(yaml.safe_dump(parent))
+
+
+def child_of_parent(folder: Path, **fields: Any) -> Recipe:
+    write_parent(folder)
+    return Recipe.from_mapping({"extends": "parent.yaml"} | fields, origin=str(folder / "child.yaml"))
+
+
+def test_a_child_has_its_own_name_and_description(tmp_path: Path) -> None:
+    child = child_of_parent(tmp_path, name="child")
+    assert (child.name, child.description, child.architectures) == ("child", "", ("mamba2",))
+    with pytest.raises(SquamataError, match=r"child\.yaml: name: Field required"):
+        child_of_parent(tmp_path)
+
+
+def test_calibration_says_only_what_differs(tmp_path: Path) -> None:
+    calibration = child_of_parent(tmp_path, name="child", calibration={"samples": 3, "batch": 2}).calibration
+    assert (calibration.samples, calibration.length, calibration.batch) == (3, 9, 2)
+    with pytest.raises(SquamataError, match="calibration"):
+        child_of_parent(tmp_path, name="child", calibration=5)
+
+
+def test_a_name_given_again_leaves_the_parents_rules(tmp_path: Path) -> None:
+    rules = [{"site": "*.mixer.z", "spec": "own"}]
+    specs = child_of_parent(tmp_path, name="child", specs={"own": {"bits": 3}}, rules=rules).resolve(("mamba2",))
+    assert (specs["layers.0.mixer.u"].bits, specs["layers.0.mixer.z"].bits) == (5, 3)
+    assert child_of_parent(tmp_path, name="child", rules=rules).resolve(("mamba2",))["layers.0.mixer.z"].bits == 5
+
+
 def test_reading_leaves_the_mapping_as_it_was() -> None:
     mapping = {"name": "mine", "specs": {"a": {"bits": 8}}, "rules": [{"site": "head.in", "spec": "a"}]}
     before = copy.deepcopy(mapping)
@@ -173,6 +212,20 @@ MISTAKES = {
         {"name": "m", "specs": {"int8": INT8}, "rules": [{"site": "head.in", "spec": "int9"}]},
         ["int9", "'int8'"],
     ),
+    "site-key": ({"name": "m", "rules": [{"sight": "head.in", "spec": INT8}]}, ["rules.0.sight", "'site'"]),
+    "bits-key": ({"name": "m", "rules": [RULE | {"spec": {"bitz": 8}}]}, ["rules.0.spec.bitz", "'bits'"]),
+    "kind": ({"name": "m", "rules": [RULE | {"kind": "activations"}]}, ["rules.0.kind", "'activation'"]),
+    "scale-parameter": (
+        {"name": "m", "rules": [RULE | {"spec": {"bits": 8, "scale": {"strategy": "percentile", "alpha": 0.9}}}]},
+        ["rules.0.spec.scale.alpha", "{NAME: {alpha: VALUE}}"],
+    ),
+    "transform-parameter": (
+        {"name": "m", "transforms": [{"name": "hadamard", "sites": []}]},
+        ["transforms.0.sites", "{NAME: {sites: VALUE}}"],
+    ),
+    "unused-spec": ({"name": "m", "specs": {"int8": {"bitz": 8}}}, ["specs.int8.bitz", "'bits'"]),
+    "unused-spec-value": ({"name": "m", "specs": {"int8": {"bits": 80}}}, ["specs.int8.bits"]),
+    "spec-named-float": ({"name": "m", "specs": {"float": INT8}}, ["'float'"]),
     "no-name": ({"rules": []}, ["name"]),
     "rules-number": ({"name": "m", "rules": 5}, ["rules"]),
     "rules-words": ({"name": "m", "rules": ["head.in"]}, ["rules.0"]),
@@ -228,12 +281,53 @@ def test_mamba1_products_sum_over_u_and_dt_low(site: str) -> None:
         ("*.mixer.conv.weight", {"granularity": "head"}, "no axis 'head'"),
         ("*.mixer.u", {"granularity": "segment"}, "segment"),
         ("*.mixer.state", {"granularity": "token", "dynamic": True}, "token"),
+        ("*.mixer.in", {"dynamic": True}, "add 'token'"),
+        ("*.mixer.z", {"granularity": "channel", "dynamic": True}, "add 'token'"),
+        ("head.in", {"dynamic": True}, "add 'token'"),
+        ("*.in_proj.weight", {"granularity": "index"}, "an index is for"),
+        ("*.mixer.conv.weight", {"granularity": "index"}, "an index is for"),
         ("*.in_proj.weight", {"granularity": "segment,group(128)"}, "group"),
         ("*.mixer.nothing", {}, "no site matches"),
     ],
 )
 def test_illegal_granularities_are_refused_with_the_reason(site: str, spec: dict[str, Any], why: str) -> None:
     assert why in illegal({"site": site, "spec": INT8 | spec})
+
+
+@pytest.mark.parametrize("site", ["B", "C"])
+def test_channel_of_a_site_without_channels_is_refused(site: str) -> None:
+    rule = {"site": f"*.mixer.{site}", "spec": {"bits": 8, "granularity": "channel"}}
+    assert "no axis 'channel' (its axes: state)" in illegal(rule, blocks=("mamba1",))
+    assert list(recipe(rule).resolve(("mamba2",))) == [f"layers.0.mixer.{site}"]  # there: one a group
+
+
+def test_run_time_scales_that_are_legal() -> None:
+    """Of every token; a state keeps its sequences apart by itself."""
+    rules = (
+        {"site": "*.mixer.in", "spec": {"bits": 8, "granularity": "token", "dynamic": True}},
+        {"site": "*.mixer.z", "spec": {"bits": 8, "granularity": "token,channel", "dynamic": True}},
+        {"site": "*.mixer.state", "spec": {"bits": 8, "dynamic": True}},
+    )
+    specs = recipe(*rules).resolve(("mamba2",))
+    assert len(specs) == 3 and recipe(*rules).static_sites(("mamba2",)) == {}
+
+
+@pytest.mark.parametrize("kind", list(BLOCKS))
+def test_static_sites_are_those_that_need_calibration(kind: str) -> None:
+    shipped, infos = Recipe.read("quamba-w8a8"), all_sites((kind,))
+    static = shipped.static_sites((kind,))
+    assert "layers.0.mixer.u" in static and "layers.0.mixer.state" not in static
+    assert {infos[site].kind for site in static} == {"activation"}
+    assert "layers.0.mixer.state" in Recipe.read("quamba-w8a8-static-state").static_sites((kind,))
+    assert Recipe.read("w4a16").static_sites((kind,)) == {}
+
+
+def test_a_kind_narrows_a_rule() -> None:
+    specs = recipe({"site": "*.mixer.*", "spec": INT8, "kind": "activation"}).resolve(("mamba2",))
+    infos = all_sites(("mamba2",))
+    assert set(specs) == {name for name, info in infos.items() if "mixer" in name and info.kind == "activation"}
+    assert "of kind state" in illegal({"site": "*.mixer.u", "spec": INT8, "kind": "state"})
+    assert recipe({"site": "*.u", "spec": INT8, "kind": "activation"}).to_mapping()["rules"][0]["kind"] == "activation"
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ def wide(kind: str, width: int) -> ModelConfig:
 
 def rotate_all(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     rotated = dict(tensors)
-    for layer in range(config.n_layers):
+    for layer, kind in enumerate(config.blocks):
         prefix = f"layers.{layer}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        rotated |= {prefix + name: tensor for name, tensor in apply(ROTATED, config, own).items()}
+        rotated |= {prefix + name: tensor for name, tensor in apply(ROTATED, config, kind, own, {}).items()}
     return rotated
 
 
@@ -97,6 +97,12 @@ def test_unknown_transforms_and_parameters_are_named() -> None:
         check(recipe_of(transforms=["hadamrd"]))
     with pytest.raises(SquamataError, match="no parameter 'sites'"):
         check(recipe_of(transforms=[{"hadamard": {"sites": ["out"]}}]))
+
+
+def test_a_layer_without_an_output_projection_stays() -> None:
+    config = config_of("mamba2")
+    tensors = {"norm.weight": torch.ones(config.d_model)}
+    assert apply(ROTATED, config, "another", tensors, {}) == tensors
 
 
 def test_a_float_checkpoint_has_no_rotation() -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from squamata.kernels import simd
+from squamata.kernels.causal_conv1d import factored
 from squamata.kernels.landing import (
     Source,
     array,
@@ -55,14 +56,10 @@ def run(
     channels = weight.shape[0]
     batch, length, _ = inputs[0].shape
     integer = isinstance(state, QTensor)
-    taps, scale = as_float(weight), torch.ones(())
-    if isinstance(state, QTensor):
-        scale = state.scale
-        if isinstance(weight, QTensor) and weight.element_scale().shape[-1:] in ((), (1,)):  # one scale for all taps
-            taps, scale = weight.codes().float(), scale * weight.element_scale()
+    taps, scale = factored(weight, state) if isinstance(state, QTensor) else (as_float(weight), torch.ones(()))
     carrier = state.data if isinstance(state, QTensor) else state
     filters = _Filter(
-        array(taps.t()),
+        array(taps.float().t()),
         vector(scale, channels),
         np.empty(0, np.float32) if bias is None else vector(bias, channels),
         array(carrier.float()),

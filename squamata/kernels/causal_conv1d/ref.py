@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from squamata.kernels.causal_conv1d import factored
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
 
@@ -18,10 +19,7 @@ def run(
     if isinstance(state, QTensor):
         codes = torch.cat([x.data for x in inputs if isinstance(x, QTensor)], dim=-1)
         history = _advance(state.data, codes)
-        scale = state.scale
-        taps = as_float(weight)
-        if isinstance(weight, QTensor) and weight.element_scale().shape[-1:] in ((), (1,)):  # one scale for all taps
-            taps, scale = weight.codes(), scale * weight.element_scale()
+        taps, scale = factored(weight, state)
         y = _convolve(history, taps) * scale.reshape(-1)
     else:
         x = torch.cat([as_float(value, state.dtype) for value in inputs], dim=-1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from squamata.kernels.dispatch import operation
+from squamata.kernels.dispatch import coarse_operation
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
@@ -30,7 +30,7 @@ class SelectiveScanLayer:
     bcdt_norm_epsilon: float | None
 
 
-@operation
+@coarse_operation
 def conv_selective_scan(  # type: ignore[empty-body]
     x: Value, z: Value, layer: SelectiveScanLayer, conv: Value, state: Value, sites: Mapping[str, Site]
 ) -> Value:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from squamata.kernels.dispatch import operation
+from squamata.kernels.dispatch import coarse_operation
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan import HeadLayout
@@ -25,7 +25,7 @@ class SSDScanLayer:
     layout: HeadLayout
 
 
-@operation
+@coarse_operation
 def conv_ssd_scan(  # type: ignore[empty-body]
     x: Value, B: Value, C: Value, dt: Value, layer: SSDScanLayer, conv: Value, state: Value, sites: Mapping[str, Site]
 ) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from math import prod
 
 import numba
 import numpy as np
@@ -142,6 +143,16 @@ class LayerPlan:
     def inner(self) -> int:
         return self.in_x.rows
 
+    def state_forms(self) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of the convolution's state, the scan's, and the scales of its rows (see ``new_states``)."""
+        channels, width = self.conv.taps.shape
+        dynamic = self.state_site is not None and self.state_site.dynamic
+        return [
+            ((channels, width - 1), np.dtype(np.int8 if self.conv.integer else np.float32)),
+            ((self.inner, self.states), np.dtype(np.int8 if self.state_site else np.float32)),
+            ((self.inner if dynamic else 0,), np.dtype(np.float32)),
+        ]
+
     def linears(self) -> Iterator[tuple[str, PackedLinear]]:
         """The projections this layer has, by field name."""
         for member in fields(self):
@@ -198,11 +209,8 @@ class DecodePlan:
         float32 (rows,), none unless the scan's are dynamic."""
         made = []
         for layer in self.layers:
-            channels, width = layer.conv.taps.shape
-            conv = np.zeros((channels, width - 1), np.int8 if layer.conv.integer else np.float32)
-            state = np.zeros((layer.inner, layer.states), np.int8 if layer.state_site else np.float32)
-            dynamic = layer.state_site is not None and layer.state_site.dynamic
-            made.append((conv, state, np.ones(layer.inner if dynamic else 0, np.float32)))
+            conv, state, scales = (np.zeros(shape, dtype) for shape, dtype in layer.state_forms())
+            made.append((conv, state, scales + 1))
         return made
 
     def bind(self, states: Sequence[States]) -> BoundStates:
@@ -210,10 +218,10 @@ class DecodePlan:
 
         Returns what ``step`` takes to come back to them. Raises ValueError for a wrong size or dtype.
         """
-        for given, wanted in zip(states, self.new_states(), strict=True):
-            for have, want in zip(given, wanted, strict=True):
-                if have.size != want.size or have.dtype != want.dtype:
-                    raise ValueError(f"state {have.dtype} {have.shape} where {want.dtype} {want.shape} is needed")
+        for given, layer in zip(states, self.layers, strict=True):
+            for have, (shape, dtype) in zip(given, layer.state_forms(), strict=True):
+                if have.size != prod(shape) or have.dtype != dtype:
+                    raise ValueError(f"state {have.dtype} {have.shape} where {dtype} {shape} is needed")
         table = self._table.copy()
         for record, (conv, state, scales) in zip(table, states, strict=True):
             record["conv"]["state"] = address(conv)

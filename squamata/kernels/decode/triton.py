@@ -81,7 +81,7 @@ class ScanParameters:
 
 @dataclass(frozen=True)
 class LayerState:
-    """``ring``: the last K inputs of the convolution, int8 or float32 (K, B, C). ``state``: (B, H, P, N) or (B, E, N)."""
+    """``ring``: the convolution's last K inputs, int8 or float32 (K, B, C). ``state``: (B, H, P, N) or (B, E, N)."""
 
     ring: Tensor
     state: Tensor

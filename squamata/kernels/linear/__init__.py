@@ -41,5 +41,5 @@ def linear(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, 
 
 
 def integer_product(x: Value, weight: Value) -> bool:
-    """True if both operands are quantized, so that the product accumulates integers."""
-    return isinstance(x, QTensor) and isinstance(weight, QTensor)
+    """True if both operands are quantized on a linear grid, so that the product accumulates integers."""
+    return all(isinstance(value, QTensor) and value.spec.linear_grid for value in (x, weight))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as matmul_transposed
 
-from squamata.kernels.linear import Linear
+from squamata.kernels.linear import Linear, integer_product
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
 
@@ -25,9 +25,10 @@ def run(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...
 
 def product(x: Value, weight: Value) -> Tensor:
     """x W^T without bias, in float32 (or the operands' own floating type)."""
-    if not (isinstance(x, QTensor) and isinstance(weight, QTensor)):
+    if not integer_product(x, weight):
         dtype = x.dtype if isinstance(x, Tensor) else torch.float32
         return matmul_transposed(as_float(x, dtype), as_float(weight, dtype).to(dtype))
+    assert isinstance(x, QTensor) and isinstance(weight, QTensor)
     group = weight.spec.granularity.group
     if group is None:
         accumulator = accumulate(x.codes(), weight.codes(), x, weight)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from squamata.kernels.dispatch import operation
+from squamata.kernels.dispatch import coarse_operation
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
 
 
-@operation
+@coarse_operation
 def norm_linear(  # type: ignore[empty-body]
     h: Tensor,
     residual: Tensor | None,

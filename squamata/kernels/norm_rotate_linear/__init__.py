@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from squamata.kernels.dispatch import operation
+from squamata.kernels.dispatch import coarse_operation
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import Value
@@ -22,7 +22,7 @@ class GatedNorm:
     groups: int
 
 
-@operation
+@coarse_operation
 def norm_rotate_linear(  # type: ignore[empty-body]
     y: Value,
     z: Value | None,

@@ -1,0 +1,122 @@
+"""What any transform may count on: its parameters checked, statistics it asked for, tensors that survive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+from pydantic import Field
+from tiny import config_of, perturbed_tensors, recipe_of
+from torch import Tensor
+
+from squamata.errors import SquamataError
+from squamata.kernels.partition import Layout, Partition
+from squamata.models.block import OptionalTensor
+from squamata.models.checkpoint import Checkpoint
+from squamata.models.config import ModelConfig
+from squamata.models.mamba2 import Mamba2
+from squamata.save.read import read_checkpoint
+from squamata.save.write import write_checkpoint
+from squamata.scales import gather_for
+from squamata.scales.statistics import Statistics
+from squamata.transform import TRANSFORMS, Transform, apply, check, needs
+
+Tensors = dict[str, Tensor]
+
+
+def balance(
+    config: ModelConfig,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    statistics: Mapping[str, Statistics],
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.5,
+) -> Tensors:
+    """Leaves the range of every feature of u, to a power, as a tensor of the layer."""
+    if kind != "mamba2":
+        return dict(tensors)
+    assert list(statistics) == ["mixer.u"]
+    low, high = statistics["mixer.u"].magnitude()
+    return dict(tensors) | {"mixer.balance": torch.maximum(-low, high).reshape(-1) ** strength}
+
+
+def demanding(
+    config: ModelConfig, kind: str, tensors: Mapping[str, Tensor], statistics: Mapping[str, Statistics], block: int
+) -> Tensors:
+    assert not statistics and type(block) is int
+    return dict(tensors) | {"mixer.y.index": torch.arange(4) // block}
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRANSFORMS, "balance", Transform(balance, needs=("mixer.u",)))
+    monkeypatch.setitem(TRANSFORMS, "demanding", Transform(demanding))
+
+
+@pytest.mark.parametrize(
+    "transform, said",
+    [
+        ({"balance": {"strength": "much"}}, "strength 'much': "),
+        ({"balance": {"strength": 2}}, "strength '2': "),
+        ({"balance": {"strength": [0.5]}}, "strength "),
+        ({"balance": {"strenth": 0.5}}, "no parameter 'strenth' (did you mean 'strength'?)"),
+        ({"hadamard": {"statistics": 1}}, "no parameter 'statistics', it takes none"),
+        ({"demanding": {}}, "parameter 'block' is missing"),
+        ({"demanding": {"block": None}}, "block 'None': "),
+        ("demanding", "parameter 'block' is missing"),
+    ],
+)
+def test_wrong_parameters_are_one_line(transform: Any, said: str) -> None:
+    with pytest.raises(SquamataError) as caught:
+        check(recipe_of(transforms=[transform]))
+    assert str(caught.value).startswith("transform ") and said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def observed(spec: Any, values: Tensor) -> Statistics:
+    statistics = gather_for(Partition(spec.granularity, Layout(("head", "channel"), (4, 16))), spec)
+    statistics.update(values)
+    return statistics
+
+
+def test_a_transform_gets_the_statistics_it_asked_for_and_no_others() -> None:
+    recipe = recipe_of(transforms=[{"balance": {"strength": 1.0}}, {"demanding": {"block": "2"}}, "hadamard"])
+    wanted = needs(recipe, "mamba2")
+    assert list(wanted) == ["mixer.u"] and needs(recipe_of(transforms=["hadamard"]), "mamba2") == {}
+    values = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(0))
+    config = config_of("mamba2")
+    statistics = {"mixer.u": observed(wanted["mixer.u"], values)}
+    changed = apply(recipe, config, "mamba2", {"norm.weight": torch.ones(32)}, statistics)
+    torch.testing.assert_close(changed["mixer.balance"], values.abs().amax((0, 1)))
+    assert changed["mixer.y.index"].tolist() == [0, 0, 1, 1]
+    assert "mixer.balance" not in apply(recipe, config, "mamba1", {}, statistics)
+
+
+def declared(config: ModelConfig) -> dict[str, OptionalTensor]:
+    return {"mixer.balance": OptionalTensor((config.d_inner,), torch.float32)}
+
+
+def test_what_the_block_declares_survives_save_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mamba2, "optional_tensors", staticmethod(declared))
+    config = config_of("mamba2")
+    left = {"layers.1.mixer.balance": torch.rand(config.d_inner)}  # one layer only: it is optional
+    checkpoint = Checkpoint(config, perturbed_tensors(config) | left, recipe_of(transforms=["balance"]))
+    write_checkpoint(checkpoint, tmp_path / "saved")
+    again = read_checkpoint(tmp_path / "saved")
+    assert again.tensors.keys() == checkpoint.tensors.keys()
+    assert torch.equal(again.tensors["layers.1.mixer.balance"], left["layers.1.mixer.balance"])  # type: ignore[arg-type]
+    wrong = {"layers.1.mixer.balance": torch.rand(3)}
+    write_checkpoint(Checkpoint(config, perturbed_tensors(config) | wrong, checkpoint.recipe), tmp_path / "wrong")
+    with pytest.raises(SquamataError, match=r"balance' has shape \(3,\) where \(64,\)"):
+        read_checkpoint(tmp_path / "wrong")
+
+
+def test_a_block_that_declares_no_rotation_misses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("mamba2")
+    checkpoint = Checkpoint(config, perturbed_tensors(config), recipe_of(transforms=["hadamard"]))
+    write_checkpoint(checkpoint, tmp_path / "saved")
+    with pytest.raises(SquamataError, match=r"layers\.0\.mixer\.rotation' is missing"):
+        read_checkpoint(tmp_path / "saved")
+    monkeypatch.setattr(Mamba2, "optional_tensors", staticmethod(declared))
+    assert read_checkpoint(tmp_path / "saved").tensors.keys() == checkpoint.tensors.keys()
