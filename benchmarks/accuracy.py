@@ -60,8 +60,9 @@ def run(folder: Path, recipe: str, arguments: argparse.Namespace) -> dict[str, A
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; ratios are to the float row of the same model and column."""
     lines = [
-        "| model | recipe | MB (layers) | Wikipedia ppl (ratio), parallel | recurrent | WikiText-2 ppl (ratio), parallel "
-        "| recurrent | KL Wikipedia par. / rec. | top-1 par. | LAMBADA % | quantize s |",
+        "| model | recipe | MB (layers) | Wikipedia ppl (ratio), parallel | recurrent "
+        "| WikiText-2 ppl (ratio), parallel | recurrent "
+        "| KL Wikipedia par. / rec. | top-1 par. | LAMBADA % | quantize s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     floats = {row["model"]: row for row in rows if row["recipe"] == "float"}

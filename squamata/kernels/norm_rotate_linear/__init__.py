@@ -32,4 +32,4 @@ def norm_rotate_linear(  # type: ignore[empty-body]
     landing: Site,
     into: Site,
 ) -> Tensor:
-    """``gated_rms_norm`` onto ``landing`` (skipped without a norm), ``hadamard`` onto ``into``, ``linear``, in float."""
+    """``gated_rms_norm`` onto ``landing`` (skipped without a norm), ``hadamard`` onto ``into``, ``linear`` in float."""
