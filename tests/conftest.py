@@ -15,25 +15,10 @@ sys.path += [str(TESTS), str(TESTS / "load")]  # helper modules: fakes, tiny, la
 from squamata.kernels.dispatch import use_backend  # noqa: E402
 from squamata.load.hub import bundled  # noqa: E402
 from squamata.pipeline import quantize  # noqa: E402
-from squamata.spec.recipe import recipe_names  # noqa: E402
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-
-
-def shared_folder() -> Path | None:
-    """The optional folder ``shared`` beside the repository (larger models, test texts), or None."""
-    folder = TESTS.parent.parent / "shared"
-    return folder if folder.is_dir() else None
-
-
-def model_folders(largest: str = "24m") -> list[Path]:
-    """The bundled model, and those of the shared folder where it is there: parametrise over it, never skip."""
-    shared = shared_folder()
-    names = ["mamba1-5m"] + (["mamba1-24m", "mamba2-24m"] if largest == "24m" else [])
-    folders = [shared / "models" / name for name in names] if shared else []
-    return [bundled(), *(folder for folder in folders if folder.is_dir())]
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +31,6 @@ def bundled_folder() -> Path:
 def bundled_calibration() -> Path:
     """The calibration text that comes with the bundled model."""
     return bundled() / "calibration.jsonl"
-
-
-SHIPPED = tuple(recipe_names())
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import SHIPPED, model_folders
+from judged import SHIPPED, model_folders
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of, write_tiny_folder
 
 import squamata

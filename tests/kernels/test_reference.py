@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED
+from judged import SHIPPED
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of
 
 from squamata.errors import SquamataError

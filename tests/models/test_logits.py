@@ -7,7 +7,7 @@ from pathlib import Path
 import plain_recurrence
 import pytest
 import torch
-from conftest import model_folders
+from judged import model_folders
 from layout_writers import foreign_tensors
 from tiny import config_of, float_model, perturbed_tensors, random_ids
 from transformers import (

@@ -19,7 +19,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from conftest import SHIPPED
+from judged import SHIPPED
 from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
 
 import squamata.save.write as writing
