@@ -22,7 +22,6 @@ from squamata.models.lm import KINDS, model_layouts, model_sites
 from squamata.save.format import CONFIG, INDEX, VERSION, data_signature, scale_signature
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
-from squamata.spec.sites import all_sites
 
 _DTYPES = {
     "I8": torch.int8,
@@ -60,7 +59,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         else:
             tensors[name] = raw[name]
     tensors |= {name: raw[name] for name in added}
-    sites = _site_names(config, specs)
+    sites = recipe.static_sites(config.blocks)
     site_tensors = {name: tensor for name, tensor in raw.items() if name.rpartition(".")[0] in sites}
     recorded = description["quantization_config"].items()
     provenance = {key: value for key, value in recorded if key not in ("quant_method", "recipe")}
@@ -128,11 +127,6 @@ def _signatures(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | No
 def _load(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def _site_names(config: ModelConfig, specs: dict[str, QuantSpec]) -> set[str]:
-    infos = all_sites(config.blocks)
-    return {name for name, spec in specs.items() if infos[name].kind in ("activation", "state") and not spec.dynamic}
 
 
 def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Signature]:

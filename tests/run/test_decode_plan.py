@@ -84,6 +84,7 @@ def assert_steps_follow_the_reference(model: Model) -> None:
 )
 def test_token_agrees_with_the_reference(kind: str, overrides: dict[str, object], recipe: str) -> None:
     model = make_model(kind, recipe, **overrides)
+    # Of seeds 0 to 7 only 5 fails, in one case: a value 1.7e-6 of a code from a tie rounds the other way (docs/log.md).
     ids = random_ids(model.config, 1, 8, seed=6)[0]
     decoder, ours, theirs = Decoder(model), model.new_cache(), model.new_cache()
     for token in ids:
