@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,24 +14,42 @@ from squamata.spec.quant import QuantSpec
 
 @dataclass(frozen=True)
 class Codec:
-    """``encode(x, inverse_scale, zero, spec)``: float -> codes, still in float, with a straight-through gradient.
-    ``decode(codes, scale, dtype)``: codes (zero point already taken off) -> values.
+    """``encode(x, grid, spec)``: float -> codes, still in float, with a straight-through gradient.
+    ``decode(codes, scale, second, spec, dtype)``: codes (zero point already taken off) -> values.
+
+    A group has a scale, and a second number if ``QuantSpec.second`` names one: what it means is the codec's business.
     """
 
-    encode: Callable[[Tensor, Tensor, Tensor | None, QuantSpec], Tensor]
-    decode: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    encode: Callable[[Tensor, Grid, QuantSpec], Tensor]
+    decode: Callable[[Tensor, Tensor, Tensor | None, QuantSpec, torch.dtype], Tensor]
 
 
-def encode_uniform(x: Tensor, inverse: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+class Grid(NamedTuple):
+    """The numbers of every group, float32, broadcastable: scale, its reciprocal (float32 1 / scale: what every backend
+    multiplies with), and the codec's second number.
+    """
+
+    scale: Tensor
+    inverse: Tensor
+    second: Tensor | None = None
+
+    @classmethod
+    def of(cls, scale: Tensor, second: Tensor | None = None) -> Grid:
+        return cls(scale, 1.0 / scale, second)
+
+
+def encode_uniform(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """clamp(round(x * inverse) + zero). The definition every kernel must agree with."""
-    scaled = x.float() * inverse
+    scaled = x.float() * grid.inverse
     rounded = round_codes(scaled, spec.rounding)
     if scaled.requires_grad:
         rounded = scaled + (rounded - scaled).detach()
-    return (rounded if zero is None else rounded + zero).clamp(*spec.code_range)
+    return (rounded if grid.second is None else rounded + grid.second).clamp(*spec.code_range)
 
 
-def decode_uniform(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def decode_uniform(
+    codes: Tensor, scale: Tensor, _second: Tensor | None, _spec: QuantSpec, dtype: torch.dtype
+) -> Tensor:
     """codes * scale."""
     return codes.to(dtype) * scale.to(dtype)
 

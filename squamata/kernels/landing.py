@@ -93,7 +93,7 @@ def readable(value: Value) -> bool:
 
 def uniform(value: QTensor) -> bool:
     """True if value = code * scale with int8 codes."""
-    return value.zero is None and value.data.dtype == torch.int8 and value.spec.linear_grid
+    return value.second is None and value.data.dtype == torch.int8 and value.spec.linear_grid
 
 
 def source(value: Value) -> Source:

@@ -129,6 +129,11 @@ class Block(ABC, Generic[OwnCache]):
         )
 
 
+def second_name(spec: QuantSpec | None) -> str:
+    """Name of the second number that a site's groups have; empty if they have none."""
+    return "" if spec is None else spec.second or ""
+
+
 def tensor_layouts(kind: type[Block], config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
     """Layout of every tensor of a layer that may be quantized (names without ``layers.N.``)."""
     segments = kind.segments(config)
@@ -154,6 +159,7 @@ def make_sites(
             continue
         layout = Layout(info.axes, sizes[name.removeprefix("mixer.")], flat=info.kind == "activation")
         parts = under(f"{name}.", site_tensors)
-        scale, zero, index = (parts.get(part) for part in ("scale", "zero", "index"))
-        sites[name] = Site(prefix + name, layout, specs.get(name), scale, zero, index, mode)
+        spec = specs.get(name)
+        scale, second, index = (parts.get(part) for part in ("scale", second_name(spec), "index"))
+        sites[name] = Site(prefix + name, layout, spec, scale, second, index, mode)
     return sites

@@ -226,7 +226,7 @@ def _linear(layer: Linear, site: Site) -> list[packing.PackedLinear]:
     bias = None if layer.bias is None else _floats(layer.bias)
     arguments: Mapping[str, Any] = {}
     if isinstance(weight, QTensor):
-        if weight.zero is not None or weight.simulated or not weight.spec.linear_grid:
+        if weight.second is not None or weight.simulated or not weight.spec.linear_grid:
             raise NotPlannableError(f"an asymmetric, simulated or non-linear weight that reads {site.name}")
         matrix = weight.codes().contiguous().numpy()
         group = weight.spec.granularity.group

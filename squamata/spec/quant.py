@@ -8,6 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from squamata.spec.granularity import Granularity
 
+SITE_PARTS = ("scale", "zero", "index")  # what may be stored beside a site: SITE.scale ...
+
 
 class Data(BaseModel):
     """Base of everything a recipe says: immutable, and unknown keys are refused."""
@@ -64,6 +66,11 @@ class QuantSpec(Data):
     def linear_grid(self) -> bool:
         """True if a value is its code (less the zero point) times the scale, so that codes can enter a product."""
         return self.codec == "uniform"
+
+    @property
+    def second(self) -> str | None:
+        """Name of the second number that a group has beside its scale, stored as ``SITE.NAME``; None if it has none."""
+        return None if self.symmetric else "zero"
 
     @property
     def code_range(self) -> tuple[int, int]:

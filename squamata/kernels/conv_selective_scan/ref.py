@@ -45,5 +45,5 @@ def tokens(value: Value, start: int, stop: int) -> Value:
         return value[:, start:stop]
     per_token = value.scale.ndim == 3
     scale = value.scale[:, start:stop] if per_token else value.scale
-    zero = value.zero[:, start:stop] if per_token and value.zero is not None else value.zero
-    return QTensor(value.data[:, start:stop], scale, value.spec, zero)
+    second = value.second[:, start:stop] if per_token and value.second is not None else value.second
+    return QTensor(value.data[:, start:stop], scale, value.spec, second)
