@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from squamata.kernels import levels
+from squamata.kernels.grid import Grid, round_codes
+from squamata.spec.formats import FORMATS
 from squamata.spec.quant import QuantSpec
+
+__all__ = ["CODECS", "Codec", "Grid", "range_to_scale", "round_codes"]
 
 
 @dataclass(frozen=True)
@@ -18,24 +22,14 @@ class Codec:
     ``decode(codes, scale, second, spec, dtype)``: codes (zero point already taken off) -> values.
 
     A group has a scale, and a second number if ``QuantSpec.second`` names one: what it means is the codec's business.
+    ``fit(scale, largest, spec)``: the second number of groups whose threshold gave the scale and whose largest |x| is
+    ``largest``. ``live(x, grid, spec)``: the grid with what must be taken from the tensor itself.
     """
 
     encode: Callable[[Tensor, Grid, QuantSpec], Tensor]
     decode: Callable[[Tensor, Tensor, Tensor | None, QuantSpec, torch.dtype], Tensor]
-
-
-class Grid(NamedTuple):
-    """The numbers of every group, float32, broadcastable: scale, its reciprocal (float32 1 / scale: what every backend
-    multiplies with), and the codec's second number.
-    """
-
-    scale: Tensor
-    inverse: Tensor
-    second: Tensor | None = None
-
-    @classmethod
-    def of(cls, scale: Tensor, second: Tensor | None = None) -> Grid:
-        return cls(scale, 1.0 / scale, second)
+    fit: Callable[[Tensor, Tensor, QuantSpec], Tensor] | None = None
+    live: Callable[[Tensor, Grid, QuantSpec], Grid] | None = None
 
 
 def encode_uniform(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
@@ -54,16 +48,15 @@ def decode_uniform(
     return codes.to(dtype) * scale.to(dtype)
 
 
-CODECS: dict[str, Codec] = {"uniform": Codec(encode_uniform, decode_uniform)}
-
-
-def round_codes(x: Tensor, rounding: str) -> Tensor:
-    """Round to integers: ties to even, ties away from zero, or towards zero."""
-    if rounding == "half-even":
-        return torch.round(x)
-    if rounding == "half-away":
-        return torch.copysign(torch.floor(x.abs() + 0.5), x)
-    return torch.trunc(x)
+CODECS: dict[str, Codec] = {"uniform": Codec(encode_uniform, decode_uniform)} | {
+    name: Codec(
+        levels.encode,
+        levels.decode,
+        fit=levels.second_number if form.second is not None else None,
+        live=levels.of_tokens if form.live else None,
+    )
+    for name, form in FORMATS.items()
+}
 
 
 def range_to_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

@@ -16,10 +16,10 @@ from squamata.spec.quant import QuantSpec
 class QTensor:
     """A quantized tensor: value = (data - second) * scale with the uniform codec.
 
-    ``data``: int8 codes; uint8 with two 4-bit codes a byte when ``length`` (the unpacked last axis) is given; or, in
-    simulation, the same integers carried in floating point so that gradients pass. ``scale``: float32, broadcasts
-    against data, or (out, in / group) for grouped weights. ``second``: like scale, the codec's second number a
-    group (the zero point of an asymmetric uniform grid), for specs that have one.
+    ``data``: int8 codes (int16 where the format needs it); uint8, packed, when ``length`` (the unpacked last axis) is
+    given: see ``packing``; or, in simulation, the same integers carried in floating point so that gradients pass.
+    ``scale``: float32, broadcasts against data, or (out, in / group) for grouped weights. ``second``: like scale, the
+    codec's second number a group (the zero point of an asymmetric uniform grid), for specs that have one.
     """
 
     data: Tensor
@@ -38,12 +38,13 @@ class QTensor:
         return self.data.dtype.is_floating_point
 
     def codes(self) -> Tensor:
-        """Integer codes less the zero point: int8, or the carrier's floating type; int16 when asymmetric."""
+        """Integer codes less the zero point: as carried, or the next wider integers when asymmetric."""
         codes = self.data if self.length is None else unpack_int4(self.data, self.length)
         if self.second is None or self.spec.second != "zero":
             return codes
         zero = self._per_element(self.second)
-        return codes - zero if self.simulated else codes.to(torch.int16) - zero.to(torch.int16)
+        wide = torch.int16 if self.data.dtype == torch.int8 else torch.int32
+        return codes - zero if self.simulated else codes.to(wide) - zero.to(wide)
 
     def element_scale(self) -> Tensor:
         """The scale in a form that broadcasts against the codes, grouped weights included."""

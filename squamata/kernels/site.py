@@ -33,7 +33,8 @@ class Site:
     """Where a tensor may be represented in few bits; producer and consumer share one.
 
     ``mode`` decides what landing does: *float* and *observe*: identity; *simulate*: rounded, integers carried in
-    float (differentiable: straight-through); *integer*: rounded to int8. Without a spec every mode is the identity.
+    float (differentiable: straight-through); *integer*: rounded to int8 (int16 where the codec's codes need it).
+    Without a spec every mode is the identity.
     ``observer`` sees the tensor before that, in every mode; while there is one, no kernel lands here by itself.
     ``scale``, ``second`` (the codec's second number a group): stored form (``partition.shape()``), float32.
     ``revision`` grows with every change to one of these.
@@ -96,6 +97,8 @@ class Site:
             return x
         assert self.spec is not None
         grid = self.runtime_grid(x) if self.spec.dynamic else self.expanded()
+        if (live := CODECS[self.spec.codec].live) is not None:
+            grid = live(x, grid, self.spec)
         return encode(x, grid, self.spec, carry_float=self.mode == "simulate")
 
     def runtime_grid(self, x: Tensor) -> Grid:
@@ -128,7 +131,7 @@ class Site:
         if not self.quantized:
             return torch.zeros(shape, dtype=dtype)
         assert self.spec is not None
-        carrier = torch.zeros(shape, dtype=torch.int8 if self.mode == "integer" else torch.float32)
+        carrier = torch.zeros(shape, dtype=integer_type(self.spec) if self.mode == "integer" else torch.float32)
         if self.spec.dynamic:
             scale = torch.ones_like(self.runtime_grid(carrier.float()).scale)
             return QTensor(carrier, scale, self.spec, None if self.spec.second is None else torch.zeros_like(scale))
@@ -163,7 +166,12 @@ def observing(sites: Iterable[Site], callback: Callable[[Site, Tensor], None]) -
             site.observer = observer
 
 
+def integer_type(spec: QuantSpec) -> torch.dtype:
+    """In which codes are held where nothing is packed."""
+    return torch.int8 if spec.carrier == "int8" else torch.int16
+
+
 def encode(x: Tensor, grid: Grid, spec: QuantSpec, carry_float: bool = False) -> QTensor:
-    """Round to the grid of the spec's codec, as int8 or carried in float."""
+    """Round to the grid of the spec's codec, as integers or carried in float."""
     codes = CODECS[spec.codec].encode(x, grid, spec)
-    return QTensor(codes if carry_float else codes.to(torch.int8), grid.scale, spec, grid.second)
+    return QTensor(codes if carry_float else codes.to(integer_type(spec)), grid.scale, spec, grid.second)

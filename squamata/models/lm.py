@@ -37,9 +37,7 @@ def build_block(
 ) -> Block:
     """One layer from its tensors, specs and site tensors, all named without the ``layers.N.`` prefix."""
     kind = KINDS[config.blocks[layer]]
-    sites = make_sites(
-        kind.kind, kind.site_sizes(config), specs or {}, site_tensors or {}, mode, prefix=f"layers.{layer}."
-    )
+    sites = make_sites(kind.kind, kind.site_sizes(config), specs, site_tensors or {}, mode, prefix=f"layers.{layer}.")
     return kind(config, tensors, sites, dtype)
 
 

@@ -141,6 +141,8 @@ def _layer(block: Block) -> LayerPlan:
         "rotation": _rotation(block.out_rotation),
     }
     if isinstance(block, Mamba1):
+        if "u_proj" in sites:
+            raise NotPlannableError("x_proj reads a site of its own")
         in_x, in_z = _linear(block.in_proj, sites["in"])
         x_proj_dt, x_proj_B, x_proj_C = _linear(block.scan.x_proj, sites["u"])
         (dt_proj,) = _linear(block.scan.dt_proj, sites["dt_low"])

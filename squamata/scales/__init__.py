@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from squamata.errors import SquamataError, nearest
+from squamata.kernels.codec import CODECS
 from squamata.kernels.partition import Partition
 from squamata.scales.minmax import minmax
 from squamata.scales.percentile import percentile
@@ -65,6 +66,9 @@ def compute(statistics: Statistics, spec: QuantSpec) -> tuple[Tensor, Tensor | N
             problem = f"a scale of {float(scale.max()):.4g} is beyond float16, which ends at {largest:.0f}"
             raise SquamataError(f"{problem}; use 'scale_dtype: float32' or a finer granularity")
         scale = scale.half().float().clamp_min(2.0**-24)
+    if (fit := CODECS[spec.codec].fit) is not None:  # the strategy's range is the threshold, the whole one the tail's
+        low, high = statistics.magnitude()
+        second = fit(scale, torch.maximum(low.abs(), high.abs()), spec)
     return scale, second
 
 
