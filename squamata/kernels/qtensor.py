@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.codec import CODECS
-from squamata.kernels.packing import unpack_int4
+from squamata.kernels.packing import unpack_flagged, unpack_int4
 from squamata.spec.quant import QuantSpec
 
 
@@ -39,12 +39,15 @@ class QTensor:
 
     def codes(self) -> Tensor:
         """Integer codes less the zero point: as carried, or the next wider integers when asymmetric."""
-        codes = self.data if self.length is None else unpack_int4(self.data, self.length)
+        codes = self.data if self.length is None else self._unpacked(self.length)
         if self.second is None or self.spec.second != "zero":
             return codes
         zero = self._per_element(self.second)
         wide = torch.int16 if self.data.dtype == torch.int8 else torch.int32
         return codes - zero if self.simulated else codes.to(wide) - zero.to(wide)
+
+    def _unpacked(self, length: int) -> Tensor:
+        return unpack_flagged(self.data, length) if self.spec.flagged else unpack_int4(self.data, length)
 
     def element_scale(self) -> Tensor:
         """The scale in a form that broadcasts against the codes, grouped weights included."""

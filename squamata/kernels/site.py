@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.codec import CODECS, Grid, range_to_scale
+from squamata.kernels.packing import pack_flagged
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.spec.quant import QuantSpec
@@ -99,7 +100,10 @@ class Site:
         grid = self.runtime_grid(x) if self.spec.dynamic else self.expanded()
         if (live := CODECS[self.spec.codec].live) is not None:
             grid = live(x, grid, self.spec)
-        return encode(x, grid, self.spec, carry_float=self.mode == "simulate")
+        stored = encode(x, grid, self.spec, carry_float=self.mode == "simulate")
+        if self.layout.flat and self.spec.flagged and not stored.simulated:
+            return replace(stored, data=pack_flagged(stored.data), length=x.shape[-1])
+        return stored
 
     def runtime_grid(self, x: Tensor) -> Grid:
         """Scale taken from the tensor itself, broadcastable against it.

@@ -95,6 +95,11 @@ class QuantSpec(Data):
         return f"int{self.bits}" if self.codec == "uniform" else f"{self.bits}-bit {self.codec}"
 
     @property
+    def flagged(self) -> bool:
+        """True if the codes of an activation are packed in memory: four bits of value, and a plane of flags."""
+        return self.codec == "dual-scale" and self.bits == 5
+
+    @property
     def carrier(self) -> str:
         """The integer type that holds a code, where codes are not packed."""
         low, high = self.code_range
