@@ -50,6 +50,7 @@ from squamata.save.read import read_checkpoint
 from squamata.save.write import CheckpointWriter
 from squamata.scales.gram import Gram
 from squamata.scales.statistics import Statistics
+from squamata.spec.quant import SITE_PARTS
 from squamata.spec.recipe import Recipe
 from squamata.spec.sites import all_sites
 
@@ -327,7 +328,7 @@ def random_model(shape_name: str, recipe_name: str, progress: Progress | None = 
     ids = torch.randint(config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     parts = QuantizedParts(RandomSource(config), recipe, [ids])
     everything = {name: value for some in parts.each(progress) for name, value in some.items()}
-    sites = {name: value for name, value in everything.items() if name.endswith((".scale", ".zero", ".index"))}
+    sites = {name: value for name, value in everything.items() if name.rpartition(".")[2] in SITE_PARTS}
     tensors = {name: value for name, value in everything.items() if name not in sites}
     site_tensors = {name: value for name, value in sites.items() if isinstance(value, Tensor)}
     return Model(Checkpoint(parts.config, tensors, recipe, site_tensors))

@@ -68,14 +68,17 @@ def watch_head(config: ModelConfig, final_norm: Tensor, stream: Stream, site: Si
 
 
 def scales_of(statistics: Mapping[str, Statistics], specs: Mapping[str, QuantSpec]) -> dict[str, Tensor]:
-    """Statistics -> site tensors ``NAME.scale``, ``NAME.zero``, ``NAME.index``; SquamataErrors name the site."""
+    """Statistics -> site tensors ``NAME.scale``, the codec's second number and ``NAME.index``.
+
+    SquamataErrors name the site.
+    """
     tensors: dict[str, Tensor] = {}
     for name, observed in statistics.items():
         with about(name):
-            scale, zero = scales.compute(observed, specs[name])
+            scale, second = scales.compute(observed, specs[name])
         tensors[f"{name}.scale"] = scale
-        if zero is not None:
-            tensors[f"{name}.zero"] = zero
+        if second is not None:
+            tensors[f"{name}.{specs[name].second}"] = second
         if observed.partition.index is not None:
             tensors[f"{name}.index"] = observed.partition.index
     return tensors

@@ -127,7 +127,7 @@ def check(
         specs = recipe.resolve((kind,) * (deepest + 1))
         for site, spec in specs.items():
             scales.check(spec, site)
-        found[kind] = dict(Counter(f"int{spec.bits}" for spec in specs.values()))
+        found[kind] = dict(Counter(spec.form for spec in specs.values()))
         numbers = ", ".join(f"{count} sites in {name}" for name, count in found[kind].items()) or "everything in float"
         say(f"{recipe.name}, {kind}, {deepest + 1} layer{'s' if deepest else ''}: {numbers}")
     write_json(json_file, {"recipe": recipe.name, "layers": deepest + 1, "formats": found})

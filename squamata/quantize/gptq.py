@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from squamata.errors import SquamataError
+from squamata.kernels.grid import Grid
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import encode
@@ -45,7 +46,7 @@ def gptq(
     order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(columns))
     factor = inverse_factor(gram[order][:, order], damping).float()
     group = 0 if act_order else spec.granularity.group or 0
-    grid = _Grid(weight, spec, layout, in_turn=group > 0)
+    grid = _Scales(weight, spec, layout, in_turn=group > 0)
     codes = torch.empty(columns.shape, dtype=torch.int8)
     columns = columns[order]
     step = -(-block // group) * group if group else block
@@ -81,7 +82,7 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     raise SquamataError("gptq: the inputs' second moments are not positive definite; raise 'damping'")
 
 
-class _Grid:
+class _Scales:
     """The scales of one weight, known beforehand or found group by group (``in_turn``)."""
 
     def __init__(self, weight: Tensor, spec: QuantSpec, layout: Layout, in_turn: bool) -> None:
@@ -90,24 +91,24 @@ class _Grid:
         partition = Partition(spec.granularity, layout)
         if in_turn:
             self.scale = torch.empty(partition.shape())
-            self.zero = None if spec.symmetric else torch.empty(partition.shape())
+            self.second = None if spec.symmetric else torch.empty(partition.shape())
         else:
-            scale, zero = find_scales(weight, spec, layout)
-            self.scale, self.zero = partition.expand(scale), None if zero is None else partition.expand(zero)
+            scale, second = find_scales(weight, spec, layout)
+            self.scale, self.second = partition.expand(scale), None if second is None else partition.expand(second)
 
     def fit(self, part: Tensor, group: int) -> None:
         """Scales of one group from its columns (N, columns) as they are now."""
         layout = replace(self.layout, sizes=tuple(part.shape), segments=())
-        scale, zero = find_scales(part, self.spec, layout)
+        scale, second = find_scales(part, self.spec, layout)
         self.scale[:, group] = scale[:, 0]
-        if self.zero is not None and zero is not None:
-            self.zero[:, group] = zero[:, 0]
+        if self.second is not None and second is not None:
+            self.second[:, group] = second[:, 0]
 
     def round(self, column: Tensor, place: int) -> QTensor:
         """One column (N,) on its grid."""
         scale = self._of_column(self.scale, place)
-        zero = None if self.zero is None else self._of_column(self.zero, place)
-        return encode(column, scale, 1.0 / scale, zero, self.spec)
+        second = None if self.second is None else self._of_column(self.second, place)
+        return encode(column, Grid.of(scale, second), self.spec)
 
     def _of_column(self, part: Tensor, place: int) -> Tensor:
         if self.group:
@@ -115,5 +116,5 @@ class _Grid:
         return part[:, 0] if part.ndim else part
 
     def parts(self) -> tuple[Tensor, QuantSpec, Tensor | None]:
-        """Scale, spec and zero point of the whole weight, as a QTensor takes them."""
-        return self.scale, self.spec, self.zero
+        """Scale, spec and second number of the whole weight, as a QTensor takes them."""
+        return self.scale, self.spec, self.second

@@ -140,8 +140,9 @@ class CheckpointWriter:
         stored = {name: value.data.contiguous()}
         scale = value.scale.reshape(-1)[_representatives(partition)].reshape(partition.shape())
         stored[f"{name}.scale"] = scale.to(getattr(torch, value.spec.scale_dtype)).contiguous()
-        if value.zero is not None:
-            stored[f"{name}.zero"] = value.zero.reshape(-1)[_representatives(partition)].reshape(partition.shape())
+        if value.second is not None:
+            second = value.second.reshape(-1)[_representatives(partition)].reshape(partition.shape())
+            stored[f"{name}.{value.spec.second}"] = second
         return stored
 
     def _flush(self) -> None:

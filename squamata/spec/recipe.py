@@ -34,6 +34,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from squamata.errors import SquamataError, nearest
+from squamata.spec.formats import FORMATS
 from squamata.spec.quant import Data, QuantSpec, ScaleSpec
 from squamata.spec.sites import BLOCKS, Kind, SiteInfo, all_sites
 
@@ -64,7 +65,12 @@ class Rule(Data):
     kind: Kind | None = None
 
     def names(self, site: str, info: SiteInfo) -> bool:
-        """True if glob and kind fit this full site name, in whatever layer and architecture."""
+        """True if glob and kind fit this full site name, in whatever layer and architecture.
+
+        A site that exists only on request (``SiteInfo.on_request``) must be named to its last word.
+        """
+        if info.on_request and self.site.rpartition(".")[2] != site.rpartition(".")[2]:
+            return False
         return self.kind in (None, info.kind) and fnmatchcase(site, self.site)
 
     def matches(self, site: str, info: SiteInfo, architecture: str) -> bool:
@@ -160,7 +166,7 @@ class Recipe(Data):
             if matching and matching[-1].spec is not None:
                 chosen[site] = matching[-1].spec
         for site, spec in chosen.items():
-            refuse_illegal(site, spec, infos[site])
+            refuse_illegal(site, spec, infos[site].in_company(site, chosen))
         everywhere = [item for kind in BLOCKS for item in all_sites((kind,) * len(blocks)).items()]
         for rule in self.rules:
             if not any(rule.names(site, info) for site, info in everywhere):
@@ -190,8 +196,16 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
             f"{site}: a scale per {spec.granularity} cannot run: the product that reads it sums over "
             f"{' and '.join(info.summed)}; use 'tensor' or 'token'"
         )
-    if spec.codec != "uniform" and (info.summed or info.kind == "weight"):
-        raise SquamataError(f"{site}: codec '{spec.codec}' cannot run: a product needs one step size; use 'uniform'")
+    if info.summed or info.kind == "weight":
+        _refuse_in_product(site, spec, info)
+    if info.kind == "parameter" and spec.carrier != "int8":
+        raise SquamataError(
+            f"{site}: {spec.form} cannot be stored: parameters are int8; use a format of 8 bits at most"
+        )
+    if info.kind != "activation" and spec.codec in FORMATS and FORMATS[spec.codec].live:
+        raise SquamataError(
+            f"{site}: codec '{spec.codec}' takes a number from every token, which only activations have"
+        )
     if info.kind == "state" and "token" in spec.granularity.axes:
         raise SquamataError(f"{site}: a state has no axis 'token'; 'dynamic: true' alone gives each sequence its scale")
     if spec.granularity.group and axes & {"segment", "index"}:
@@ -213,6 +227,16 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         raise SquamataError(f"{site}: an index is for activations and states; use channel, segment or group(N)")
     if unknown := axes - _axis_words(info):
         raise SquamataError(f"{site}: has no axis '{sorted(unknown)[0]}' (its axes: {', '.join(info.axes)})")
+
+
+def _refuse_in_product(site: str, spec: QuantSpec, info: SiteInfo) -> None:
+    """What only holds where codes meet codes: one step size, of int8."""
+    instead = f", or give the product a site of its own: a rule for '{info.apart}'" if info.apart else ""
+    if spec.codec != "uniform":
+        problem = f"codec '{spec.codec}' cannot run: a product needs one step size"
+        raise SquamataError(f"{site}: {problem}; use 'uniform'{instead}")
+    if spec.bits > 8:
+        raise SquamataError(f"{site}: {spec.bits} bits cannot run: a product takes 8 at most; use fewer{instead}")
 
 
 def _axis_words(info: SiteInfo) -> set[str]:

@@ -8,6 +8,7 @@ from tiny import config_of, float_model, perturbed_tensors, quantized, random_id
 from torch import Tensor
 
 from squamata.errors import SquamataError
+from squamata.kernels.grid import Grid
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, as_float
 from squamata.kernels.site import encode
@@ -44,7 +45,7 @@ def plain_gptq(weight: Tensor, gram: Gram, spec: QuantSpec, damping: float) -> T
     work, codes = weight.double().clone(), torch.zeros(ROWS, COLUMNS)
     for column in range(COLUMNS):
         inverse = torch.linalg.inv(H[column:, column:])
-        rounded = encode(work[:, column].float(), scale[:, 0].float(), 1 / scale[:, 0].float(), None, spec)
+        rounded = encode(work[:, column].float(), Grid.of(scale[:, 0].float()), spec)
         codes[:, column] = rounded.data.float()
         error = (work[:, column] - rounded.dequantize().double()) / inverse[0, 0]
         work[:, column:] -= error[:, None] * inverse[0]
