@@ -93,18 +93,21 @@ def quantize(
     force: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    embedding: str | None = None,
+    head: str | None = None,
 ) -> Quantization:
     """Quantize a float checkpoint by a recipe and write the result to the folder ``out``.
 
     ``source``: a folder, a hub name or ``bundled``. ``calibration``: a .txt or .jsonl file, needed if the recipe has
     static activation scales or a weight quantizer that sees its inputs; ``samples`` documents of ``length`` tokens (the
     recipe's numbers unless given). ``resume``: go on after the last layer that a killed call with the same arguments
-    finished. Raises SquamataError for anything the caller can put right; then nothing is written.
+    finished. ``embedding``, ``head``: float, int8 or int4 for these two tables instead of what the recipe says.
+    Raises SquamataError for anything the caller can put right; then nothing is written.
     """
     started = time.perf_counter()
     opened = open_source(source)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
-    recipe = recipe.with_calibration(samples=samples, length=length)
+    recipe = recipe.with_calibration(samples=samples, length=length).with_tables(embedding, head)
     check(recipe, opened.config)
     drawn = _draw(opened.folder, opened.config, recipe, calibration, seed)
     record = {"seed": seed, "squamata_version": __version__, "calibration": drawn.record() if drawn else {}}
