@@ -21,6 +21,8 @@ from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Named, Recipe
 from squamata.spec.sites import BLOCKS
 from squamata.transform.hadamard import rotate_output
+from squamata.transform.observed import Observed as Observed
+from squamata.transform.reorder import reorder
 
 Tensors = dict[str, Tensor]
 
@@ -32,14 +34,17 @@ class Transform:
     """``function(config, kind, tensors, statistics, **parameters) -> tensors`` of one layer of a kind.
 
     ``needs``: sites (``mixer.u``) it wants observed before it runs; ``statistics`` holds those that the kind has,
-    smallest and largest value of every feature. A transform returns a kind that it does not know as it came.
+    each an ``Observed`` with a number a feature. A transform returns a kind that it does not know as it came.
     """
 
     function: Callable[..., Tensors]
     needs: tuple[str, ...] = ()
 
 
-TRANSFORMS: dict[str, Transform] = {"hadamard": Transform(rotate_output)}
+TRANSFORMS: dict[str, Transform] = {
+    "hadamard": Transform(rotate_output),
+    "reorder": Transform(reorder, needs=("mixer.u",)),
+}
 
 
 def check(recipe: Recipe) -> None:
