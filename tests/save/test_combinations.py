@@ -97,5 +97,3 @@ safetensors.torch.save_file(found, {str(tmp_path / "found.safetensors")!r})
     found = safetensors.torch.load_file(tmp_path / "found.safetensors")
     assert found.keys() == expected.keys() and len(found) == len(COMBINATIONS)
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
-
-
