@@ -61,14 +61,8 @@ def test_prefill_gives_the_integers_of_the_simulation(shape: str, state: str, le
     """Every site, code by code; then the caches and the logits without observers, where kernels land by themselves."""
     checkpoint = checkpoint_of(shape, state)
     ids = random_ids(checkpoint.config, 2, length, seed=7)
-    found = []
-    for mode, backend in (("simulate", "ref"), ("integer", "ref"), ("integer", "cpu")):
-        model, codes = LanguageModel(checkpoint, mode), {}  # type: ignore[arg-type]
-        with use_backend(backend):
-            with observing(model.sites(), lambda site, x: codes.update({site.name: landed(site, x)})):
-                model(ids)
-            cache = model.new_cache(2)
-            found.append((codes, codes_of(cache), model.forward(ids, cache)))
+    contestants = (("simulate", "ref"), ("integer", "ref"), ("integer", "cpu"))
+    found = [everything(LanguageModel(checkpoint, mode), backend, ids) for mode, backend in contestants]  # type: ignore[arg-type]
     simulated, *others = found
     for codes, memory, logits in others:
         assert codes.keys() == simulated[0].keys()
@@ -78,11 +72,22 @@ def test_prefill_gives_the_integers_of_the_simulation(shape: str, state: str, le
     assert all(map(torch.equal, found[0][1], found[1][1])) and torch.equal(found[0][2], found[1][2])
 
 
+def everything(model: LanguageModel, backend: str, ids: torch.Tensor) -> tuple[Any, Any, torch.Tensor]:
+    """Codes by site, codes of the caches, logits."""
+    codes: dict[str, torch.Tensor] = {}
+    with use_backend(backend):
+        with observing(model.sites(), lambda site, x: codes.update({site.name: landed(site, x)})):
+            model(ids)
+        cache = model.new_cache(len(ids))
+        logits = model.forward(ids, cache)
+    return codes, codes_of(cache), logits
+
+
 def landed(site: Site, x: torch.Tensor) -> torch.Tensor:
     """The codes that a value becomes; float sites: nothing to compare."""
     if site.spec is None:
         return torch.zeros(1, dtype=torch.int32)
-    scale, inverse, _ = site.runtime_scale(x) if site.spec.dynamic else site.expanded()
+    inverse = site.runtime_scale(x)[1] if site.spec.dynamic else site.expanded()[1]
     return torch.round(x * inverse).clamp(*site.spec.code_range).int()
 
 
