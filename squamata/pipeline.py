@@ -275,7 +275,8 @@ class QuantizedParts:
         if not needed:
             return {}
         block = build_block(self.config, layer, tensors)
-        statistics = attach(block.sites.values(), {prefix + site: spec for site, spec in needed.items()})
+        wanted = {prefix + site: spec for site, spec in needed.items()}
+        statistics = attach(block.sites.values(), wanted, transform.Observed)
         watch_layer(block, self.seen)
         return under(prefix, statistics)
 

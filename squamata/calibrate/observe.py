@@ -3,7 +3,7 @@ of a weight whose quantizer wants to see them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from squamata import scales
 from squamata.errors import about
 from squamata.kernels import ops
+from squamata.kernels.partition import Partition
 from squamata.kernels.site import Site
 from squamata.models.block import Block
 from squamata.models.config import ModelConfig
@@ -19,16 +20,19 @@ from squamata.scales.statistics import Statistics
 from squamata.spec.quant import QuantSpec
 
 Stream = list[Tensor]  # the residual stream as the next block reads it, float (B, L, D) a batch
+Gather = Callable[[Partition, QuantSpec], Statistics]
 
 
-def attach(sites: Iterable[Site], specs: Mapping[str, QuantSpec]) -> dict[str, Statistics]:
-    """Put a statistics observer on every site that has a static spec; returns them by full site name."""
+def attach(
+    sites: Iterable[Site], specs: Mapping[str, QuantSpec], gather: Gather = scales.gather_for
+) -> dict[str, Statistics]:
+    """Put what ``gather`` makes as observer on every site that has a static spec; returns them by full site name."""
     attached = {}
     for site in sites:
         spec = specs.get(site.name)
         if spec is not None and not spec.dynamic:
             site.spec, site.mode = spec, "observe"
-            attached[site.name] = scales.gather_for(site.partition, spec)
+            attached[site.name] = gather(site.partition, spec)
             site.observer = attached[site.name].update
     return attached
 

@@ -21,6 +21,8 @@ from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Named, Recipe
 from squamata.spec.sites import BLOCKS
 from squamata.transform.hadamard import rotate_output
+from squamata.transform.observed import Observed as Observed
+from squamata.transform.reorder import reorder
 from squamata.transform.residual import fold_final_norm, fold_norm, rotate_ends, rotate_residual
 
 Tensors = dict[str, Tensor]
@@ -33,7 +35,7 @@ class Transform:
     """``function(config, kind, tensors, statistics, **parameters) -> tensors`` of one layer of a kind.
 
     ``needs``: sites (``mixer.u``) it wants observed before it runs; ``statistics`` holds those that the kind has,
-    smallest and largest value of every feature. A transform returns a kind that it does not know as it came.
+    each an ``Observed`` with a number a feature. A transform returns a kind that it does not know as it came.
     ``ends``: ``(config, tensors) -> tensors`` of the model's two ends, called once with ``embedding.weight`` and once
     with ``final_norm.weight`` and ``head.weight``. ``unties``: the head is no longer the embedding afterwards.
     """
@@ -45,6 +47,7 @@ class Transform:
 
 
 TRANSFORMS: dict[str, Transform] = {
+    "reorder": Transform(reorder, needs=("mixer.u",)),
     "fold_norm": Transform(fold_norm, ends=fold_final_norm, unties=True),
     "rotate_residual": Transform(rotate_residual, ends=rotate_ends),
     "hadamard": Transform(rotate_output),
