@@ -3,8 +3,8 @@
     python benchmarks/big_models.py --shape mamba2-2.7b --recipe quamba-w4a8 --samples 4 --length 128 --folder FOLDER
 
 Writes a float16 checkpoint of random weights in the exact shape (once, sharded, state-spaces layout; it stays in
-FOLDER), quantizes it with the command line in a process of its own, kills that after ``--kill`` layers if asked and goes
-on with --resume, and prints peak memory (resident set, mapped file pages included) and seconds.
+FOLDER), quantizes it with the command line in a process of its own, kills that after ``--kill`` layers if asked and
+goes on with --resume, and prints peak memory (resident set, mapped file pages included) and seconds.
 """
 
 from __future__ import annotations
