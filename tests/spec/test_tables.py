@@ -27,7 +27,7 @@ def test_the_tables_are_independent_of_the_rest(name: str, embedding: str | None
 
 
 def test_a_wrong_format_is_named() -> None:
-    with pytest.raises(SquamataError, match="no head format 'int44' .did you mean 'int4'"):
+    with pytest.raises(SquamataError, match=r"no head format 'int44' \(did you mean 'int4'"):
         Recipe.read("float").with_tables(head="int44")
 
 
