@@ -95,6 +95,7 @@ def quantize(
     progress: Progress | None = None,
     embedding: str | None = None,
     head: str | None = None,
+    device: str = "cpu",
 ) -> Quantization:
     """Quantize a float checkpoint by a recipe and write the result to the folder ``out``.
 
@@ -102,7 +103,8 @@ def quantize(
     static activation scales or a weight quantizer that sees its inputs; ``samples`` documents of ``length`` tokens (the
     recipe's numbers unless given). ``resume``: go on after the last layer that a killed call with the same arguments
     finished. ``embedding``, ``head``: float, int8 or int4 for these two tables instead of what the recipe says.
-    Raises SquamataError for anything the caller can put right; then nothing is written.
+    ``device``: where it is computed, ``cpu`` or ``cuda``. Raises SquamataError for anything the caller can put right;
+    then nothing is written.
     """
     started = time.perf_counter()
     opened = open_source(source)
@@ -111,9 +113,9 @@ def quantize(
     check(recipe, opened.config)
     drawn = _draw(opened.folder, opened.config, recipe, calibration, seed)
     record = {"seed": seed, "squamata_version": __version__, "calibration": drawn.record() if drawn else {}}
-    parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [])
+    parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [], device)
     description = describe(parts.config, recipe.to_mapping(), record)
-    work = hashlib.sha256(repr((description, opened.fingerprint())).encode()).hexdigest()
+    work = hashlib.sha256(repr((description, opened.fingerprint(), device)).encode()).hexdigest()
     with CheckpointWriter(Path(out), opened.config, force, work=work, resume=resume) as writer:
         parts.restore(writer.parts.count, writer.parts.state())
         sizes = writer.parts.record.get("bytes_float", 0)
@@ -179,13 +181,15 @@ class QuantizedParts:
     """The quantized model in parts, made in order: the embedding, every layer, then final norm and head.
 
     ``seen``: the calibration stream through the float model, which gives the sites' scales. ``rounded``: the same
-    through the layers as they are quantized, which a weight quantizer that sees its inputs works with.
+    through the layers as they are quantized, which a weight quantizer that sees its inputs works with. Both, and one
+    layer at a time, are on ``device``.
     """
 
-    def __init__(self, source: TensorSource, recipe: Recipe, batches: list[Tensor]) -> None:
+    def __init__(self, source: TensorSource, recipe: Recipe, batches: list[Tensor], device: str = "cpu") -> None:
         self.source = source
         self.recipe = recipe
-        self.batches = batches
+        self.device = usable_device(device)
+        self.batches = [ids.to(self.device) for ids in batches]
         self.specs = recipe.resolve(source.config.blocks)
         self.sites = all_sites(source.config.blocks)
         differ = self.specs.get("head.weight") != self.specs.get("embedding.weight")
@@ -203,9 +207,10 @@ class QuantizedParts:
 
     def make(self, number: int) -> dict[str, Value]:
         """Part ``number``; all before it must have been made here, or restored."""
-        if number == 0:
-            return self._embedding()
-        return self._layer(number - 1) if number <= self.config.n_layers else self._end()
+        with self.device:
+            if number == 0:
+                return self._embedding()
+            return self._layer(number - 1) if number <= self.config.n_layers else self._end()
 
     def each(self, progress: Progress | None = None) -> Iterator[dict[str, Value]]:
         """Every part in order."""
@@ -223,7 +228,7 @@ class QuantizedParts:
         """Go on after ``finished`` parts, with the streams that they left."""
         for name, stream in (("seen", self.seen), ("rounded", self.rounded)):
             inside = under(f"{name}.", streams) if finished else {}
-            stream += [inside[str(batch)] for batch in range(len(inside))]
+            stream += [inside[str(batch)].to(self.device) for batch in range(len(inside))]
 
     def _embedding(self) -> dict[str, Value]:
         tensors = transform.apply_ends(self.recipe, self.config, self._read("embedding.weight"))
@@ -307,12 +312,24 @@ class QuantizedParts:
         return {name: maps[name] for name, spec in sites.items() if spec is not None and spec.granularity.ragged}
 
     def _read(self, prefix: str, again: bool = False) -> dict[str, Tensor]:
-        tensors = self.source.tensors(prefix)
+        with torch.device("cpu"):
+            read = self.source.tensors(prefix)
+        tensors = {name: tensor.to(self.device) for name, tensor in read.items()}
         self.bytes_read += 0 if again else sum(tensor.nbytes for tensor in tensors.values())
         return tensors
 
     def _quantize(self, tensors: Mapping[str, Tensor], grams: Mapping[str, Gram] | None = None) -> dict[str, Value]:
         return quantize_tensors(self.recipe, tensors, self.specs, self.layouts, grams)
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by its name; SquamataError if it is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise SquamataError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]}); use cpu") from None
+    return device
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     embedding: Annotated[str | None, typer.Option(help="float, int8 or int4, instead of what the recipe says.")] = None,
     head: Annotated[str | None, typer.Option(help="float, int8 or int4, instead of what the recipe says.")] = None,
+    device: Annotated[str, typer.Option(help="Where it is computed: cpu or cuda.")] = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Quantize a model by a recipe and save it."""
@@ -37,7 +38,7 @@ def quantize(
         text = calibration_of(source, calibration)
         result = pipeline.quantize(
             source, recipe, out, text, samples, length, seed, force, resume, advance,
-            embedding, head,
+            embedding, head, device,
         )  # fmt: skip
     tokens = result.calibration.get("tokens")
     rows = (

@@ -135,13 +135,13 @@ class CheckpointWriter:
 
     def _stored(self, name: str, value: Value) -> dict[str, Tensor]:
         if not isinstance(value, QTensor):
-            return {name: value.contiguous()}
+            return {name: value.contiguous().cpu()}
         partition = Partition(value.spec.granularity, self.layouts[name])
-        stored = {name: value.data.contiguous()}
-        scale = value.scale.reshape(-1)[_representatives(partition)].reshape(partition.shape())
+        stored = {name: value.data.contiguous().cpu()}
+        scale = value.scale.cpu().reshape(-1)[_representatives(partition)].reshape(partition.shape())
         stored[f"{name}.scale"] = scale.to(getattr(torch, value.spec.scale_dtype)).contiguous()
         if value.second is not None:
-            second = value.second.reshape(-1)[_representatives(partition)].reshape(partition.shape())
+            second = value.second.cpu().reshape(-1)[_representatives(partition)].reshape(partition.shape())
             stored[f"{name}.{value.spec.second}"] = second
         return stored
 

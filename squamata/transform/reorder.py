@@ -53,7 +53,7 @@ def reorder(
     if "mixer.rotation" in tensors:
         raise SquamataError("transform reorder: write it before hadamard, which mixes the channels that it sorts")
     order = find_order(
-        _sizes(statistics["mixer.u"], statistic).numpy().astype(np.float64),
+        _sizes(statistics["mixer.u"], statistic).cpu().numpy().astype(np.float64),
         config.n_groups,
         head_groups,
         channel_groups,
@@ -89,7 +89,7 @@ def find_order(sizes: Floats, ssd_groups: int, head_groups: int, channel_groups:
             order += [first + member for member in members]
             found += int(labels[-1]) + 1
     channels = ranks[order] + np.array(order)[:, None] * width
-    return Order(torch.tensor(order), torch.from_numpy(channels.reshape(-1)), torch.from_numpy(np.stack(groups)))
+    return Order(torch.tensor(order), torch.tensor(channels.reshape(-1)), torch.tensor(np.stack(groups)))
 
 
 def cluster(points: Floats, count: int) -> list[list[int]]:
