@@ -105,6 +105,19 @@ def collected(config: ModelConfig, tensors: dict[str, Tensor], ids: Tensor) -> T
     return seen[0]
 
 
+def test_the_mean_is_the_largest_of_the_samples_means() -> None:
+    config = config_of("mamba2")
+    u = torch.zeros(3, 4, 64)
+    u[0, :, 5], u[1, 0, 5], u[2, :, 9] = torch.tensor([-1.0, 1.0, -2.0, 2.0]), 5.0, -0.5
+    statistics = observed_u(config, u)["mixer.u"]
+    statistics.update(torch.full((1, 2, 64), -0.25))
+    assert statistics.mean is not None
+    expected = torch.full((64,), 0.25)
+    expected[5], expected[9] = 1.5, 0.5
+    assert torch.equal(statistics.mean.flatten(), expected)
+    assert float(statistics.magnitude()[1].max()) == 5.0
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_planted_groups_are_found(groups: int) -> None:
     """Heads of four shapes, each a staircase of four steps of its own heights, dealt out at random."""
