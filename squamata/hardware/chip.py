@@ -113,6 +113,7 @@ def estimate(
     ragged = ragged_groups(config, recipe, assumed.ssd_groups if assumed else None, *groups)
     found = counts(config, recipe, ragged, technology.float_bits)
     searches = [_search(found, layer, ragged, technology, assumed) for layer in range(config.n_layers)]
+    weights = stored_bytes(config, recipe, found)
     return Estimate(
         recipe=recipe.name,
         technology=technology.name,
@@ -121,14 +122,15 @@ def estimate(
         batch=batch,
         groups={"ssd": ragged.ssd, "heads": ragged.heads, "channels": ragged.channels},
         conv_energy_nj=_conv_energy(config, found, technology, assumed),
-        **_finding_scales(config, found, searches, technology),
+        **_finding_scales(weights, found, searches, technology),
         **_all_scales(found, searches, technology),
-        **_a_token(config, found, searches, technology, batch, devices),
+        model_bytes=weights,
+        **_a_token(config, found, searches, technology, batch, weights, devices),
     )
 
 
 def _finding_scales(
-    config: ModelConfig, found: Mapping[str, Count], searches: list[Lookup], technology: Technology
+    weights: float, found: Mapping[str, Count], searches: list[Lookup], technology: Technology
 ) -> dict[str, Any]:
     """What ``Estimate`` says of the SSM input."""
     largest = max(searches, key=lambda search: search.sram_bytes)
@@ -138,7 +140,7 @@ def _finding_scales(
         "ssm_input": _described(found, searches.index(largest)),
         "scale_bytes_per_layer": largest.sram_bytes,
         "scale_bytes": total,
-        "scale_share_of_model": total / stored_bytes(config, found),
+        "scale_share_of_model": total / weights,
         "sram_mm2": area,
         "sram_parallel_mm2": area * technology.multiport_area_ratio,
         "sram_in_int8_macs": area / technology.int8_mac_mm2,
@@ -172,16 +174,16 @@ def _a_token(
     searches: list[Lookup],
     technology: Technology,
     batch: int,
+    weights: float,
     devices: Sequence[Device],
 ) -> dict[str, Any]:
     """What ``Estimate`` says of one decoded token."""
     moved, products = traffic(config, found, technology.float_bits), macs(config, found)
     energy = _energy(moved, products, technology, batch)
     energy["lookup"] = sum(search.lookups * search.energy_nj(technology) for search in searches)
-    weights, step = stored_bytes(config, found), {kind: batch * count for kind, count in products.items()}
+    step = {kind: batch * count for kind, count in products.items()}
     resident = weights + batch * _cache_bytes(config, moved)
     return {
-        "model_bytes": weights,
         "traffic": asdict(moved),
         "dram_bytes_per_token": moved.dram(batch),
         "macs_per_token": products,

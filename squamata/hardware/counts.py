@@ -55,10 +55,11 @@ class Count:
 
     @property
     def scale_bits(self) -> int:
-        """Of one scale, with its zero point."""
+        """Of one scale, with the second number that its format may have beside it."""
         if self.spec is None:
             return 0
-        return (16 if self.spec.scale_dtype == "float16" else 32) + (0 if self.spec.symmetric else ZERO_BITS)
+        second = 0 if self.spec.second is None else ZERO_BITS if self.spec.second == "zero" else 32
+        return (16 if self.spec.scale_dtype == "float16" else 32) + second
 
     @property
     def scale_bytes(self) -> float:
@@ -92,6 +93,8 @@ def counts(config: ModelConfig, recipe: Recipe, groups: Groups, float_bits: int)
     found = {}
     for name, sizes in shapes.items():
         info, spec, scales = infos.get(name), specs.get(name), 0
+        if info and info.on_request and spec is None:
+            continue
         if info and spec:
             grouped = (groups.ssd, *sizes[1:]) if info.axes[0] == "ssd_group" else sizes
             scales = scale_count(spec, info.axes, grouped, _fused(name, config), groups.count)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from squamata.hardware.counts import Count
 from squamata.models.config import ModelConfig, parameter_shapes
+from squamata.spec.recipe import Recipe
 
-INPUT_OF = {"in_proj": "in", "x_proj": "u", "dt_proj": "dt_low", "out_proj": "out"}
+UNTYING = frozenset({"fold_norm"})  # transforms after which a head cannot be the embedding
 CONVOLVED = {"mamba1": ("x",), "mamba2": ("x", "B", "C")}
 SCAN_MACS = 3  # a state element: times the decay, plus B times u, times C
 DYNAMIC_SCALE_BITS = 32
@@ -53,11 +54,12 @@ def read_weights(config: ModelConfig, found: Mapping[str, Count]) -> Iterable[Co
     return [found[name] for name in {**parameter_shapes(config), "head.weight": ()} if name != "embedding.weight"]
 
 
-def stored_bytes(config: ModelConfig, found: Mapping[str, Count]) -> float:
+def stored_bytes(config: ModelConfig, recipe: Recipe, found: Mapping[str, Count]) -> float:
     """Of all weights in memory; embedding and head are one table if the model ties them and the recipe leaves it so."""
     embedding, head = found["embedding.weight"], found["head.weight"]
     read = sum(count.data_bytes + count.scale_bytes for count in read_weights(config, found))
-    shared = config.tie_embeddings and embedding.spec == head.spec
+    untied = UNTYING & {transform.name for transform in recipe.transforms}
+    shared = config.tie_embeddings and embedding.spec == head.spec and not untied
     return read + (0 if shared else embedding.data_bytes + embedding.scale_bytes)
 
 
@@ -74,15 +76,22 @@ def macs(config: ModelConfig, found: Mapping[str, Count]) -> dict[str, int]:
     Norms, gates, exponentials and rotations, below one operation in a hundred, are left out.
     """
     total: Counter[str] = Counter({"int8": 0, "float16": 0, "float32": 0})
+    for weight in found.values():
+        if weight.info and weight.info.reads:
+            total[precision(weight, _read_by(weight, found))] += weight.elements
     for layer, kind in enumerate(config.blocks):
-        inside = f"layers.{layer}.mixer."
-        for name, site in INPUT_OF.items():
-            if weight := found.get(f"{inside}{name}.weight"):
-                total[precision(weight, found[inside + site])] += weight.elements
         total[conv_precision(found, layer, kind)] += conv_macs(config, layer)
-        total["float32"] += SCAN_MACS * found[f"{inside}state"].elements
-    total[precision(found["head.weight"], found["head.in"])] += found["head.weight"].elements
+        total["float32"] += SCAN_MACS * found[f"layers.{layer}.mixer.state"].elements
     return dict(total)
+
+
+def _read_by(weight: Count, found: Mapping[str, Count]) -> Count:
+    """The site that a weight multiplies; where the recipe represents it apart for products, that one."""
+    assert weight.info is not None
+    layer = f"layers.{weight.name.split('.')[1]}." if weight.name.startswith("layers.") else ""
+    site = found[layer + weight.info.reads]
+    assert site.info is not None
+    return found.get(f"{layer}mixer.{site.info.apart}", site)
 
 
 def conv_precision(found: Mapping[str, Count], layer: int, kind: str) -> str:

@@ -119,7 +119,7 @@ def site_sizes(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Sizes of the feature axes of every activation and state site of a kind of layer, by the site's name in it."""
     D, E, N, R = config.d_model, config.d_inner, config.d_state, config.dt_rank
     if kind == "mamba1":
-        inner = dict.fromkeys(("x", "z", "u", "dt", "y", "out"), (E,))
+        inner = dict.fromkeys(("x", "z", "u", "u_proj", "dt", "y", "out"), (E,))
         return {"in": (D,), "dt_low": (R,), "B": (N,), "C": (N,), "state": (E, N), **inner}
     G, H, P = config.n_groups, config.n_heads, config.head_dim
     heads = dict.fromkeys(("z", "x", "u", "y"), (H, P))

@@ -14,12 +14,14 @@ from squamata.errors import SquamataError
 from squamata.evaluate.size import bytes_by_part, bytes_read_per_token
 from squamata.hardware import Technology, estimate
 from squamata.hardware.counts import Groups, counts, ragged_groups
+from squamata.hardware.traffic import UNTYING
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor
 from squamata.models.block import ScanCache, tensor_layouts
 from squamata.models.config import ModelConfig, parameter_shapes, shape
 from squamata.models.lm import KINDS, LanguageModel
 from squamata.spec.recipe import Recipe
+from squamata.transform import TRANSFORMS
 
 FLOAT32 = Technology.read("7nm").model_copy(update={"float_bits": 32})
 GROUPS = Groups(ssd=2, heads=2, channels=3)
@@ -98,6 +100,10 @@ def test_bytes_are_those_of_a_quantized_model(kind: str, recipe: str) -> None:
     taps = config.d_conv
     assert found.traffic["state"] / 2 + found.traffic["conv"] * (taps - 1) / taps == cache_bytes(model)
     assert found.all_scale_bytes == parts["sites"]
+
+
+def test_the_transforms_that_untie_are_known() -> None:
+    assert {name for name, transform in TRANSFORMS.items() if transform.unties} == UNTYING
 
 
 def test_products_of_a_token() -> None:
