@@ -45,14 +45,14 @@ class SafetensorsFile:
             with safe_open(str(self.path), framework="pt") as file:
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(self.path, error) from None
+            raise damaged(self.path, error) from None
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 return {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(self.path, error) from None
+            raise damaged(self.path, error) from None
 
 
 class PickleFile:
@@ -63,7 +63,7 @@ class PickleFile:
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        content = _unpickle_tensors(self.path)
+        content = unpickle(self.path)
         if not isinstance(content, Mapping):
             raise SquamataError(f"{self.path}: holds a {type(content).__name__}, not named tensors")
         for name, tensor in content.items():
@@ -78,8 +78,8 @@ class PickleFile:
         return {name: self._tensors[name].detach().contiguous() for name in names}
 
 
-def _unpickle_tensors(path: Path) -> Any:
-    """``torch.load`` limited to tensors; the data stay on disk where the file's form (zip, since 2020) allows it."""
+def unpickle(path: Path) -> Any:
+    """``torch.load`` limited to tensors, numbers and containers; the data stay on disk where the file's form (zip, since 2020) allows it."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -89,10 +89,10 @@ def _unpickle_tensors(path: Path) -> Any:
             f"use a safetensors file instead"
         ) from None
     except Exception as error:  # a hostile or damaged pickle can make the reader fail in any way
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> SquamataError:
+def damaged(path: Path, error: Exception) -> SquamataError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     reason = textwrap.shorten(first, 120, placeholder=" ...")
     return SquamataError(f"{path}: truncated or damaged ({reason}); copy or download it again")
