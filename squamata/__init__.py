@@ -14,7 +14,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("quantize", "load", "evaluate", "generate")
+_VERBS = ("quantize", "load", "evaluate", "generate", "convert")
 
 
 class _Package(ModuleType):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from squamata.errors import SquamataError, nearest
+from squamata.load.tensor_files import read_json
 from squamata.models.config import Epsilon, ModelConfig, Size
 
 Layers = Annotated[int, Field(ge=1, le=2**12)]
@@ -206,6 +208,22 @@ def normalise(config: dict[str, Any], where: str) -> ModelConfig:
         raise SquamataError(f"{where}: {_first_problem(error)}") from None
     except ValueError as error:
         raise SquamataError(f"{where}: {error}") from None
+
+
+def read_own_config(path: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint of ours in which nothing is quantized; SquamataError otherwise."""
+    described = read_json(path)
+    try:
+        recipe = described["quantization_config"]["recipe"]
+        if recipe.get("rules") or recipe.get("transforms"):
+            raise SquamataError(
+                f"{path.parent}: is a Squamata checkpoint already; give the float model it was made from"
+            )
+        low, high = described["model"]["time_step_limit"]
+        limits = (-math.inf if low is None else low, math.inf if high is None else high)
+        return ModelConfig(**(described["model"] | {"time_step_limit": limits}))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise SquamataError(f"{path.parent}: is a Squamata checkpoint already, and {path.name} is damaged") from None
 
 
 def _architecture(config: dict[str, Any], where: str) -> str:

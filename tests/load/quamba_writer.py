@@ -28,14 +28,15 @@ def marlin_tiles(codes: Tensor, rows_of_a_thread: Any) -> Tensor:
     K, N = codes.shape
     packed = torch.zeros(K // 16, 2 * N, dtype=torch.int64)
     for top in range(0, K, 16):
+        words: list[int] = []
         for left in range(0, N, 64):
-            tile = codes[top : top + 16, left : left + 64].long()
+            tile = codes[top : top + 16, left : left + 64].tolist()
             for thread in range(32):
                 for block in range(4):
                     column = 16 * block + thread // 4
-                    held = [tile[row, column + 8 * half] for half in (0, 1) for row in rows_of_a_thread(thread % 4)]
-                    word = sum(int(held[source]) << (4 * place) for place, source in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
-                    packed[top // 16, 2 * left + 4 * thread + block] = word
+                    held = [tile[row][column + 8 * half] for half in (0, 1) for row in rows_of_a_thread(thread % 4)]
+                    words.append(sum(held[source] << (4 * place) for place, source in enumerate((0, 2, 4, 6, 1, 3, 5, 7))))
+        packed[top // 16] = torch.tensor(words)
     return (packed - (packed >> 31 << 32)).to(torch.int32)
 
 
