@@ -13,7 +13,8 @@ from squamata.cli.output import JsonFile, check_json, progress, size, table, wri
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Folder or hub name: Megatron's, Quamba's, or any that can be loaded.")
+        str,
+        typer.Argument(metavar="SOURCE", help="Folder or hub name: Megatron's, Quamba's, or any that can be loaded."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the checkpoint to.")],
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,

@@ -63,7 +63,9 @@ def read_inert(path: Path) -> Any:
     """The content of a zip file of ``torch.save``; tensors stay on disk until they are read."""
     try:
         if not zipfile.is_zipfile(path):
-            raise SquamataError(f"{path}: not a file of torch.save since 2020 (a zip); save it again with a newer torch")
+            raise SquamataError(
+                f"{path}: not a file of torch.save since 2020 (a zip); save it again with a newer torch"
+            )
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("constants.pkl") for name in archive.namelist()):
                 raise SquamataError(f"{path}: refused, because it is a TorchScript program; give a checkpoint")

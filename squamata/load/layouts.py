@@ -196,6 +196,7 @@ _ARCHITECTURES: dict[str, type[ForeignConfig]] = {
     "FalconMambaForCausalLM": HuggingFaceFalconMamba,
     "MambaLMHeadModel": StateSpaces,
 }
+_HYBRIDS = ("Bamba", "FalconH1", "GraniteMoeHybrid", "Jamba", "NemotronH", "Plamo2", "Zamba", "Zamba2", "Hymba")
 _MODEL_TYPES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "falcon_mamba": "FalconMambaForCausalLM"}
 
 
@@ -238,6 +239,8 @@ def _architecture(config: dict[str, Any], where: str) -> str:
         raise SquamataError(
             f"{where}: neither the state-spaces layout (has d_model, n_layer) nor Hugging Face's (has architectures)"
         )
+    if name.startswith(_HYBRIDS):
+        raise SquamataError(f"{where}: '{name}' mixes Mamba with attention; hybrid models are not supported yet")
     if name not in _ARCHITECTURES:
         supported = ", ".join(_ARCHITECTURES)
         raise SquamataError(f"{where}: architecture '{name}' is not supported (supported: {supported})")
@@ -246,6 +249,8 @@ def _architecture(config: dict[str, Any], where: str) -> str:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
+    if problem["loc"][:1] == ("attn_layer_idx",):
+        return f"attn_layer_idx = {str(problem['input'])[:60]} is not supported: hybrid models have no layout here yet"
     key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]
     if problem["type"] == "extra_forbidden":
         return f"'{key}' is not supported{nearest(key.split('.')[-1], SsmCfg.model_fields)}"

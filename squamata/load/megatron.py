@@ -31,9 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def find_megatron_file(folder: Path) -> Path | None:
     """The checkpoint file of a folder in Megatron's layout, or None; SquamataError if there is a choice of several."""
-    found = [
-        path for pattern in ("", "mp_rank_*/", "*/mp_rank_*/") for path in sorted(folder.glob(f"{pattern}{FILE}"))
-    ]
+    found = [path for pattern in ("", "mp_rank_*/", "*/mp_rank_*/") for path in sorted(folder.glob(f"{pattern}{FILE}"))]
     if len(found) < 2:
         return found[0] if found else None
     if len({path.parent.parent for path in found}) == 1:
@@ -74,7 +72,7 @@ def megatron_config(file: MegatronFile) -> ModelConfig:
     shapes, arguments, where = file.shapes(), file.arguments, str(file.path)
     layers = _layers(shapes, where)
     _refuse_options(arguments, where)
-    first = {rest: shape for rest, shape in layers[0].items()}
+    first = layers[0]
     try:
         vocabulary, width = shapes["embedding.word_embeddings.weight"]
         inner, heads = first["mixer.out_proj.weight"][1], first["mixer.A_log"][0]

@@ -7,7 +7,6 @@ W4A8 kernel rounds code * group scale to int8 before its product, ours applies t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

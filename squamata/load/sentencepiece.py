@@ -8,6 +8,7 @@ out in a text (``</s>``) becomes that token, which SentencePiece itself would sp
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     """
     processor, proto = _read(path)
     tokenizer = _assemble(proto, path)
-    for text in PROBES:
+    symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED][:3]
+    for text in (*PROBES, *(probe for symbol in symbols for probe in (f"a {symbol} b{symbol}c", f"x {symbol}"))):
         ours, theirs = tokenizer.encode(text, add_special_tokens=False).ids, processor.encode(text)
         if ours != theirs:
             raise SquamataError(
@@ -76,7 +78,7 @@ def _read(path: Path) -> tuple[Any, Any]:
             f"{path}: reading a SentencePiece model needs two more packages: pip install sentencepiece protobuf"
         ) from None
     try:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
         return sentencepiece.SentencePieceProcessor(model_file=str(path)), proto
     except Exception as error:  # protobuf and sentencepiece have no common base, and raise RuntimeError among others
         raise SquamataError(f"{path}: not a readable SentencePiece model ({str(error).splitlines()[0]})") from None
@@ -99,7 +101,14 @@ def _assemble(proto: Any, path: Path) -> tokenizers.Tokenizer:
     steps: list[Any] = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []
     if normal.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    steps += [normalizers.Prepend(_SPACE)] if normal.add_dummy_prefix else []
+    symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    if normal.add_dummy_prefix:  # symbols are found in the normalized text, and normalized themselves: no prefix there
+        alone = "|".join(map(re.escape, symbols))
+        steps.append(
+            normalizers.Replace(Regex(f"\\A(?!(?:{alone})\\z)(?=.)"), _SPACE)
+            if symbols
+            else normalizers.Prepend(_SPACE)
+        )
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [
@@ -110,7 +119,7 @@ def _assemble(proto: Any, path: Path) -> tokenizers.Tokenizer:
         ]
     )
     tokenizer.add_special_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == CONTROL])
-    tokenizer.add_tokens([AddedToken(p.piece, normalized=False) for p in proto.pieces if p.type == USER_DEFINED])
+    tokenizer.add_tokens([AddedToken(symbol, normalized=True) for symbol in symbols])
     return tokenizer
 
 

@@ -94,7 +94,9 @@ def open_source(path_or_name: str | Path) -> Source:
         config, files = read_own_config(config_file), find_tensors(folder)
         return Source(folder, config, _match(folder, config, files, lambda name: name, own=True), "Squamata")
     if is_quamba_checkpoint(folder):
-        raise SquamataError(f"{folder}: is a Quamba checkpoint, quantized already; give the float model it was made from")
+        raise SquamataError(
+            f"{folder}: is a Quamba checkpoint, quantized already; give the float model it was made from"
+        )
     described = read_json(config_file)
     config = normalise(described, str(config_file))
     files = find_tensors(folder)

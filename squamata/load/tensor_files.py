@@ -79,7 +79,7 @@ class PickleFile:
 
 
 def unpickle(path: Path) -> Any:
-    """``torch.load`` limited to tensors, numbers and containers; the data stay on disk where the file's form (zip, since 2020) allows it."""
+    """``torch.load`` limited to tensors, numbers and containers; data stay on disk if the file is a zip (since 2020)."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

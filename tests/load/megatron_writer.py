@@ -1,4 +1,4 @@
-"""Writes checkpoints in Megatron's layout, as NVIDIA published its Mamba2-8B: pickled weights beside pickled settings."""
+"""Writes checkpoints in Megatron's layout, as NVIDIA published its Mamba2-8B: weights beside pickled settings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def megatron_tensors(tensors: Tensors, fused_norm: bool) -> Tensors:
     return foreign
 
 
-def megatron_content(config: ModelConfig, tensors: Tensors, fused_norm: bool = False, **arguments: Any) -> dict[str, Any]:
+def megatron_content(
+    config: ModelConfig, tensors: Tensors, fused_norm: bool = False, **arguments: Any
+) -> dict[str, Any]:
     """What is pickled: with settings, enumerations, random states and the extra states of Transformer Engine."""
     settings = {"num_layers": config.n_layers, "hidden_size": config.d_model, "normalization": "RMSNorm"}
     settings |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "params_dtype": torch.bfloat16}

@@ -35,7 +35,9 @@ def marlin_tiles(codes: Tensor, rows_of_a_thread: Any) -> Tensor:
                 for block in range(4):
                     column = 16 * block + thread // 4
                     held = [tile[row][column + 8 * half] for half in (0, 1) for row in rows_of_a_thread(thread % 4)]
-                    words.append(sum(held[source] << (4 * place) for place, source in enumerate((0, 2, 4, 6, 1, 3, 5, 7))))
+                    words.append(
+                        sum(held[source] << (4 * place) for place, source in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
+                    )
         packed[top // 16] = torch.tensor(words)
     return (packed - (packed >> 31 << 32)).to(torch.int32)
 
@@ -94,7 +96,7 @@ class QuambaWriter:
     def linear4(self, name: str, theirs: str, s_in: Tensor | None, s_out: Tensor | None = None) -> None:
         """QQQ with an input scale, Marlin without. ``s_out``: () or (N,)."""
         codes, tensor = self.codes(name)
-        rows, columns = codes.shape
+        rows = len(codes)
         multiple = 256 if s_in is None else 64
         values = torch.nn.functional.pad(codes + 8, (0, 0, 0, -rows % multiple)).T
         missing = -rows % multiple

@@ -75,7 +75,8 @@ def assert_same(found: Checkpoint, written: Checkpoint) -> None:
     assert found.config == written.config
     kinds = written.config.blocks
     assert found.recipe.resolve(kinds) == {
-        name: spec.model_copy(update={"scale": type(spec.scale)()}) for name, spec in written.recipe.resolve(kinds).items()
+        name: spec.model_copy(update={"scale": type(spec.scale)()})
+        for name, spec in written.recipe.resolve(kinds).items()
     }
     for name, value in written.tensors.items():
         other = found.tensors[name]
@@ -201,7 +202,7 @@ def test_layers_of_different_precision(tmp_path: Path) -> None:
         read_quamba(tmp_path)
 
 
-LIBRARY_12 = "+-++++++++++ --+-+-+-+-+- +++-++----++ +---+--+-++- +++++-++---- +-+---+--+-+".split()
+LIBRARY_12 = ["+-++++++++++", "--+-+-+-+-+-", "+++-++----++", "+---+--+-++-", "+++++-++----", "+-+---+--+-+"]
 LIBRARY_40 = {
     0: "+-------------------+-------------------",
     1: "++-++----+-+-++++--+++-++----+-+-++++--+",
@@ -301,5 +302,5 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         with pytest.raises(SquamataError, match=message):
             read_quamba(folder)
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(SquamataError, match="no pytorch_model.bin"):
+    with pytest.raises(SquamataError, match=r"no pytorch_model\.bin"):
         read_quamba(folder)
