@@ -39,7 +39,7 @@ class Source:
     folder: Path
     config: ModelConfig
     places: Mapping[str, Place]
-    layout: str
+    layout: str = ""
 
     def names(self) -> list[str]:
         """Our names of all tensors, in file order of our own format."""

@@ -106,7 +106,7 @@ class QuambaWriter:
             scale = torch.nn.functional.pad(tensor.scale.half().T, (0, missing))
             self.state |= {f"{theirs}.scale": permuted(scale, False), f"{theirs}.workspace": torch.zeros(4).int()}
             return
-        channel = tensor.scale.amax(1) * 7.5 / 127
+        channel = tensor.dequantize().abs().amax(1).clamp_min(1e-6) / 127
         group = (tensor.scale / channel[:, None]).half()
         out = torch.ones(rows) if s_out is None else s_out.expand(rows)
         fused = channel / out
