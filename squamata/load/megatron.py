@@ -8,6 +8,7 @@ fused norm and projection was trained.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -46,25 +47,23 @@ def find_megatron_file(folder: Path) -> Path | None:
 class MegatronFile(PickleFile):
     """The weights of a checkpoint file; ``arguments``: what the training was told, where it is plain data."""
 
-    @cached_property
-    def _content(self) -> dict[str, Any]:
+    def _content(self) -> Mapping[str, Any]:
         content = read_inert(self.path)
         if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
             raise SquamataError(f"{self.path}: has no 'model', so this is not a Megatron checkpoint")
-        return dict(content)
+        return content
 
-    @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        stored = {name: value for name, value in self._content["model"].items() if "_extra_state" not in name}
+        stored = {name: value for name, value in self._content()["model"].items() if "_extra_state" not in str(name)}
         for name, value in stored.items():
-            if not isinstance(value, torch.Tensor):
+            if not (isinstance(value, torch.Tensor) and value.layout == torch.strided):
                 raise SquamataError(f"{self.path}: '{name}' is not a plain tensor")
         return stored
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, Any]:
-        given = self._content.get("args")
-        return dict(vars(given)) if given is not None else {}
+        given = self._content().get("args")
+        return dict(vars(given)) if isinstance(given, argparse.Namespace) else {}
 
 
 def megatron_config(file: MegatronFile) -> ModelConfig:

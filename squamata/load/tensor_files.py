@@ -56,13 +56,18 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A ``pytorch_model.bin``: its pickle may build tensors and containers and nothing else."""
+    """A ``pytorch_model.bin``: its pickle may build tensors and containers and nothing else.
+
+    A zip is mapped anew at every ``read``, so that what was read before goes when its tensors go; an older form, which
+    has to be read as a whole, is read once and kept.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._kept: dict[str, torch.Tensor] | None = None
 
-    @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors, checked to be plain ones."""
         content = unpickle(self.path)
         if not isinstance(content, Mapping):
             raise SquamataError(f"{self.path}: holds a {type(content).__name__}, not named tensors")
@@ -71,11 +76,27 @@ class PickleFile:
                 raise SquamataError(f"{self.path}: '{name}' is not a plain tensor; expected named tensors only")
         return dict(content)
 
+    def _loaded(self) -> dict[str, torch.Tensor]:
+        if self._kept is not None:
+            return self._kept
+        tensors = self._tensors()
+        if not zipfile.is_zipfile(self.path):
+            self._kept = tensors
+        return tensors
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._loaded().items()}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        return dict(self._shapes)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self._tensors[name].detach().contiguous() for name in names}
+        tensors = self._loaded()
+        try:
+            return {name: tensors[name].detach().contiguous() for name in names}
+        except KeyError as error:
+            raise SquamataError(f"{self.path}: tensor {error} is gone; the file was changed meanwhile") from None
 
 
 def unpickle(path: Path) -> Any:
