@@ -100,7 +100,7 @@ class PickleFile:
 
 
 def unpickle(path: Path) -> Any:
-    """``torch.load`` limited to tensors, numbers and containers; data stay on disk if the file is a zip (since 2020)."""
+    """``torch.load`` limited to tensors, numbers and containers; the data of a zip (since 2020) stay on disk."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
