@@ -28,9 +28,9 @@ class _Package(ModuleType):
 def __getattr__(name: str) -> Any:
     if name not in _VERBS:
         raise AttributeError(f"module 'squamata' has no attribute '{name}'")
-    from squamata import pipeline
+    from squamata import conversion, pipeline
 
-    return getattr(pipeline, name)
+    return getattr(conversion if name == "convert" else pipeline, name)
 
 
 def __dir__() -> list[str]:

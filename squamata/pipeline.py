@@ -7,7 +7,6 @@ one shard, however many layers the model has.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +36,7 @@ from squamata.kernels.site import Mode, Site
 from squamata.load.hub import resolve
 from squamata.load.quamba import is_quamba_checkpoint, read_quamba
 from squamata.load.random_model import random_tensors
-from squamata.load.sentencepiece import find_sentencepiece_model, write_tokenizer
-from squamata.load.source import Source, is_squamata_checkpoint, open_source
+from squamata.load.source import is_squamata_checkpoint, open_source
 from squamata.load.tokenizer import Tokenizer, check_fits
 from squamata.memory import peak_rss_bytes
 from squamata.models.checkpoint import Checkpoint, under
@@ -57,7 +55,7 @@ from squamata.spec.quant import SITE_PARTS
 from squamata.spec.recipe import Recipe
 from squamata.spec.sites import all_sites
 
-__all__ = ["Conversion", "Quantization", "convert", "evaluate", "generate", "load", "quantize"]
+__all__ = ["Quantization", "evaluate", "generate", "load", "quantize"]
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
@@ -152,77 +150,6 @@ def load(path: str | Path, mode: Mode = "integer") -> Model:
     if tokenizer is not None:
         check_fits(tokenizer, checkpoint.config)
     return Model(checkpoint, mode, tokenizer=tokenizer)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What ``convert`` did. Sizes in bytes, time in seconds; ``tokenizer``: what became of it."""
-
-    layout: str
-    recipe: str
-    architecture: str
-    out: str
-    bytes: int
-    tokenizer: str
-    seconds: float
-    peak_rss_bytes: int
-
-
-def convert(source: str | Path, out: str | Path, force: bool = False, progress: Progress | None = None) -> Conversion:
-    """Write a model of another layout as a checkpoint of ours: the same numbers under our names, a layer at a time.
-
-    ``source``: a float model (state-spaces, Hugging Face, NVIDIA's Megatron) or a checkpoint of Quamba's. What is float
-    stays float, and ``quantize`` takes it. Raises SquamataError for anything the caller can put right.
-    """
-    started = time.perf_counter()
-    folder = resolve(source)
-    if is_squamata_checkpoint(folder):
-        raise SquamataError(f"{folder}: is a Squamata checkpoint already")
-    parts = _quamba_parts(folder) if is_quamba_checkpoint(folder) else _float_parts(open_source(source))
-    layout, config, recipe, record, steps, tensors = parts
-    with CheckpointWriter(Path(out), config, force) as writer, tempfile.TemporaryDirectory() as made:
-        tokenizer_folder, tokenizer = _tokenizer_of(folder, Path(made))
-        for done, some in enumerate(tensors, 1):
-            writer.add(some)
-            if progress:
-                progress(done, steps)
-        writer.publish(describe(config, recipe.to_mapping(), record), tokenizer_folder)
-    seconds = time.perf_counter() - started
-    peak = peak_rss_bytes()
-    return Conversion(layout, recipe.name, config.architecture, str(out), writer.bytes, tokenizer, seconds, peak)
-
-
-Parts = tuple[str, ModelConfig, Recipe, dict[str, Any], int, Iterator[Mapping[str, Value]]]
-
-
-def _float_parts(opened: Source) -> Parts:
-    """Layout, configuration, recipe, record, steps, and the tensors of each step."""
-    layers = [f"layers.{layer}." for layer in range(opened.config.n_layers)]
-    prefixes = ["embedding.", *layers, "final_norm.", "head."]
-    record = {"squamata_version": __version__, "converted_from": opened.layout}
-    tensors = (opened.tensors(prefix) for prefix in prefixes)
-    return opened.layout, opened.config, Recipe.read("float"), record, len(prefixes), tensors
-
-
-def _quamba_parts(folder: Path) -> Parts:
-    checkpoint = read_quamba(folder)
-    record = {"squamata_version": __version__} | checkpoint.provenance
-    both = iter((checkpoint.tensors, checkpoint.site_tensors))
-    return "Quamba", checkpoint.config, checkpoint.recipe, record, 2, both
-
-
-def _tokenizer_of(folder: Path, made: Path) -> tuple[Path, str]:
-    """The folder whose tokenizer the checkpoint gets, and a word on it; a SentencePiece model is converted."""
-    if (folder / "tokenizer.json").is_file():
-        return folder, "copied"
-    model = find_sentencepiece_model(folder)
-    if model is None:
-        return folder, "none found"
-    try:
-        write_tokenizer(model, made)
-    except SquamataError as problem:
-        return folder, f"none: {problem}"
-    return made, f"converted from {model.name}"
 
 
 def evaluate(

@@ -22,10 +22,10 @@ def convert(
 ) -> None:
     """Bring a model of another layout into ours: a float model stays float, a Quamba checkpoint quantized."""
     check_json(json_file)
-    from squamata import pipeline
+    from squamata.conversion import convert as converted
 
     with progress("converting, layer by layer") as advance:
-        result = pipeline.convert(source, out, force, progress=advance)
+        result = converted(source, out, force, progress=advance)
     rows = (
         ("layout", f"{result.layout}, {result.architecture}"),
         ("recipe", result.recipe),

@@ -14,12 +14,13 @@ import torch
 from megatron_writer import megatron_content, megatron_tensors, write_megatron
 from tiny import config_of, float_model, perturbed_tensors, random_ids
 
+from squamata.conversion import convert
 from squamata.errors import SquamataError
 from squamata.load import megatron
 from squamata.load.inert_pickle import Inert, read_inert
 from squamata.load.source import open_source
 from squamata.models.config import SHAPES, ModelConfig, parameter_shapes
-from squamata.pipeline import convert, load, quantize
+from squamata.pipeline import load, quantize
 from squamata.save.read import read_checkpoint
 
 
