@@ -14,7 +14,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("quantize", "load", "evaluate", "generate")
+_VERBS = ("quantize", "load", "evaluate", "generate", "convert")
 
 
 class _Package(ModuleType):
@@ -28,9 +28,9 @@ class _Package(ModuleType):
 def __getattr__(name: str) -> Any:
     if name not in _VERBS:
         raise AttributeError(f"module 'squamata' has no attribute '{name}'")
-    from squamata import pipeline
+    from squamata import conversion, pipeline
 
-    return getattr(pipeline, name)
+    return getattr(conversion if name == "convert" else pipeline, name)
 
 
 def __dir__() -> list[str]:

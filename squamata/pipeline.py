@@ -34,6 +34,7 @@ from squamata.kernels import ops
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Mode, Site
 from squamata.load.hub import resolve
+from squamata.load.quamba import is_quamba_checkpoint, read_quamba
 from squamata.load.random_model import random_tensors
 from squamata.load.source import is_squamata_checkpoint, open_source
 from squamata.load.tokenizer import Tokenizer, check_fits
@@ -142,6 +143,8 @@ def load(path: str | Path, mode: Mode = "integer") -> Model:
     folder = resolve(path)
     if is_squamata_checkpoint(folder):
         checkpoint = read_checkpoint(folder)
+    elif is_quamba_checkpoint(folder):
+        checkpoint = read_quamba(folder)
     else:
         source = open_source(path)
         checkpoint = Checkpoint(source.config, source.tensors(), Recipe.read("float"), folder=source.folder)

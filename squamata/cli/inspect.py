@@ -87,7 +87,10 @@ def _header(name: str, model: LanguageModel) -> dict[str, Any]:
                 f"calibrated on {calibration['samples']} samples, {calibration['tokens']} tokens of a text with "
                 f"sha256 {calibration['sha256'][:12]}..., seed {provenance.get('seed')}"
             )
-        say(f"{drawn}; written by squamata {provenance.get('squamata_version')}")
+        elif "converted_from" in provenance:
+            drawn = f"converted from {provenance['converted_from']}"
+        version = provenance.get("squamata_version")
+        say(drawn + (f"; written by squamata {version}" if version else "; read as it is"))
     named = ", ".join(f"{part} {size(sizes[part])}" for part in ("embedding", "layers", "sites", "total"))
     head = size(sizes["head"]) if sizes["head"] else "tied to the embedding"
     say(f"{named}, head {head}; cache of a sequence {size(sizes['cache'])}\n")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from squamata import __version__
-from squamata.cli import chat, demo, evaluate, generate, hardware, inspect, profile, quantize, recipes
+from squamata.cli import chat, convert, demo, evaluate, generate, hardware, inspect, profile, quantize, recipes
 from squamata.errors import SquamataError
 
 USER_ERROR = 2
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command("quantize")(quantize.quantize)
+app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

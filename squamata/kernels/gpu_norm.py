@@ -13,7 +13,7 @@ from torch import Tensor
 from squamata.kernels.gpu_gemv import INTERPRETED
 from squamata.kernels.gpu_math import let_next_start, to_codes, wait_for_previous
 from squamata.kernels.hadamard import Rotation
-from squamata.kernels.hadamard.matrices import decompose, hadamard_matrix
+from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 GREEDY_PART = 1024  # logits a program
 ROTATE_WARPS = 4
@@ -115,13 +115,11 @@ def plan_rotation(rotation: Rotation | None, size: int, device: torch.device | s
         a, b = _square(part)
         one = torch.ones(1, 1, device=device)
         return RotationPlan(size // part, one, torch.eye(a, device=device), torch.eye(b, device=device), 1.0, False)
-    parts = decompose(rotation.block)
-    assert parts is not None
-    order, power = parts
+    order, power = rotation.parts
     part = next(size for size in (256, 16, 1) if power >= size)
     with torch.device("cpu"):
         rest = hadamard_matrix(power // part)
-        mix = torch.kron(hadamard_matrix(order), rest) if order > 1 else rest
+        mix = torch.kron(rotation.base, rest) if order > 1 else rest
         left, right = (hadamard_matrix(side).to(device) for side in _square(part))
     blocks = rotation.size // rotation.block
     return RotationPlan(blocks, mix.contiguous().to(device), left, right, rotation.block**-0.5, True)

@@ -14,10 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from squamata.errors import SquamataError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SMALL_FILES = ["*.json"]
+_SMALL_FILES = ["*.json", "*.model"]
 _SAFETENSORS = ["model*.safetensors"]
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-_PICKLES = ["pytorch_model*.bin"]
+_PICKLES = ["pytorch_model*.bin", "*/mp_rank_*/model_optim_rng.pt"]
 _HUB_ERRORS: tuple[
     type[Exception], ...
 ] = (  # the client has no common base; its HTTP library's, which differs by version, is among them

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from squamata.errors import SquamataError, nearest
+from squamata.load.tensor_files import read_json
 from squamata.models.config import Epsilon, ModelConfig, Size
 
 Layers = Annotated[int, Field(ge=1, le=2**12)]
@@ -194,6 +196,7 @@ _ARCHITECTURES: dict[str, type[ForeignConfig]] = {
     "FalconMambaForCausalLM": HuggingFaceFalconMamba,
     "MambaLMHeadModel": StateSpaces,
 }
+_HYBRIDS = ("Bamba", "FalconH1", "GraniteMoeHybrid", "Jamba", "NemotronH", "Plamo2", "Zamba", "Zamba2", "Hymba")
 _MODEL_TYPES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "falcon_mamba": "FalconMambaForCausalLM"}
 
 
@@ -208,6 +211,22 @@ def normalise(config: dict[str, Any], where: str) -> ModelConfig:
         raise SquamataError(f"{where}: {error}") from None
 
 
+def read_own_config(path: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint of ours in which nothing is quantized; SquamataError otherwise."""
+    described = read_json(path)
+    try:
+        recipe = described["quantization_config"]["recipe"]
+        if recipe.get("rules") or recipe.get("transforms"):
+            raise SquamataError(
+                f"{path.parent}: is a Squamata checkpoint already; give the float model it was made from"
+            )
+        low, high = described["model"]["time_step_limit"]
+        limits = (-math.inf if low is None else low, math.inf if high is None else high)
+        return ModelConfig(**(described["model"] | {"time_step_limit": limits}))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise SquamataError(f"{path.parent}: is a Squamata checkpoint already, and {path.name} is damaged") from None
+
+
 def _architecture(config: dict[str, Any], where: str) -> str:
     named = config.get("architectures") or []
     if isinstance(named, list) and named:
@@ -220,6 +239,8 @@ def _architecture(config: dict[str, Any], where: str) -> str:
         raise SquamataError(
             f"{where}: neither the state-spaces layout (has d_model, n_layer) nor Hugging Face's (has architectures)"
         )
+    if name.startswith(_HYBRIDS):
+        raise SquamataError(f"{where}: '{name}' mixes Mamba with attention; hybrid models are not supported yet")
     if name not in _ARCHITECTURES:
         supported = ", ".join(_ARCHITECTURES)
         raise SquamataError(f"{where}: architecture '{name}' is not supported (supported: {supported})")
@@ -228,6 +249,8 @@ def _architecture(config: dict[str, Any], where: str) -> str:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
+    if problem["loc"][:1] == ("attn_layer_idx",):
+        return f"attn_layer_idx = {str(problem['input'])[:60]} is not supported: hybrid models have no layout here yet"
     key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]
     if problem["type"] == "extra_forbidden":
         return f"'{key}' is not supported{nearest(key.split('.')[-1], SsmCfg.model_fields)}"

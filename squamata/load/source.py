@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from squamata.errors import SquamataError
 from squamata.load.hub import resolve
-from squamata.load.layouts import foreign_name, foreign_shape, normalise
+from squamata.load.layouts import foreign_name, foreign_shape, normalise, read_own_config
+from squamata.load.megatron import MegatronFile, find_megatron_file, megatron_config, megatron_name
+from squamata.load.quamba import is_quamba_checkpoint
 from squamata.load.tensor_files import TensorFile, find_tensors, read_json
 from squamata.models.config import ModelConfig, parameter_shapes
 
@@ -36,6 +39,7 @@ class Source:
     folder: Path
     config: ModelConfig
     places: Mapping[str, Place]
+    layout: str = ""
 
     def names(self) -> list[str]:
         """Our names of all tensors, in file order of our own format."""
@@ -44,7 +48,7 @@ class Source:
     def fingerprint(self) -> list[tuple[str, int, int]]:
         """Name, size in bytes and time of change (ns) of every file: equal if nobody has touched the checkpoint."""
         files = sorted({place.file.path for place in self.places.values()} | {self.folder / "config.json"})
-        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
 
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """Tensors whose name starts with ``prefix`` (``layers.7.``), shapes as ``parameter_shapes``, dtypes as stored.
@@ -71,7 +75,7 @@ class Source:
         parts = tensor.flatten().split(_ELEMENTS_AT_A_TIME)
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise SquamataError(f"{place.file.path}: tensor '{place.name}' holds NaN or infinity")
-        return tensor.squeeze(1) if name.endswith("conv.weight") else tensor
+        return tensor.squeeze(1) if name.endswith("conv.weight") and tensor.ndim == 3 else tensor
 
 
 def is_squamata_checkpoint(folder: Path) -> bool:
@@ -81,22 +85,39 @@ def is_squamata_checkpoint(folder: Path) -> bool:
 
 
 def open_source(path_or_name: str | Path) -> Source:
-    """Open a float checkpoint in the state-spaces or Hugging Face layout and check it without reading tensor data.
+    """Open a float checkpoint in any known layout and check it without reading tensor data.
 
-    ``path_or_name``: a folder, a hub name ``owner/name``, or ``bundled``. SquamataError names the first file or tensor
-    that is missing, superfluous, misshapen or damaged, or the option that is not supported.
+    ``path_or_name``: a folder, a hub name ``owner/name``, or ``bundled``. The layouts: state-spaces, Hugging Face,
+    Megatron's, and our own where nothing is quantized. SquamataError names the first file or tensor that is missing,
+    superfluous, misshapen or damaged, or the option that is not supported.
     """
     folder = resolve(path_or_name)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise SquamataError(f"{folder}: no config.json, so this is not a model folder")
+        return _open_megatron(folder)
     if is_squamata_checkpoint(folder):
-        raise SquamataError(f"{folder}: is a Squamata checkpoint already; give the float model it was made from")
-    config = normalise(read_json(config_file), str(config_file))
+        config, files = read_own_config(config_file), find_tensors(folder)
+        return Source(folder, config, _match(folder, config, files, lambda name: name, own=True), "Squamata")
+    if is_quamba_checkpoint(folder):
+        raise SquamataError(
+            f"{folder}: is a Quamba checkpoint, quantized already; give the float model it was made from"
+        )
+    described = read_json(config_file)
+    config = normalise(described, str(config_file))
     files = find_tensors(folder)
     config = _settle_head(config, files)
-    places = _match(folder, config, files)
-    return Source(folder, config, places)
+    places = _match(folder, config, files, lambda name: foreign_name(name, config, files))
+    return Source(folder, config, places, "state-spaces" if "d_model" in described else "Hugging Face")
+
+
+def _open_megatron(folder: Path) -> Source:
+    path = find_megatron_file(folder)
+    if path is None:
+        raise SquamataError(f"{folder}: no config.json, so this is not a model folder")
+    file = MegatronFile(path)
+    config, files = megatron_config(file), dict.fromkeys(file.shapes(), cast(TensorFile, file))
+    held = file.shapes()
+    return Source(folder, config, _match(folder, config, files, lambda name: megatron_name(name, held)), "Megatron")
 
 
 def _settle_head(config: ModelConfig, files: dict[str, TensorFile]) -> ModelConfig:
@@ -117,20 +138,26 @@ def _same(file: TensorFile, name: str, other_file: TensorFile, other_name: str) 
     return torch.equal(file.read([name])[name], other_file.read([other_name])[other_name])
 
 
-def _match(folder: Path, config: ModelConfig, files: dict[str, TensorFile]) -> dict[str, Place]:
-    """Pair our tensors with those of the files; SquamataError at the first that is missing, misshapen or extra."""
+def _match(
+    folder: Path, config: ModelConfig, files: dict[str, TensorFile], named: Callable[[str], str], own: bool = False
+) -> dict[str, Place]:
+    """Pair our tensors with those of the files; SquamataError at the first that is missing, misshapen or extra.
+
+    ``named``: the name in the files of one of ours. ``own``: shapes are ours too.
+    """
     shapes = {file.path: file.shapes() for file in set(files.values())}
+    asks = "config.json" if (folder / "config.json").is_file() else "the rest of the file"
     places: dict[str, Place] = {}
     for name, shape in parameter_shapes(config).items():
-        theirs, expected = foreign_name(name, config, files), foreign_shape(name, shape)
+        theirs, expected = named(name), shape if own else foreign_shape(name, shape)
         if theirs not in files:
-            raise SquamataError(f"{folder}: tensor '{theirs}' is missing from the weights (config.json asks for it)")
+            raise SquamataError(f"{folder}: tensor '{theirs}' is missing from the weights ({asks} asks for it)")
         stored = shapes[files[theirs].path][theirs]
         if stored != expected:
-            sizes = f"has shape {list(stored)}, config.json asks for {list(expected)}"
+            sizes = f"has shape {list(stored)}, {asks} asks for {list(expected)}"
             raise SquamataError(f"{files[theirs].path}: tensor '{theirs}' {sizes}")
         places[name] = Place(files[theirs], theirs)
     extra = sorted(files.keys() - {place.name for place in places.values()})
     if extra:
-        raise SquamataError(f"{files[extra[0]].path}: tensor '{extra[0]}' has no place in a model of this config.json")
+        raise SquamataError(f"{files[extra[0]].path}: tensor '{extra[0]}' has no place in a model of this {asks}")
     return places

@@ -45,25 +45,30 @@ class SafetensorsFile:
             with safe_open(str(self.path), framework="pt") as file:
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(self.path, error) from None
+            raise damaged(self.path, error) from None
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 return {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(self.path, error) from None
+            raise damaged(self.path, error) from None
 
 
 class PickleFile:
-    """A ``pytorch_model.bin``: its pickle may build tensors and containers and nothing else."""
+    """A ``pytorch_model.bin``: its pickle may build tensors and containers and nothing else.
+
+    A zip is mapped anew at every ``read``, so that what was read before goes when its tensors go; an older form, which
+    has to be read as a whole, is read once and kept.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._kept: dict[str, torch.Tensor] | None = None
 
-    @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        content = _unpickle_tensors(self.path)
+        """All tensors, checked to be plain ones."""
+        content = unpickle(self.path)
         if not isinstance(content, Mapping):
             raise SquamataError(f"{self.path}: holds a {type(content).__name__}, not named tensors")
         for name, tensor in content.items():
@@ -71,15 +76,31 @@ class PickleFile:
                 raise SquamataError(f"{self.path}: '{name}' is not a plain tensor; expected named tensors only")
         return dict(content)
 
+    def _loaded(self) -> dict[str, torch.Tensor]:
+        if self._kept is not None:
+            return self._kept
+        tensors = self._tensors()
+        if not zipfile.is_zipfile(self.path):
+            self._kept = tensors
+        return tensors
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._loaded().items()}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        return dict(self._shapes)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self._tensors[name].detach().contiguous() for name in names}
+        tensors = self._loaded()
+        try:
+            return {name: tensors[name].detach().contiguous() for name in names}
+        except KeyError as error:
+            raise SquamataError(f"{self.path}: tensor {error} is gone; the file was changed meanwhile") from None
 
 
-def _unpickle_tensors(path: Path) -> Any:
-    """``torch.load`` limited to tensors; the data stay on disk where the file's form (zip, since 2020) allows it."""
+def unpickle(path: Path) -> Any:
+    """``torch.load`` limited to tensors, numbers and containers; the data of a zip (since 2020) stay on disk."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -89,10 +110,10 @@ def _unpickle_tensors(path: Path) -> Any:
             f"use a safetensors file instead"
         ) from None
     except Exception as error:  # a hostile or damaged pickle can make the reader fail in any way
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> SquamataError:
+def damaged(path: Path, error: Exception) -> SquamataError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     reason = textwrap.shorten(first, 120, placeholder=" ...")
     return SquamataError(f"{path}: truncated or damaged ({reason}); copy or download it again")

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from squamata.errors import SquamataError
+from squamata.load.sentencepiece import find_sentencepiece_model
 from squamata.load.tensor_files import read_json
 from squamata.models.config import ModelConfig
 
@@ -39,6 +40,10 @@ class Tokenizer:
     def read(cls, folder: Path) -> Tokenizer:
         """Read ``tokenizer.json`` and the names of its special tokens; SquamataError if it is missing or damaged."""
         path = folder / "tokenizer.json"
+        if not path.is_file() and find_sentencepiece_model(folder):
+            raise SquamataError(
+                f"{folder}: has a SentencePiece model but no tokenizer.json; 'squamata convert' makes a folder with one"
+            )
         if not path.is_file():
             raise SquamataError(
                 f"{folder}: no tokenizer.json; copy the tokenizer the model was trained with into this folder "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from squamata.errors import SquamataError
 from squamata.kernels.hadamard import Rotation
-from squamata.kernels.hadamard.matrices import decompose
+from squamata.kernels.hadamard.matrices import FAMILIES, decompose
 from squamata.kernels.linear import Linear
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value, as_float
@@ -50,7 +50,10 @@ class OptionalTensor(NamedTuple):
     left_by: str = ""
 
 
-ROTATION = {"mixer.rotation": OptionalTensor((2,), torch.int64, left_by="hadamard")}
+ROTATION = {
+    "mixer.rotation": OptionalTensor((2,), torch.int64, left_by="hadamard"),
+    "mixer.rotation_family": OptionalTensor((1,), torch.int64),  # whose matrices, place in FAMILIES; absent: 0, our own
+}
 
 OwnCache = TypeVar("OwnCache", bound=LayerCache)
 
@@ -120,12 +123,16 @@ class Block(ABC, Generic[OwnCache]):
         if "rotation" not in self._mixer:
             return None
         values, inner = as_float(self._mixer["rotation"]).tolist(), self.config.d_inner
+        number = int(as_float(self._mixer["rotation_family"])[0]) if "rotation_family" in self._mixer else 0
+        family = FAMILIES[number] if 0 <= number < len(FAMILIES) else None
         match values:
-            case [int(size), int(block)] if size == inner and block >= 1 and size % block == 0 and decompose(block):
-                return Rotation(size, block)
+            case [int(size), int(block)] if (
+                family and size == inner and block >= 1 and size % block == 0 and decompose(block, family)
+            ):
+                return Rotation(size, block, family)
         raise SquamataError(
-            f"tensor 'mixer.rotation' holds {values}: expected the inner size {inner} and a block that divides it and "
-            f"has a Hadamard matrix; the checkpoint is damaged, quantize the model again"
+            f"tensor 'mixer.rotation' holds {values} (family {number}): expected the inner size {inner} and a block "
+            f"that divides it and has a Hadamard matrix; the checkpoint is damaged, quantize the model again"
         )
 
 

@@ -23,7 +23,6 @@ from squamata.kernels.decode.cpu import (
     StateSitePlan,
 )
 from squamata.kernels.hadamard import Rotation
-from squamata.kernels.hadamard.matrices import base_matrix, decompose
 from squamata.kernels.landing import share_threads
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import QTensor, Value, as_float
@@ -215,11 +214,7 @@ def _convolution(block: Mamba1 | Mamba2) -> tuple[ConvolutionPlan, bool]:
 def _rotation(rotation: Rotation | None) -> RotationPlan | None:
     if rotation is None:
         return None
-    parts = decompose(rotation.block)
-    assert parts is not None
-    order, power = parts
-    matrix = _floats(base_matrix(order)) if order > 1 else np.ones((1, 1), np.float32)
-    return RotationPlan(rotation.size, power, matrix)
+    return RotationPlan(rotation.size, rotation.parts[1], _floats(rotation.base))
 
 
 def _linear(layer: Linear, site: Site) -> list[packing.PackedLinear]:

@@ -42,6 +42,22 @@ def test_fast_rotation_is_the_product_with_the_matrix(width: int) -> None:
     assert (rotate(x, rotation) - expected).abs().max() <= 1e-12 * width**0.5
 
 
+@pytest.mark.parametrize("width", [12, 40, 64, 384, 640, 1536, 5120])
+def test_the_matrices_of_another_library(width: int) -> None:
+    """Order 40 instead of 20: what is rotated by one family is not undone by the other, unless 2^k."""
+    rotation = Rotation(width, width, "fast-hadamard-transform")
+    x = torch.randn(3, width, dtype=torch.float64)
+    matrix = hadamard_matrix(width, "fast-hadamard-transform").double()
+    assert torch.equal(matrix @ matrix.T, width * torch.eye(width, dtype=torch.float64))
+    expected = x @ matrix.T / width**0.5
+    assert (rotate(x, rotation) - expected).abs().max() <= 1e-12 * width**0.5
+    assert torch.equal(rotate(x, rotation), rotate(x, Rotation.of_size(width))) == (width == 64)
+    out = Site("out", Layout(("channel",), (width,)))
+    with use_backend("cpu"):
+        found = hadamard(x.float(), rotation, out)
+    assert isinstance(found, torch.Tensor) and (found - expected).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("width", "block"), [(3, 1), (74, 2), (66, 2), (96 * 3, 96), (48 * 11, 48), (720, 80), (9 * 128, 384)]
 )

@@ -20,6 +20,7 @@ from squamata.kernels.gpu_gemv import INTERPRETED, Landing, choose_shape, gemv
 from squamata.kernels.gpu_norm import RowSite, plan_rotation, rotate
 from squamata.kernels.gpu_tiles import Format, tile_linear
 from squamata.kernels.hadamard import Rotation
+from squamata.kernels.hadamard.matrices import FAMILIES, Family
 from squamata.kernels.hadamard.ref import rotate as rotate_reference
 from squamata.kernels.linear import Linear
 from squamata.kernels.packing import pack_int4
@@ -104,10 +105,11 @@ def test_rows_land_on_their_own_grids_and_in_the_ring() -> None:
     assert (codes.cpu()[:, 8:24] == 99).all() and (slots.cpu()[:3] == 99).all() and values.cpu()[:, :32].isnan().all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [8, 64, 96, 512, 640])
-def test_rotation_agrees_with_the_butterflies(size: int) -> None:
+def test_rotation_agrees_with_the_butterflies(size: int, family: Family) -> None:
     y = torch.randn(2, size, generator=torch.Generator().manual_seed(size))
-    rotation = Rotation.of_size(size)
+    rotation = Rotation(size, size, family)
     out = torch.full((2, size), float("nan"), device=DEVICE)
     plan = plan_rotation(rotation, size, DEVICE)
     rotate(y.to(DEVICE), None, 0.0, 1, plan, RowSite(), RowSite(), out, pdl=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from squamata.kernels.dispatch import operation
-from squamata.kernels.hadamard.matrices import decompose
+from squamata.kernels.hadamard.matrices import Family, base_matrix, decompose
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
 
@@ -18,6 +18,19 @@ class Rotation:
 
     size: int
     block: int
+    family: Family = "own"
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """(m, 2^k): a block is rotated by H_m (x) H_{2^k}."""
+        parts = decompose(self.block, self.family)
+        assert parts is not None
+        return parts
+
+    @property
+    def base(self) -> Tensor:
+        """H_m, float32 (m, m)."""
+        return base_matrix(self.parts[0], self.family)
 
     @classmethod
     def of_size(cls, size: int) -> Rotation:

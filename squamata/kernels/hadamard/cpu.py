@@ -9,7 +9,7 @@ from torch import Tensor
 
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.butterflies import LINE, transform_lines
-from squamata.kernels.hadamard.matrices import base_matrix, decompose
+from squamata.kernels.hadamard.matrices import base_matrix
 from squamata.kernels.landing import FLOAT, array, landing, read_row, readable, source, write_whole_row
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
@@ -22,10 +22,10 @@ def accepts(y: Tensor, rotation: Rotation | None, out: Site) -> bool:
 def run(y: Tensor, rotation: Rotation | None, out: Site) -> Value:
     where = landing(out, *y.shape, per_token=True)
     rows = y.shape[:-1].numel()
-    order, power = (1, 1) if rotation is None else decompose(rotation.block) or (1, 1)
+    power, base = (1, base_matrix(1)) if rotation is None else (rotation.parts[1], rotation.base)
     scale = 1.0 if rotation is None else rotation.block**-0.5
     parts = min(rows, 4 * numba.get_num_threads())
-    _rotate_rows(source(y), array(base_matrix(order)), power, np.float32(scale), where.target, rows, parts)
+    _rotate_rows(source(y), array(base), power, np.float32(scale), where.target, rows, parts)
     return where.value()
 
 

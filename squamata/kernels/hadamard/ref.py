@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.hadamard import Rotation
-from squamata.kernels.hadamard.matrices import base_matrix, decompose
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
 
@@ -17,9 +16,7 @@ def run(y: Tensor, rotation: Rotation | None, out: Site) -> Value:
 
 def rotate(y: Tensor, rotation: Rotation) -> Tensor:
     """y H^T / sqrt(block), block by block along the last axis."""
-    parts = decompose(rotation.block)
-    assert parts is not None
-    order, power = parts
+    order, power = rotation.parts
     x = y.reshape(-1, order, power)
     width = 1
     while width < power:
@@ -28,5 +25,5 @@ def rotate(y: Tensor, rotation: Rotation) -> Tensor:
         width *= 2
     x = x.reshape(-1, order, power)
     if order > 1:
-        x = base_matrix(order).to(x) @ x
+        x = rotation.base.to(x) @ x
     return (x * rotation.block**-0.5).reshape(y.shape)
