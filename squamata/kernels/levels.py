@@ -81,7 +81,7 @@ def of_tokens(x: Tensor, grid: Grid, spec: QuantSpec) -> Grid:
 def _interpolated(x: Tensor, y: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """The table's inverse, linear between levels: rounding it gives the nearest level."""
     fine, _ = tables(spec.codec, spec.bits, x.device)
-    below = (torch.searchsorted(fine, y, right=True) - 1).clamp_max(len(fine) - 2)
+    below = (torch.searchsorted(fine, y.contiguous(), right=True) - 1).clamp_max(len(fine) - 2)
     between = (y - fine[below]) / (fine[below + 1] - fine[below])
     return round_codes(below + between, spec.rounding).clamp_max(len(fine) - 1)
 
