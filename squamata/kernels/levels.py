@@ -56,6 +56,16 @@ def decode(codes: Tensor, scale: Tensor, second: Tensor | None, spec: QuantSpec,
     return values
 
 
+def beyond(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    """Values farther than half the last step from the outermost level."""
+    fine, coarse = tables(spec.codec, spec.bits, x.device)
+    _, high = outermost(grid.scale, grid.second, spec)
+    step = (fine[-1] - fine[-2]) * grid.scale
+    if coarse is not None and grid.second is not None:
+        step = step + (coarse[-1] - coarse[-2]) * grid.second
+    return x.abs() > high + step / 2
+
+
 def outermost(scale: Tensor, second: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Smallest and largest value that the groups can represent."""
     fine, coarse = tables(spec.codec, spec.bits, scale.device)
