@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from squamata import __version__
-from squamata.cli import chat, demo, evaluate, generate, inspect, profile, quantize, recipes
+from squamata.cli import chat, demo, evaluate, generate, hardware, inspect, profile, quantize, recipes
 from squamata.errors import SquamataError
 
 USER_ERROR = 2
@@ -28,6 +28,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("profile")(profile.profile)
+app.command("hardware")(hardware.hardware)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.app, name="recipes")
 

@@ -121,7 +121,9 @@ def check(
     recipe = Recipe.read(file)
     transform.check(recipe)
     check_weight_quantizer(recipe)
-    deepest = max((layer for rule in recipe.rules for layer in rule.layers or ()), default=0)
+    deepest = max(
+        (layer if layer >= 0 else -layer - 1 for rule in recipe.rules for layer in rule.layers or ()), default=0
+    )
     found: dict[str, dict[str, int]] = {}
     for kind in recipe.architectures:
         specs = recipe.resolve((kind,) * (deepest + 1))

@@ -60,7 +60,7 @@ class Partition:
     @property
     def _index(self) -> Tensor | None:
         if self.granularity.ragged and self.index is None:
-            raise SquamataError(f"granularity '{self.granularity}' needs an index, which no transform here has made")
+            raise SquamataError(f"granularity '{self.granularity}' needs an index map: add the transform 'reorder'")
         return self.layout.segment_index() if "segment" in self.granularity.axes else self.index
 
     def shape(self) -> tuple[int, ...]:

@@ -115,6 +115,27 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def site_sizes(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Sizes of the feature axes of every activation and state site of a kind of layer, by the site's name in it."""
+    D, E, N, R = config.d_model, config.d_inner, config.d_state, config.dt_rank
+    if kind == "mamba1":
+        inner = dict.fromkeys(("x", "z", "u", "u_proj", "dt", "y", "out"), (E,))
+        return {"in": (D,), "dt_low": (R,), "B": (N,), "C": (N,), "state": (E, N), **inner}
+    G, H, P = config.n_groups, config.n_heads, config.head_dim
+    heads = dict.fromkeys(("z", "x", "u", "y"), (H, P))
+    groups = dict.fromkeys(("B", "C", "B_conv", "C_conv"), (G, N))
+    return {"in": (D,), "dt": (H,), "state": (H, P, N), "out": (E,), **heads, **groups}
+
+
+def segments(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Rows of the fused tensors of a kind of layer, by what they are for."""
+    E, N, R = config.d_inner, config.d_state, config.dt_rank
+    if kind == "mamba1":
+        return {"in_proj": (E, E), "x_proj": (R, N, N)}  # rows: x, z; dt_low, B, C
+    GN = config.n_groups * N
+    return {"in_proj": (E, E, GN, GN, config.n_heads), "conv": (E, GN, GN)}  # rows: z, x, B, C, dt; x, B, C
+
+
 def _mamba1_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     D, E, N, R = config.d_model, config.d_inner, config.d_state, config.dt_rank
     return {

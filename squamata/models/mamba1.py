@@ -13,7 +13,7 @@ from squamata.kernels.conv_selective_scan import SelectiveScanLayer
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
 from squamata.models.block import ROTATION, Block, OptionalTensor, ScanCache
-from squamata.models.config import ModelConfig
+from squamata.models.config import ModelConfig, segments, site_sizes
 
 
 class Mamba1(Block[ScanCache]):
@@ -40,14 +40,11 @@ class Mamba1(Block[ScanCache]):
 
     @staticmethod
     def site_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        D, E, N, R = config.d_model, config.d_inner, config.d_state, config.dt_rank
-        inner = dict.fromkeys(("x", "z", "u", "u_proj", "dt", "y", "out"), (E,))
-        return {"in": (D,), "dt_low": (R,), "B": (N,), "C": (N,), "state": (E, N), **inner}
+        return site_sizes("mamba1", config)
 
     @staticmethod
     def segments(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        E, N, R = config.d_inner, config.d_state, config.dt_rank
-        return {"in_proj": (E, E), "x_proj": (R, N, N)}  # rows: x, z; dt_low, B, C
+        return segments("mamba1", config)
 
     @classmethod
     def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:

@@ -15,7 +15,7 @@ from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan import HeadLayout
 from squamata.models.block import ROTATION, Block, OptionalTensor, ScanCache
-from squamata.models.config import ModelConfig
+from squamata.models.config import ModelConfig, segments, site_sizes
 
 
 class Mamba2(Block[ScanCache]):
@@ -48,22 +48,11 @@ class Mamba2(Block[ScanCache]):
 
     @staticmethod
     def site_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        D, E, N, G, H, P = (
-            config.d_model,
-            config.d_inner,
-            config.d_state,
-            config.n_groups,
-            config.n_heads,
-            config.head_dim,
-        )
-        heads = dict.fromkeys(("z", "x", "u", "y"), (H, P))
-        groups = dict.fromkeys(("B", "C", "B_conv", "C_conv"), (G, N))
-        return {"in": (D,), "dt": (H,), "state": (H, P, N), "out": (E,), **heads, **groups}
+        return site_sizes("mamba2", config)
 
     @staticmethod
     def segments(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        E, GN = config.d_inner, config.n_groups * config.d_state
-        return {"in_proj": (E, E, GN, GN, config.n_heads), "conv": (E, GN, GN)}  # rows: z, x, B, C, dt; x, B, C
+        return segments("mamba2", config)
 
     @classmethod
     def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:

@@ -15,19 +15,19 @@ from squamata.kernels.packing import pack_int4
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import encode
-from squamata.scales.statistics import Statistics
+from squamata.scales.gram import Gram
 from squamata.spec.quant import QuantSpec
 
 BLOCK = 2**24  # elements that are float32 at a time
 
 
-def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics: Statistics | None = None) -> QTensor:
+def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics: Gram | None = None) -> QTensor:
     """The nearest code of every element, with the scale that the spec's strategy finds in the tensor itself.
 
     Needs the int8 codes and a few float32 copies of ``BLOCK`` elements beside the weight; of a quantile over more
     than a row, copies of the whole.
     """
-    found = _scales(weight, spec, layout)
+    found = find_scales(weight, spec, layout)
     scale, second = (None if part is None else Partition(spec.granularity, layout).expand(part) for part in found)
     assert scale is not None
     codes = torch.empty(weight.shape, dtype=torch.int8)
@@ -41,7 +41,7 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics
     return pack(QTensor(codes, scale, spec, second))
 
 
-def _scales(weight: Tensor, spec: QuantSpec, layout: Layout) -> tuple[Tensor, Tensor | None]:
+def find_scales(weight: Tensor, spec: QuantSpec, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """Scale and second number, stored form: a block of rows at a time where no scale serves two rows."""
     partition = Partition(spec.granularity, layout)
     varies = bool(spec.granularity.group) or partition.kept[0]

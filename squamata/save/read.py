@@ -33,6 +33,7 @@ _DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
+ALIGNMENT = 64  # bytes: a cache line, and what torch gives its own tensors
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Signature = tuple[tuple[int, ...] | None, torch.dtype | None]  # shape, dtype; None: any shape, any float
@@ -126,7 +127,16 @@ def _signatures(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | No
 
 def _load(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The same values where a float product sums them in the order it uses for any other tensor.
+
+    A tensor of a mapped file begins where the one before it ends, and BLAS libraries choose their order of summation
+    by the address: the logits would differ in the last bits from those of the model that was saved.
+    """
+    return tensor.clone() if tensor.is_floating_point() and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Signature]:

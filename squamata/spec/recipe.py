@@ -15,8 +15,8 @@ YAML form::
       - {site: "*.mixer.u", spec: float, layers: [0, 11], architectures: [mamba2]}
       - {site: "*.mixer.*", spec: int8, kind: activation}
 
-``*.mixer.*`` without a ``kind`` (activation, state, weight or parameter) also matches the state, the weights and small
-parameters such as ``conv.weight``, ``A_log`` and ``dt_bias``.
+``layers``: by number, from the end if negative. ``*.mixer.*`` without a ``kind`` (activation, state, weight or
+parameter) also matches the state, the weights and small parameters such as ``conv.weight``, ``A_log`` and ``dt_bias``.
 
 A recipe that extends another has its own ``name`` and ``description``. Its rules come after the parent's, whose named
 specs it may use (a name that it gives again changes nothing in the parent's rules); of ``calibration`` it says only
@@ -73,11 +73,12 @@ class Rule(Data):
             return False
         return self.kind in (None, info.kind) and fnmatchcase(site, self.site)
 
-    def matches(self, site: str, info: SiteInfo, architecture: str) -> bool:
-        """True if the rule speaks of this full site name in a layer of this architecture."""
-        if self.architectures is not None and architecture not in self.architectures:
+    def matches(self, site: str, info: SiteInfo, blocks: tuple[str, ...]) -> bool:
+        """True if the rule speaks of this full site name in a model whose layers are of these kinds."""
+        layer = int(site.split(".")[1]) if site.startswith("layers.") else None
+        if self.architectures is not None and blocks[layer or 0] not in self.architectures:
             return False
-        if self.layers is not None and (not site.startswith("layers.") or int(site.split(".")[1]) not in self.layers):
+        if self.layers is not None and (layer is None or not {layer, layer - len(blocks)} & set(self.layers)):
             return False
         return self.names(site, info)
 
@@ -109,6 +110,15 @@ class Named(Data):
 
 
 NamedField = Annotated[Named, BeforeValidator(_named_parameters)]
+
+
+_ROWS = {"granularity": "channel"}
+_GROUPS = {"granularity": "group(128)", "full_range": True, "scale_dtype": "float16"}
+TABLE_FORMATS: dict[str, dict[str, Any]] = {  # of the embedding, a row of which is read alone, and of the head
+    "float": {"embedding.weight": "float", "head.*": "float"},
+    "int8": {"embedding.weight": {"bits": 8} | _ROWS, "head.weight": {"bits": 8} | _ROWS},
+    "int4": {"embedding.weight": {"bits": 4} | _ROWS, "head.weight": {"bits": 4} | _GROUPS},
+}
 
 
 class Recipe(Data):
@@ -149,6 +159,17 @@ class Recipe(Data):
             raise SquamataError(f"calibration: {_first_problem(error)}") from None
         return self.model_copy(update={"calibration": changed})
 
+    def with_tables(self, embedding: str | None = None, head: str | None = None) -> Recipe:
+        """The same with another format (``TABLE_FORMATS``) for the embedding or the head; None: as it is."""
+        rules = []
+        for table, wanted in (("embedding", embedding), ("head", head)):
+            if wanted is not None and wanted not in TABLE_FORMATS:
+                raise SquamataError(f"no {table} format '{wanted}'{nearest(wanted, TABLE_FORMATS)}")
+            for site, spec in TABLE_FORMATS[wanted].items() if wanted else ():
+                if site.startswith(table):
+                    rules.append(Rule.model_validate({"site": site, "spec": spec}))
+        return self.model_copy(update={"rules": (*self.rules, *rules)})
+
     def to_mapping(self) -> dict[str, Any]:
         """The resolved recipe as plain data: what a checkpoint stores."""
         return self.model_dump(mode="json", exclude_defaults=True) | {"name": self.name}
@@ -161,8 +182,7 @@ class Recipe(Data):
         chosen: dict[str, QuantSpec] = {}
         infos = all_sites(blocks)
         for site, info in infos.items():
-            architecture = blocks[int(site.split(".")[1])] if site.startswith("layers.") else blocks[0]
-            matching = [rule for rule in self.rules if rule.matches(site, info, architecture)]
+            matching = [rule for rule in self.rules if rule.matches(site, info, blocks)]
             if matching and matching[-1].spec is not None:
                 chosen[site] = matching[-1].spec
         for site, spec in chosen.items():
@@ -172,7 +192,7 @@ class Recipe(Data):
             if not any(rule.names(site, info) for site, info in everywhere):
                 what = f" and is of kind {rule.kind}" if rule.kind else ""
                 raise SquamataError(f"recipe {self.name}: no site matches '{rule.site}'{what}")
-            if beyond := [layer for layer in rule.layers or () if not 0 <= layer < len(blocks)]:
+            if beyond := [layer for layer in rule.layers or () if not -len(blocks) <= layer < len(blocks)]:
                 problem = f"the rule for '{rule.site}' speaks of layer {beyond[0]}"
                 raise SquamataError(f"recipe {self.name}: {problem}, the model has layers 0 to {len(blocks) - 1}")
         return chosen

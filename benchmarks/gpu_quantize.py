@@ -1,0 +1,91 @@
+"""Quantization on a GPU: seconds and peak memory of a whole recipe on random weights of a named shape.
+
+    python benchmarks/gpu_quantize.py --shape mamba2-2.7b --recipe quamba2-w4a8 --samples 512 --length 512
+
+Checked first: on the bundled model the CPU and the GPU give the same codes but for ties (printed, at most 1e-3).
+The result is made layer by layer and dropped; writing it is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from squamata.kernels.qtensor import QTensor
+from squamata.load.hub import bundled
+from squamata.load.source import open_source
+from squamata.models.config import SHAPES
+from squamata.pipeline import QuantizedParts, RandomSource
+from squamata.spec.recipe import Recipe
+
+
+def differing(recipe: Recipe) -> float:
+    """Fraction of the weight codes of the bundled model in which CPU and GPU differ."""
+    source = open_source(bundled())
+    ids = torch.randint(source.config.vocab_size, (8, 256), generator=torch.Generator().manual_seed(0))
+    made = []
+    for device in ("cpu", "cuda"):
+        parts = QuantizedParts(source, recipe, [ids], device)
+        made.append({name: value for part in parts.each() for name, value in part.items()})
+    different = total = 0
+    for name, value in made[0].items():
+        other = made[1][name]
+        if isinstance(value, QTensor) and isinstance(other, QTensor):
+            different += int((value.codes() != other.codes().cpu()).sum())
+            total += value.codes().numel()
+    return different / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="mamba2-2.7b", choices=sorted(SHAPES))
+    parser.add_argument("--recipe", default="quamba2-w4a8")
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    recipe, config = Recipe.read(arguments.recipe), SHAPES[arguments.shape]
+    apart = differing(recipe)
+    print(f"codes in which GPU and CPU differ, bundled model: {apart:.2e}", flush=True)
+    if apart > 1e-3:
+        raise SystemExit("GPU and CPU disagree: nothing is timed")
+    ids = torch.randint(config.vocab_size, (arguments.samples, arguments.length))
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    reading = 0.0
+    parts = QuantizedParts(RandomSource(config), recipe, list(ids.split(arguments.batch)), "cuda")
+    tensors_of = parts.source.tensors
+
+    def timed(prefix: str = "") -> dict[str, torch.Tensor]:
+        nonlocal reading
+        begun = time.perf_counter()
+        found = tensors_of(prefix)
+        reading += time.perf_counter() - begun
+        return found
+
+    object.__setattr__(parts.source, "tensors", timed)  # making random weights is not quantization
+    marks = []
+    for _ in parts.each():
+        torch.cuda.synchronize()
+        marks.append(time.perf_counter() - started - reading)
+        if len(marks) in (2, 3, 9):
+            print(f"{len(marks)} parts: {marks[-1]:.1f} s", flush=True)
+    result = {
+        "shape": arguments.shape, "recipe": arguments.recipe, "tokens": ids.numel(), "seconds": marks[-1],
+        "seconds_a_layer": (marks[-2] - marks[1]) / max(1, len(marks) - 3), "making_random_weights_seconds": reading,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(), "device": torch.cuda.get_device_name(),
+        "codes_differing_from_cpu": apart,
+    }  # fmt: skip
+    print(json.dumps(result, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
