@@ -13,7 +13,7 @@ from torch import Tensor
 
 from squamata.evaluate.size import tensor_bytes
 from squamata.evaluate.windows import Progress, Window, batches, cut, tokenizer_of
-from squamata.kernels.codec import round_codes
+from squamata.kernels.codec import CODECS
 from squamata.kernels.partition import Partition
 from squamata.kernels.qtensor import QTensor, as_float
 from squamata.kernels.site import Site, observing
@@ -209,9 +209,5 @@ def _observed_windows(model: LanguageModel, windows: Sequence[Window]) -> Iterat
 def _count(site: Site, x: Tensor, count: list[int]) -> None:
     """Add (values beyond the codes, values) to ``count``."""
     assert site.spec is not None
-    smallest, largest = site.spec.code_range
-    _, inverse, zero = site.expanded()
-    codes = round_codes(x.float() * inverse, site.spec.rounding)
-    codes = codes if zero is None else codes + zero
-    count[0] += int(((codes < smallest) | (codes > largest)).sum())
-    count[1] += codes.numel()
+    count[0] += int(CODECS[site.spec.codec].beyond(x, site.grid(x), site.spec).sum())
+    count[1] += x.numel()

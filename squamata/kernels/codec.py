@@ -20,6 +20,7 @@ __all__ = ["CODECS", "Codec", "Grid", "range_to_scale", "round_codes"]
 class Codec:
     """``encode(x, grid, spec)``: float -> codes, still in float, with a straight-through gradient.
     ``decode(codes, scale, second, spec, dtype)``: codes (zero point already taken off) -> values.
+    ``beyond(x, grid, spec)``: which values lie outside what the codes reach, by more than rounding would.
 
     A group has a scale, and a second number if ``QuantSpec.second`` names one: what it means is the codec's business.
     ``fit(scale, largest, spec)``: the second number of groups whose threshold gave the scale and whose largest |x| is
@@ -28,6 +29,7 @@ class Codec:
 
     encode: Callable[[Tensor, Grid, QuantSpec], Tensor]
     decode: Callable[[Tensor, Tensor, Tensor | None, QuantSpec, torch.dtype], Tensor]
+    beyond: Callable[[Tensor, Grid, QuantSpec], Tensor]
     fit: Callable[[Tensor, Tensor, QuantSpec], Tensor] | None = None
     live: Callable[[Tensor, Grid, QuantSpec], Grid] | None = None
 
@@ -48,10 +50,19 @@ def decode_uniform(
     return codes.to(dtype) * scale.to(dtype)
 
 
-CODECS: dict[str, Codec] = {"uniform": Codec(encode_uniform, decode_uniform)} | {
+def beyond_uniform(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    """Values whose rounded code must be clamped."""
+    codes = round_codes(x.float() * grid.inverse, spec.rounding)
+    codes = codes if grid.second is None else codes + grid.second
+    smallest, largest = spec.code_range
+    return (codes < smallest) | (codes > largest)
+
+
+CODECS: dict[str, Codec] = {"uniform": Codec(encode_uniform, decode_uniform, beyond_uniform)} | {
     name: Codec(
         levels.encode,
         levels.decode,
+        levels.beyond,
         fit=levels.second_number if form.second is not None else None,
         live=levels.of_tokens if form.live else None,
     )

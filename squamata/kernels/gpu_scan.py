@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squamata.kernels.gpu_formats import read_flagged
 from squamata.kernels.gpu_math import let_next_start, silu, softplus, to_codes, wait_for_previous
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE, _launch
 
@@ -54,10 +55,14 @@ class StatePlan:
 
 @dataclass(frozen=True)
 class InputPlan:
-    """How a float32 or int8 input that in_proj left is read: ``scale`` float32, one a channel."""
+    """How a float32 or int8 input that in_proj left is read: ``scale`` float32, one a channel.
+
+    ``coarse``: the scale of flagged codes, if the input is packed in 4 + 1 bits (uint8; only u of Mamba-1).
+    """
 
     codes: bool
     scale: Tensor
+    coarse: Tensor | None = None
 
 
 @triton.jit
@@ -232,12 +237,13 @@ def conv_step(ring: Tensor, conv: ConvolutionPlan, position: Tensor, out: Tensor
 
 
 @triton.jit
-def _selective_kernel(u_codes, u_values, u_scale, z_codes, z_values, z_scale, dt_codes, dt_values, dt_scale, low_codes,
-                      low_values, b_scale, dt_bias, A, skip, state, state_scale, state_inverse, state_low, state_high,
-                      state_span,
-                      out, N_IN, N_LOW, Z_START: tl.constexpr, B_START: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
-                      BE: tl.constexpr, BN: tl.constexpr, U_CODES: tl.constexpr, Z_CODES: tl.constexpr,
-                      DT_CODES: tl.constexpr, B_CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
+def _selective_kernel(u_codes, u_values, u_scale, u_coarse, z_codes, z_values, z_scale, dt_codes, dt_values, dt_scale,
+                      low_codes, low_values, b_scale, dt_bias, A, skip, state, state_scale, state_inverse, state_low,
+                      state_high, state_span, out, N_IN, N_LOW,
+                      Z_START: tl.constexpr, B_START: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+                      BE: tl.constexpr, BN: tl.constexpr, U_CODES: tl.constexpr, U_FLAGGED: tl.constexpr,
+                      Z_CODES: tl.constexpr, DT_CODES: tl.constexpr, B_CODES: tl.constexpr,
+                      QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
                       DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BE channels of one sequence: update the state (Gu and Dao 2023, algorithm 2), skip, gate."""
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
@@ -259,7 +265,10 @@ def _selective_kernel(u_codes, u_values, u_scale, z_codes, z_values, z_scale, dt
     b_unit, c_unit = tl.load(b_scale + n, mask=n < N, other=0.0), tl.load(b_scale + N + n, mask=n < N, other=0.0)
     let_next_start(PDL)
     wait_for_previous(PDL)
-    u = _read(u_codes, u_values, u_unit, row * E + channel, live, U_CODES)
+    if U_FLAGGED:
+        u = read_flagged(u_codes, row, E, channel, live, u_unit, tl.load(u_coarse + channel, mask=live, other=0.0))
+    else:
+        u = _read(u_codes, u_values, u_unit, row * E + channel, live, U_CODES)
     z = _read(z_codes, z_values, z_unit, row * N_IN + Z_START + channel, live, Z_CODES)
     dt = softplus(_read(dt_codes, dt_values, dt_unit, row * E + channel, live, DT_CODES) + shift)
     B = _read(low_codes, low_values, b_unit, row * N_LOW + B_START + n, n < N, B_CODES)
@@ -277,14 +286,16 @@ def selective_step(u: Tensor, z: tuple[Tensor, Tensor], dt: tuple[Tensor, Tensor
     """Mamba-1: out (B, E) = (scan + skip) * SiLU(z). ``z``, ``dt``, ``low``: buffers of codes and values;
     ``inputs``: u, z, dt and BC (scales of B, then of C); ``starts``: of z, and of B in ``low``."""
     rows, channels, states = state.shape
-    filler = dt_bias
+    filler, coarse = dt_bias, inputs["u"].coarse
     block = 32
     _selective_kernel[(triton.cdiv(channels, block), rows)](
-        u, u, inputs["u"].scale, *z, inputs["z"].scale, *dt, inputs["dt"].scale, *low, inputs["BC"].scale, dt_bias, A,
-        skip, state, grid.scale if grid else filler, grid.inverse if grid else filler, grid.low if grid else 0.0,
+        u, u, inputs["u"].scale, filler if coarse is None else coarse, *z, inputs["z"].scale, *dt, inputs["dt"].scale,
+        *low, inputs["BC"].scale, dt_bias, A, skip, state, grid.scale if grid else filler,
+        grid.inverse if grid else filler, grid.low if grid else 0.0,
         grid.high if grid else 0.0, grid.span if grid else 0.0, out, z[0].shape[1], low[0].shape[1],
         Z_START=starts[0], B_START=starts[1],
         E=channels, N=states, BE=block, BN=triton.next_power_of_2(states), U_CODES=inputs["u"].codes,
+        U_FLAGGED=coarse is not None,
         Z_CODES=inputs["z"].codes, DT_CODES=inputs["dt"].codes, B_CODES=inputs["BC"].codes,
         QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
         DYNAMIC=grid is not None and grid.span > 0,

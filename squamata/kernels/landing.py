@@ -18,6 +18,7 @@ from torch import Tensor
 
 from squamata.kernels import simd
 from squamata.kernels.compilation import announce_compilation
+from squamata.kernels.flagged import packed_rows, read_packed_row
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
 
@@ -129,7 +130,22 @@ class Landing:
         if self.scale is not None:
             assert self.site is not None and self.site.spec is not None
             return QTensor(self.data, self.scale, self.site.spec)
-        return self.data if self.site is None else self.site.land(self.data)
+        if self.site is None:
+            return self.data
+        return _packed(self.site, self.data) if _packs(self.site) else self.site.land(self.data)
+
+
+def _packs(site: Site) -> bool:
+    """True if this site's rows are packed and every feature has one grid, so that a kernel can write them."""
+    if not (site.mode == "integer" and site.observer is None and site.spec is not None and site.spec.flagged):
+        return False
+    return site.layout.flat
+
+
+def _packed(site: Site, x: Tensor) -> QTensor:
+    grid, spec = site.expanded(), site.spec
+    assert spec is not None
+    return QTensor(packed_rows(x, grid, ROUNDINGS[spec.rounding]), grid.scale, spec, grid.second, x.shape[-1])
 
 
 def landing(site: Site | None, *shape: int, per_token: bool = False) -> Landing:
@@ -178,29 +194,11 @@ def read_row(origin, row, first, out):  # type: ignore[no-untyped-def]
         for c in range(out.size):
             out[c] = types.float32(codes[c]) * scale[c]
     elif origin.flagged.size:
-        _read_flagged(origin, row, first, out)
+        read_packed_row(origin.flagged, row, first, origin.scale, origin.coarse, out)
     else:
         values = origin.values[row, first:last]
         for c in range(out.size):
             out[c] = values[c]
-
-
-@njit(cache=True, nogil=True)
-def _read_flagged(origin, row, first, out):  # type: ignore[no-untyped-def]
-    """Codes of 4 + 1 bits, decoded in registers."""
-    last = first + out.size
-    packed, fine, coarse = origin.flagged[row], origin.scale[first:last], origin.coarse[first:last]
-    flags = (origin.scale.size + 1) // 2
-    for c in range(out.size):
-        place = np.uint64(first + c)
-        nibble = (
-            types.int32(packed[place >> np.uint64(1)]) >> types.int32((place & np.uint64(1)) << np.uint64(2))
-        ) & 15
-        flag = (
-            types.int32(packed[np.uint64(flags) + (place >> np.uint64(3))]) >> types.int32(place & np.uint64(7))
-        ) & 1
-        step = coarse[c] if flag else fine[c]
-        out[c] = types.float32((nibble ^ 8) - 8) * step
 
 
 @njit(cache=True, nogil=True)

@@ -56,6 +56,16 @@ def decode(codes: Tensor, scale: Tensor, second: Tensor | None, spec: QuantSpec,
     return values
 
 
+def beyond(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    """Values farther than half the last step from the outermost level."""
+    fine, coarse = tables(spec.codec, spec.bits, x.device)
+    _, high = outermost(grid.scale, grid.second, spec)
+    step = (fine[-1] - fine[-2]) * grid.scale
+    if coarse is not None and grid.second is not None:
+        step = step + (coarse[-1] - coarse[-2]) * grid.second
+    return x.abs() > high + step / 2
+
+
 def outermost(scale: Tensor, second: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Smallest and largest value that the groups can represent."""
     fine, coarse = tables(spec.codec, spec.bits, scale.device)
@@ -81,7 +91,7 @@ def of_tokens(x: Tensor, grid: Grid, spec: QuantSpec) -> Grid:
 def _interpolated(x: Tensor, y: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """The table's inverse, linear between levels: rounding it gives the nearest level."""
     fine, _ = tables(spec.codec, spec.bits, x.device)
-    below = (torch.searchsorted(fine, y, right=True) - 1).clamp_max(len(fine) - 2)
+    below = (torch.searchsorted(fine, y.contiguous(), right=True) - 1).clamp_max(len(fine) - 2)
     between = (y - fine[below]) / (fine[below + 1] - fine[below])
     return round_codes(below + between, spec.rounding).clamp_max(len(fine) - 1)
 

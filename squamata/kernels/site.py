@@ -97,13 +97,17 @@ class Site:
         if not self.quantized:
             return x
         assert self.spec is not None
-        grid = self.runtime_grid(x) if self.spec.dynamic else self.expanded()
-        if (live := CODECS[self.spec.codec].live) is not None:
-            grid = live(x, grid, self.spec)
-        stored = encode(x, grid, self.spec, carry_float=self.mode == "simulate")
+        stored = encode(x, self.grid(x), self.spec, carry_float=self.mode == "simulate")
         if self.layout.flat and self.spec.flagged and not stored.simulated:
             return replace(stored, data=pack_flagged(stored.data), length=x.shape[-1])
         return stored
+
+    def grid(self, x: Tensor) -> Grid:
+        """The numbers by which a tensor that lands here is rounded, what is taken from the tensor itself included."""
+        assert self.spec is not None
+        grid = self.runtime_grid(x) if self.spec.dynamic else self.expanded()
+        live = CODECS[self.spec.codec].live
+        return grid if live is None else live(x, grid, self.spec)
 
     def runtime_grid(self, x: Tensor) -> Grid:
         """Scale taken from the tensor itself, broadcastable against it.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.conv_selective_scan.ref import tokens
-from squamata.kernels.landing import read_row, source
+from squamata.kernels.landing import landing, read_row, source
 from squamata.kernels.packing import pack_flagged, unpack_flagged
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor
@@ -73,13 +73,31 @@ def test_a_site_packs_and_decodes_to_the_simulated_values(size: int, per: str) -
     assert torch.equal(cut.dequantize(), packed.dequantize()[:, 1:3])  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("rounding", ["half-even", "half-away", "truncate"])
+@pytest.mark.parametrize("per", ["tensor", "channel"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_kernel_lands_rows_as_the_reference_does(size: int, per: str, rounding: str) -> None:
+    """The same bytes, ties of either grid and of both included."""
+    spec = QuantSpec.model_validate({"bits": 5, "codec": "dual-scale", "granularity": per, "rounding": rounding})
+    site = Site("u", Layout(("channel",), (size,)), spec, mode="integer")
+    scale = 0.25 * torch.ones(site.partition.shape())
+    site.set_scale(scale, 3 * scale)
+    x = torch.cat([torch.arange(-60, 60).repeat(size)[: 120 * size].reshape(1, 120, size) / 8, random(1, 40, size)], 1)
+    expected = site.land(x)
+    room = landing(site, *x.shape)
+    room.data.copy_(x)
+    found = room.value()
+    assert isinstance(found, QTensor) and isinstance(expected, QTensor) and found.length == expected.length
+    assert torch.equal(found.data, expected.data) and torch.equal(found.dequantize(), expected.dequantize())
+
+
 @pytest.mark.parametrize("per", ["tensor", "channel"])
 @pytest.mark.parametrize("size", SIZES)
 def test_kernels_read_any_part_of_a_row_exactly(size: int, per: str) -> None:
     value = landed(3 * random(2, 3, size), per)
     origin, expected = source(value), value.dequantize().reshape(6, size).numpy()
     assert origin.flagged.size and not origin.codes.size and not origin.values.size
-    for first in {0, 1, size // 2, size - 1}:
+    for first in {0, 1, size // 2, size // 16 * 8, size - 1}:
         out = np.full(size - first, np.nan, np.float32)
         for row in range(6):
             read_row(origin, row, first, out)

@@ -207,7 +207,9 @@ def test_a_backend_without_the_op_leaves_it_to_the_reference(monkeypatch: pytest
 
 def test_codes_of_a_grid_that_is_not_linear_are_decoded_before_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     squares = Codec(
-        lambda x, *_: x, lambda c, scale, second, spec, dtype: (c.to(dtype) ** 2 * c.sign()) * scale.to(dtype)
+        lambda x, *_: x,
+        lambda c, scale, _, spec, dtype: (c.to(dtype) ** 2 * c.sign()) * scale.to(dtype),
+        lambda x, *_: torch.zeros_like(x, dtype=torch.bool),
     )
     monkeypatch.setitem(CODECS, "squares", squares)
     spec = QuantSpec.model_construct(**{**dict(QuantSpec(bits=8)), "codec": "squares"})
@@ -310,7 +312,7 @@ def run_and_record(
         def record(x: torch.Tensor) -> Any:
             value = land(x)
             if isinstance(value, QTensor):
-                landed.setdefault(site.name, []).append(value.data.to(torch.int8))
+                landed.setdefault(site.name, []).append(value.codes().to(torch.int32))
             return value
 
         return record
@@ -386,6 +388,30 @@ def test_integer_caches_hold_int8(kind: str, shipped: Callable[[str, str], Path]
             [{"site": "*_proj.weight", "spec": {"bits": 4, "granularity": "group(7)", "symmetric": False}}],
             id="asymmetric-groups",
         ),
+        *[
+            pytest.param(
+                [
+                    {"site": "*.mixer.*", "spec": {"bits": 8}, "kind": "activation"},
+                    {"site": "*.mixer.u", "spec": {"scale": {"percentile": {"alpha": 0.97}}} | spec},
+                    {"site": "*.mixer.u_proj", "spec": {"bits": 8}, "architectures": ["mamba1"]},
+                    *({"site": f"*.mixer.{site}", "spec": spec} for site in others),
+                ],
+                id="-".join(map(str, spec.values())),
+            )
+            for spec, others in (
+                ({"bits": 5, "codec": "dual-scale"}, ("z",)),
+                ({"bits": 9, "codec": "dual-scale", "granularity": "channel"}, ("state",)),
+                ({"bits": 9, "codec": "dynamic-outlier"}, ("z", "x")),
+                ({"bits": 8, "codec": "soft-edge"}, ("conv.weight", "dt", "state")),
+                ({"bits": 9, "codec": "half-scale"}, ("z", "state")),
+                ({"bits": 9, "codec": "quarter-scale"}, ("x", "dt")),
+                ({"bits": 7, "codec": "quarter-log2"}, ("conv.bias", "y")),
+                ({"bits": 8, "codec": "outlier-piecewise", "granularity": "channel"}, ("D", "x", "state")),
+                ({"bits": 6, "codec": "log2"}, ("z",)),
+                ({"bits": 12}, ("state", "z", "x")),
+                ({"bits": 16, "symmetric": False}, ("dt", "state")),
+            )
+        ],
     ],
 )
 @torch.no_grad()

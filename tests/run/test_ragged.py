@@ -87,7 +87,7 @@ def landed(site: Site, x: torch.Tensor) -> torch.Tensor:
     """The codes that a value becomes; float sites: nothing to compare."""
     if site.spec is None:
         return torch.zeros(1, dtype=torch.int32)
-    inverse = site.runtime_scale(x)[1] if site.spec.dynamic else site.expanded()[1]
+    inverse = site.runtime_grid(x)[1] if site.spec.dynamic else site.expanded()[1]
     return torch.round(x * inverse).clamp(*site.spec.code_range).int()
 
 
@@ -126,7 +126,7 @@ def assert_only_ties_differ(ours: QTensor, theirs: QTensor, site: Site, x: torch
     With a run-time scale these come in bursts: after the first token a row of the state is a multiple of B's integers,
     divided by the largest of them, and so half way exactly for many of its indices at once.
     """
-    inverse = site.runtime_scale(x)[1] if theirs.spec.dynamic else site.expanded()[1]
+    inverse = site.runtime_grid(x)[1] if theirs.spec.dynamic else site.expanded()[1]
     from_tie = ((x * inverse).frac().abs() - 0.5).abs()
     off = (ours.data.int() - theirs.data.int()).abs()
     assert int(off.max()) <= 1 and bool((from_tie[off > 0] < 1e-4).all())
