@@ -26,7 +26,7 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics
     Needs the int8 codes and a few float32 copies of ``BLOCK`` elements beside the weight; of a quantile over more
     than a row, copies of the whole.
     """
-    found = _scales(weight, spec, layout)
+    found = find_scales(weight, spec, layout)
     scale, zero = (None if part is None else Partition(spec.granularity, layout).expand(part) for part in found)
     assert scale is not None
     codes = torch.empty(weight.shape, dtype=torch.int8)
@@ -40,7 +40,7 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics
     return pack(QTensor(codes, scale, spec, zero))
 
 
-def _scales(weight: Tensor, spec: QuantSpec, layout: Layout) -> tuple[Tensor, Tensor | None]:
+def find_scales(weight: Tensor, spec: QuantSpec, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point, stored form: a block of rows at a time where no scale serves two rows."""
     partition = Partition(spec.granularity, layout)
     varies = bool(spec.granularity.group) or partition.kept[0]
