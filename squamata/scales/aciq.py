@@ -91,6 +91,7 @@ def clipping_error(distribution: Distribution, alpha: float) -> float:
 
 _clipping_slopes: dict[Distribution, Callable[[float], float]] = {
     "laplace": lambda alpha: -2 * math.exp(-alpha),
-    "gaussian": lambda alpha: 2
-    * (alpha * math.erfc(alpha / math.sqrt(2)) - math.sqrt(2 / math.pi) * math.exp(-(alpha**2) / 2)),
+    "gaussian": lambda alpha: (
+        2 * (alpha * math.erfc(alpha / math.sqrt(2)) - math.sqrt(2 / math.pi) * math.exp(-(alpha**2) / 2))
+    ),
 }

@@ -24,7 +24,7 @@ def entropy(statistics: Statistics, spec: QuantSpec, candidates: Candidates = 25
     counts without the added ones, merged into 2^(bits - 1) runs (bin j into run j 2^(bits-1) // m), each run's count
     spread evenly over those of its bins where P is not zero. Both are normalised; infinite where Q is zero and P is
     not. T = (m + 1/2) bin widths, at most the largest |x|. TensorRT tries every m from 2^(bits - 1) to all; here it is
-    ``candidates`` of them, evenly spaced, of up to 4096 bins. Ranges are cut to +-T. The bin at zero counts like others.
+    ``candidates`` of them, evenly spaced, of up to 4096 bins. Ranges are cut to +-T. Zero's bin counts like others.
     """
     histogram = statistics.histogram
     assert histogram is not None
@@ -64,4 +64,3 @@ def divergence(counts: Tensor, kept: int, levels: int) -> Tensor:
 def entropy_needs(spec: QuantSpec, **parameters: object) -> Needs:
     """A histogram."""
     return Needs(histogram=True)
-

@@ -55,7 +55,8 @@ class Histogram:
             self.exponent = exponent
 
     def _count(self, rows: slice, values: Tensor) -> None:
-        inverse = torch.ldexp(torch.tensor(float(self.half)), -self.exponent[rows, None])
+        exponent = self.exponent[rows, None]
+        inverse = torch.ldexp(torch.full(exponent.shape, float(self.half)), -exponent)
         bins = torch.floor(values * inverse).long() + self.half
         bins += 2 * self.half * torch.arange(len(values))[:, None]
         counts = torch.bincount(bins.reshape(-1), minlength=len(values) * 2 * self.half)
@@ -64,7 +65,7 @@ class Histogram:
     @property
     def width(self) -> Tensor:
         """Width of a bin, float64 (groups,)."""
-        return torch.ldexp(torch.tensor(1.0 / self.half, dtype=torch.float64), self.exponent)
+        return torch.ldexp(torch.full(self.exponent.shape, 1.0 / self.half, dtype=torch.float64), self.exponent)
 
     def edges(self) -> Tensor:
         """Ends of the bins, float64 (groups, bins + 1)."""

@@ -1,4 +1,4 @@
-"""The range with the least error: a grid of clip ratios (MSE; L2.4 norm as in PTQ4VM and QDrop's searches)."""
+"""The range with the least error: a grid of clip ratios (MSE; L2.4 norm as in PTQ4VM's search)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Power = Annotated[float, Field(gt=0.0, le=10.0)]
 def lnorm(
     statistics: Statistics, spec: QuantSpec, p: Power = 2.4, grid: Grid = 100, smallest: Ratio = 0.05
 ) -> tuple[Tensor, Tensor | None]:
-    """Of ``grid`` evenly spaced ratios from ``smallest`` to 1, the one whose range (ratio low, ratio high) has the least
+    """Of ``grid`` evenly spaced ratios from ``smallest`` to 1, that whose range (ratio low, ratio high) has the least
     mean |x - Q(x)|^p, chosen for every group by itself; the larger of two equal ones.
     """
     low, high = statistics.magnitude()
