@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from squamata import __version__, scales, transform
+from squamata.calibrate import learn
 from squamata.calibrate.observe import Stream, attach, observe_head, run_layer, scales_of, watch_layer
 from squamata.calibrate.tokens import CalibrationSet, sample
 from squamata.errors import SquamataError
@@ -150,6 +151,7 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
         scales.check(spec, site)
     transform.check(recipe)
     check_weight_quantizer(recipe)
+    learn.check(recipe)
 
 
 class QuantizedParts:
@@ -191,12 +193,18 @@ class QuantizedParts:
         observed = self._observed(layer, read, stream)
         tensors = transform.apply(self.recipe, self.config, kind, read, observed)
         maps = self._take_maps(prefix, tensors)
+        quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()})
         if stream:
             block = build_block(self.config, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
+            entering = list(stream) if self.recipe.tune else []
             run_layer(block, stream)
-            yield scales_of(statistics, self.specs)
-        yield self._quantize({prefix + name: tensor for name, tensor in tensors.items()})
+            found = scales_of(statistics, self.specs)
+            if entering:
+                parts = (under(prefix, part) for part in (quantized, self.specs, found))
+                found |= learn.tune(self.recipe, block, build_block(self.config, layer, *parts, "simulate"), entering)
+            yield found
+        yield quantized
 
     def _observed(self, layer: int, tensors: Mapping[str, Tensor], stream: Stream) -> dict[str, Statistics]:
         """What the recipe's transforms need to know of a layer as it is, by site (``mixer.u``)."""

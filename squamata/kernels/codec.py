@@ -25,9 +25,11 @@ def encode_uniform(x: Tensor, inverse: Tensor, zero: Tensor | None, spec: QuantS
     """clamp(round(x * inverse) + zero). The definition every kernel must agree with."""
     scaled = x.float() * inverse
     rounded = round_codes(scaled, spec.rounding)
-    if scaled.requires_grad:
-        rounded = scaled + (rounded - scaled).detach()
-    return (rounded if zero is None else rounded + zero).clamp(*spec.code_range)
+    codes = (rounded if zero is None else rounded + zero).clamp(*spec.code_range)
+    if scaled.requires_grad:  # the slope of clipping first and rounding then (LSQ, equation 3)
+        clipped = (scaled if zero is None else scaled + zero).clamp(*spec.code_range)
+        codes = clipped + (codes - clipped).detach()
+    return codes
 
 
 def decode_uniform(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

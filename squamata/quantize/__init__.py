@@ -15,6 +15,7 @@ from torch import Tensor
 from squamata.errors import SquamataError, about, nearest
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value
+from squamata.quantize.adaround import adaround
 from squamata.quantize.rtn import round_to_nearest
 from squamata.spec.parameters import checked_parameters
 from squamata.spec.quant import QuantSpec
@@ -22,7 +23,7 @@ from squamata.spec.recipe import Recipe
 
 Quantizer = Callable[..., QTensor]
 
-QUANTIZERS: dict[str, Quantizer] = {"rtn": round_to_nearest}
+QUANTIZERS: dict[str, Quantizer] = {"rtn": round_to_nearest, "adaround": adaround}
 
 OWN_ARGUMENTS = 4  # tensor, spec, layout, statistics: what a recipe does not set
 
