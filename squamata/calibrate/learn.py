@@ -31,16 +31,17 @@ def lsq(
     """Learned step sizes (LSQ, Esser et al. 2020, equation 3) of every static activation site of one layer.
 
     ``teacher``: the layer in float. ``student``: the same quantized, in mode *simulate*, with the scales to start from.
-    ``stream``: what enters the layer. Adam on log(scale), one batch a step in turn, rate falling to zero linearly; the
-    loss is the squared error of the layer's output over its square. Zero points stay. Returns ``NAME.scale`` of every
-    site in stored form; those it started from if the error over the whole stream has not become smaller. The state's
-    scale stays too: a parallel pass rounds the state only after the last token. Deterministic.
+    ``stream``: what enters the layer. Adam on log(scale), one sequence a step in turn, its rate falling linearly to
+    zero; the loss is the squared error of the layer's output over its square. Zero points stay. Returns ``NAME.scale``
+    of every site in stored form; those it started from if the error over the whole stream has not become smaller. The
+    state's scale stays too: a parallel pass rounds the state only after the last token. Deterministic.
     """
     sites = [site for site in student.sites.values() if _learnable(site)]
     start = {site.name: _scale(site) for site in sites}
     logs = {name: scale.log().requires_grad_() for name, scale in start.items()}
     if not logs:
         return {}
+    sequences = [(h[row, None], None if r is None else r[row, None]) for h, r in stream for row in range(len(h))]
     optimizer = torch.optim.Adam(logs.values(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with use_backend("ref"):
@@ -49,7 +50,7 @@ def lsq(
             _put(sites, {name: log.exp() for name, log in logs.items()})
             optimizer.zero_grad()
             with torch.enable_grad(), allow_mutation_on_saved_tensors():  # caches are updated in place
-                _loss(teacher, student, stream[step % len(stream)]).backward()  # type: ignore[no-untyped-call]
+                _loss(teacher, student, sequences[step % len(sequences)]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         learned = {site.name: _stored(site, logs[site.name].detach().exp()) for site in sites}

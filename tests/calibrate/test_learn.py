@@ -12,6 +12,7 @@ from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
 from squamata.calibrate.learn import check, lsq, reconstruction_error
 from squamata.calibrate.observe import attach, run_layer, scales_of
 from squamata.errors import SquamataError
+from squamata.kernels.dispatch import use_backend
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import Site
@@ -72,9 +73,10 @@ def layer(kind: str, granularity: str = "tensor", bits: int = 4) -> tuple[Block,
         maps = {f"mixer.{site}.index": torch.arange(64).reshape(shape) % 5 for site in WIDE[kind]}
     teacher = build_block(config, 0, under("layers.0.", tensors), site_tensors=maps)
     table = tensors["embedding.weight"]
-    stream = [(table[random_ids(config, 2, 24, seed)], None) for seed in range(3)]
+    stream = [(table[random_ids(config, 2, 12, seed)], None) for seed in range(3)]
     statistics = attach(teacher.sites.values(), specs)
-    run_layer(teacher, list(stream))
+    with use_backend("ref"):
+        run_layer(teacher, list(stream))
     for site in teacher.sites.values():
         site.observer = None
     found = under("layers.0.", scales_of(statistics, specs))
@@ -82,29 +84,34 @@ def layer(kind: str, granularity: str = "tensor", bits: int = 4) -> tuple[Block,
     return teacher, student, stream
 
 
+def error_of(teacher: Block, student: Block, stream: list[Any]) -> float:
+    with use_backend("ref"):
+        return reconstruction_error(teacher, student, stream)
+
+
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "index"])
 def test_learned_scales_reconstruct_the_layer_better(kind: str, granularity: str) -> None:
     teacher, student, stream = layer(kind, granularity)
-    before = reconstruction_error(teacher, student, stream)
+    before = error_of(teacher, student, stream)
     start = {site.name: site.scale for site in student.sites.values() if site.scale is not None}
-    learned = lsq(teacher, student, stream, steps=60, learning_rate=0.02)
-    assert reconstruction_error(teacher, student, stream) < 0.9 * before
+    learned = lsq(teacher, student, stream, steps=30, learning_rate=0.03)
+    assert error_of(teacher, student, stream) < 0.9 * before
     assert set(learned) == {f"{name}.scale" for name in start}
     for name, scale in start.items():
         assert learned[f"{name}.scale"].shape == scale.shape and not learned[f"{name}.scale"].requires_grad
         assert not torch.equal(learned[f"{name}.scale"], scale)
-    again = lsq(*layer(kind, granularity), steps=60, learning_rate=0.02)
+    again = lsq(*layer(kind, granularity), steps=30, learning_rate=0.03)
     assert all(torch.equal(again[name], scale) for name, scale in learned.items())
 
 
 def test_scales_that_became_worse_are_not_kept() -> None:
     teacher, student, stream = layer("mamba2", bits=8)
     start = {f"{site.name}.scale": site.scale for site in student.sites.values() if site.scale is not None}
-    before = reconstruction_error(teacher, student, stream)
+    before = error_of(teacher, student, stream)
     learned = lsq(teacher, student, stream, steps=3, learning_rate=3.0)
     assert all(torch.equal(learned[name], scale) for name, scale in start.items())
-    assert reconstruction_error(teacher, student, stream) == before
+    assert error_of(teacher, student, stream) == before
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
