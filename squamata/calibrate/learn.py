@@ -32,16 +32,17 @@ def lsq(
 
     ``teacher``: the layer in float. ``student``: the same quantized, in mode *simulate*, with the scales to start from.
     ``stream``: what enters the layer. Adam on log(scale), one sequence a step in turn, its rate falling linearly to
-    zero; the loss is the squared error of the layer's output over its square. Zero points stay. Returns ``NAME.scale``
-    of every site in stored form; those it started from if the error over the whole stream has not become smaller. The
-    state's scale stays too: a parallel pass rounds the state only after the last token. Deterministic.
+    zero; the loss is the squared error of the layer's output over its square. Second numbers (zero points) stay.
+    Returns ``NAME.scale`` of every site in stored form; those it started from if the error over the whole stream has
+    not become smaller. The state's scale stays too: a parallel pass rounds the state only after the last token.
+    Deterministic.
     """
     sites = [site for site in student.sites.values() if _learnable(site)]
     start = {site.name: _scale(site) for site in sites}
     logs = {name: scale.log().requires_grad_() for name, scale in start.items()}
     if not logs:
         return {}
-    sequences = [(h[row, None], None if r is None else r[row, None]) for h, r in stream for row in range(len(h))]
+    sequences = [h[row, None] for h in stream for row in range(len(h))]
     optimizer = torch.optim.Adam(logs.values(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with use_backend("ref"):
@@ -88,16 +89,15 @@ def reconstruction_error(teacher: Block, student: Block, stream: Stream) -> floa
     return sum(float(_loss(teacher, student, batch)) for batch in stream) / len(stream)
 
 
-def _loss(teacher: Block, student: Block, batch: tuple[Tensor, Tensor | None]) -> Tensor:
+def _loss(teacher: Block, student: Block, h: Tensor) -> Tensor:
     with torch.no_grad():
-        target = _output(teacher, batch)
-    return (_output(student, batch) - target).square().mean() / target.square().mean().clamp_min(1e-30)
+        target = _output(teacher, h)
+    return (_output(student, h) - target).square().mean() / target.square().mean().clamp_min(1e-30)
 
 
-def _output(block: Block, batch: tuple[Tensor, Tensor | None]) -> Tensor:
-    h, residual = batch
-    output, _ = block.forward(h, residual, block.new_cache(h.shape[0]))
-    return output
+def _output(block: Block, h: Tensor) -> Tensor:
+    written, _ = block.forward(h, None, block.new_cache(h.shape[0]))
+    return written
 
 
 def _learnable(site: Site) -> bool:
@@ -117,7 +117,7 @@ def _stored(site: Site, scale: Tensor) -> Tensor:
 
 def _put(sites: list[Site], chosen: dict[str, Tensor]) -> None:
     for site in sites:
-        site.set_scale(chosen[site.name], site.zero)
+        site.set_scale(chosen[site.name], site.second)
 
 
 def _parameters(recipe: Recipe) -> dict[str, object]:

@@ -56,14 +56,14 @@ def adaround(
         raise SquamataError("adaround must see what the weight multiplies: give a text with --calibration FILE")
     gram = (statistics.gram / statistics.count).float()
     nearest = round_to_nearest(weight, spec, layout)
-    scale, zero = _per_row(nearest.scale, weight, spec), _per_row(nearest.zero, weight, spec)
+    scale, zero = _per_row(nearest.scale, weight, spec), _per_row(nearest.second, weight, spec)
     codes = torch.empty(weight.shape, dtype=torch.int8)
     for rows in torch.arange(len(weight)).split(max(1, AT_ONCE // weight.shape[1])):
         step, point = scale[rows], zero[rows]
         part = _Rows(weight[rows].float() / step, step, *((limit - point) for limit in spec.code_range), gram)
         chosen = part.better(part.learn(steps, learning_rate, regulariser), nearest.codes()[rows].float())
         codes[rows] = (chosen + point).to(torch.int8)
-    return pack(QTensor(codes, nearest.scale, spec, nearest.zero))
+    return pack(QTensor(codes, nearest.scale, spec, nearest.second))
 
 
 def _per_row(part: Tensor | None, weight: Tensor, spec: QuantSpec) -> Tensor:

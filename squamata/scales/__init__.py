@@ -1,4 +1,6 @@
-"""Scale strategies: statistics x spec -> scale (and zero point). One short file each; adding one is one entry here.
+"""Scale strategies: statistics x spec -> scale (and the codec's second number).
+
+One short file each; adding one is one entry here.
 
 A strategy's further parameters are what a recipe may set; their annotations say which values are legal.
 """
@@ -19,7 +21,7 @@ from squamata.errors import SquamataError, about, nearest
 from squamata.kernels.partition import Partition
 from squamata.scales.aciq import aciq, aciq_needs
 from squamata.scales.entropy import entropy, entropy_needs
-from squamata.scales.error import information_lost, mean_error
+from squamata.scales.error import information_lost, mean_error, second_number
 from squamata.scales.lnorm import density_needs, lnorm, mse
 from squamata.scales.minmax import minmax
 from squamata.scales.outlier_aware import outlier_aware, outlier_aware_needs
@@ -30,7 +32,7 @@ from squamata.spec.quant import QuantSpec, ScaleSpec
 
 OWN_ARGUMENTS = 2  # statistics, spec: what a recipe does not set
 
-Scale = tuple[Tensor, Tensor | None]  # scale and zero point, in the partition's stored form
+Scale = tuple[Tensor, Tensor | None]  # scale and zero point or other second number, in the partition's stored form
 
 
 def _nothing(spec: QuantSpec) -> Needs:
@@ -39,7 +41,7 @@ def _nothing(spec: QuantSpec) -> Needs:
 
 @dataclass(frozen=True)
 class Strategy:
-    """``function(statistics, spec, **parameters) -> scale, zero``.
+    """``function(statistics, spec, **parameters) -> scale, second`` (the codec's second number a group: a zero point).
 
     ``needs(spec, **parameters)``: what it wants gathered beside smallest and largest value; SquamataError for
     parameters that do not go together.
@@ -97,12 +99,13 @@ def gather_for(partition: Partition, spec: QuantSpec) -> Statistics:
 
 
 def compute(statistics: Statistics, spec: QuantSpec) -> Scale:
-    """Scale and zero point in the partition's stored form, in the precision in which they are stored.
+    """Scale and second number in the partition's stored form, in the precision in which they are stored.
 
     SquamataError for a scale that this precision cannot hold.
     """
     scale, zero = _find(statistics, spec)
-    return as_stored(scale, spec), zero
+    scale = as_stored(scale, spec)
+    return scale, second_number(statistics, scale, zero, spec)
 
 
 def as_stored(scale: Tensor, spec: QuantSpec) -> Tensor:

@@ -21,14 +21,14 @@ def entropy(statistics: Statistics, spec: QuantSpec, candidates: Candidates = 25
     """The threshold T with the least KL(P || Q), where P and Q are made from the histogram of |x| (``magnitudes``):
 
     for a candidate of m bins, P = the first m counts, all that lies beyond added to the last of them. Q: the first m
-    counts without the added ones, merged into 2^(bits - 1) runs (bin j into run j 2^(bits-1) // m), each run's count
+    counts without the added ones, merged into n = 2^(bits - 1) runs (bin j into run j n // m), each run's count
     spread evenly over those of its bins where P is not zero. Both are normalised; infinite where Q is zero and P is
-    not. T = (m + 1/2) bin widths, at most the largest |x|. TensorRT tries every m from 2^(bits - 1) to all; here it is
+    not. T = (m + 1/2) bin widths, at most the largest |x|. TensorRT tries every m from n to all; here it is
     ``candidates`` of them, evenly spaced, of up to 4096 bins. Ranges are cut to +-T. Zero's bin counts like others.
     """
     histogram = statistics.histogram
     assert histogram is not None
-    levels, counts = 2 ** (spec.bits - 1), histogram.magnitudes().double()
+    levels, counts = spec.code_range[1] + 1, histogram.magnitudes().double()
     if histogram.half < FINER * levels:
         raise SquamataError(
             f"entropy cannot tell {levels} levels apart in the {histogram.half} bins that each of {len(counts)} groups "

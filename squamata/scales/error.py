@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squamata.kernels.codec import CODECS
+from squamata.kernels.codec import CODECS, Grid
 from squamata.scales.statistics import Statistics
 from squamata.spec.quant import QuantSpec
 
@@ -21,8 +21,7 @@ def mean_error(
     for codecs whose steps are not uniform the sample's.
     """
     assert statistics.histogram is not None and statistics.sample is not None
-    scales, zeros = scale.reshape(-1, 1), torch.zeros(1, 1) if zero is None else zero.reshape(-1, 1)
-    zeros = zeros.expand_as(scales)
+    scales, zeros = scale.reshape(-1, 1), _column(second_number(statistics, scale, zero, spec), scale)
     errors, start = [], 0
     for number, values in enumerate(statistics.sample.values):
         rows = slice(start, start + len(values))
@@ -35,13 +34,38 @@ def mean_error(
     return torch.cat(errors)
 
 
-def _of_values(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, power: float) -> Tensor:
+def second_number(statistics: Statistics, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor | None:
+    """What the codec makes of the range that a strategy chose: the zero point, or what it fits to scale and largest |x|
+    (the range is then the threshold of its fine grid).
+    """
+    fit = CODECS[spec.codec].fit
+    if fit is None:
+        return zero
+    low, high = statistics.magnitude()
+    return fit(scale, torch.maximum(low.abs(), high.abs()), spec)
+
+
+def _column(second: Tensor | None, scale: Tensor) -> Tensor:
+    """A second number as (groups, 1), zeros for none."""
+    return (torch.zeros_like(scale) if second is None else second).reshape(-1, 1)
+
+
+def _grid(x: Tensor, scale: Tensor, second: Tensor, spec: QuantSpec) -> Grid:
+    """The grid of rows of values; what the codec takes from every token it takes from the row."""
+    grid = Grid.of(scale, None if spec.second is None else second)
+    live = CODECS[spec.codec].live
+    return grid if live is None else live(x, grid, spec)
+
+
+def _of_values(values: Tensor, scale: Tensor, second: Tensor, spec: QuantSpec, power: float) -> Tensor:
     """Mean |x - Q(x)|^power of the rows of values (groups, members), through the codec."""
     codec, errors = CODECS[spec.codec], []
     size = max(1, AT_ONCE // max(1, values.shape[1]))
-    for x, step, point in zip(values.split(size), scale.split(size), zero.split(size), strict=True):
-        codes = codec.encode(x, 1.0 / step, None if spec.symmetric else point, spec)
-        decoded = codec.decode(codes if spec.symmetric else codes - point, step, torch.float32)
+    for x, step, point in zip(values.split(size), scale.split(size), second.split(size), strict=True):
+        grid = _grid(x, step, point, spec)
+        codes = codec.encode(x, grid, spec)
+        codes = codes - point if spec.linear_grid else codes
+        decoded = codec.decode(codes, step, grid.second, spec, torch.float32)
         errors.append((x - decoded).abs().pow(power).mean(1, dtype=torch.float64))
     return torch.cat(errors)
 
@@ -74,9 +98,9 @@ def information_lost(statistics: Statistics, scale: Tensor, zero: Tensor | None,
     """
     assert statistics.histogram is not None
     counts = statistics.histogram.counts.double()
-    step = scale.reshape(-1, 1)
-    point = None if zero is None else zero.reshape(-1, 1)
-    encoded = CODECS[spec.codec].encode(statistics.histogram.centres().float(), 1.0 / step, point, spec)
+    second = _column(second_number(statistics, scale, zero, spec), scale)
+    centres = statistics.histogram.centres().float()
+    encoded = CODECS[spec.codec].encode(centres, _grid(centres, scale.reshape(-1, 1), second, spec), spec)
     smallest = encoded.amin()
     codes = (encoded - smallest).long()
     size = int(codes.max()) + 1

@@ -73,7 +73,7 @@ def layer(kind: str, granularity: str = "tensor", bits: int = 4) -> tuple[Block,
         maps = {f"mixer.{site}.index": torch.arange(64).reshape(shape) % 5 for site in WIDE[kind]}
     teacher = build_block(config, 0, under("layers.0.", tensors), site_tensors=maps)
     table = tensors["embedding.weight"]
-    stream = [(table[random_ids(config, 2, 12, seed)], None) for seed in range(3)]
+    stream = [table[random_ids(config, 2, 12, seed)] for seed in range(3)]
     statistics = attach(teacher.sites.values(), specs)
     with use_backend("ref"):
         run_layer(teacher, list(stream))

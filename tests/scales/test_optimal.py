@@ -12,12 +12,13 @@ from torch import Tensor
 
 from squamata import scales
 from squamata.errors import SquamataError
-from squamata.kernels.codec import CODECS, Codec, range_to_scale
+from squamata.kernels.codec import CODECS, Grid, range_to_scale
 from squamata.kernels.partition import Layout, Partition
 from squamata.scales import error
 from squamata.scales.aciq import Distribution, clipping_error, optimal_clip
 from squamata.scales.entropy import divergence
 from squamata.scales.statistics import Needs, Statistics
+from squamata.spec.formats import FORMATS
 from squamata.spec.quant import QuantSpec
 
 HEADS = Layout(("head", "channel"), (4, 8))
@@ -48,8 +49,11 @@ def scale_of(scale: Any, x: Tensor, **fields: Any) -> Tensor:
 
 def quantized(x: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
     codec = CODECS[spec.codec]
-    codes = codec.encode(x, 1.0 / scale, zero, spec)
-    return codec.decode(codes if zero is None else codes - zero, scale, torch.float32)
+    grid = Grid.of(scale, zero)
+    grid = grid if codec.live is None else codec.live(x, grid, spec)
+    codes = codec.encode(x, grid, spec)
+    point = zero if spec.linear_grid and zero is not None else 0.0
+    return codec.decode(codes - point, scale, grid.second, spec, torch.float32)
 
 
 def heavy(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -75,17 +79,34 @@ def test_the_histograms_error_is_that_of_the_values(bits: int, power: float, sym
         torch.testing.assert_close(found[0], exact, rtol=0.01, atol=0)
 
 
-def test_the_error_of_few_values_is_exact_and_of_a_foreign_codec_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = QuantSpec(bits=4)
-    few, many = torch.randn(500), torch.randn(200_000)
-    scale = torch.tensor(0.3)
-    exact = (few - quantized(few, scale, None, spec)).square().mean(dtype=torch.float64)
-    torch.testing.assert_close(error.mean_error(one_group(few, spec), scale, None, spec)[0], exact, rtol=1e-6, atol=0)
-    sign = Codec(lambda x, inverse, zero, spec: torch.sign(x), lambda codes, scale, dtype: codes * scale)
-    monkeypatch.setitem(CODECS, "sign", sign)
-    foreign = spec.model_copy(update={"codec": "sign"})
-    found = error.mean_error(one_group(many, foreign), torch.tensor(1.0), None, foreign)[0]
-    assert abs(float(found) - (2 - 2 * math.sqrt(2 / math.pi))) < 0.02  # E (|x| - 1)^2 of a Gaussian
+@pytest.mark.parametrize("codec", ["uniform", *FORMATS])
+@pytest.mark.parametrize("count", [500, 100_000])
+def test_the_error_of_few_values_is_exact_and_of_other_formats_the_samples(codec: Any, count: int) -> None:
+    spec = QuantSpec(bits=6, codec=codec)
+    x = heavy((count,))
+    statistics = one_group(x, spec)
+    assert statistics.sample.complete(0) == (count == 500)
+    scale = x.abs().quantile(0.99) / spec.span
+    fit = CODECS[codec].fit
+    exact = (x - quantized(x, scale, None if fit is None else fit(scale, x.abs().max(), spec), spec)).abs()
+    found = error.mean_error(statistics, scale, None, spec, 1.0)[0]
+    torch.testing.assert_close(found, exact.mean(dtype=torch.float64), rtol=1e-5 if count == 500 else 0.03, atol=0)
+
+
+@pytest.mark.parametrize("codec", FORMATS)
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "index"])
+def test_every_strategy_serves_every_format(codec: Any, granularity: str) -> None:
+    """Usable scales in stored form, and none has less error than that of the least error."""
+    x = heavy((2, 300, 32))
+    index = RAGGED if granularity == "index" else None
+    errors = {}
+    for strategy in ("mse", "minmax", "percentile", "aciq", "entropy", "outlier_aware"):
+        spec = QuantSpec(bits=5, codec=codec, granularity=granularity, scale=strategy)
+        scale, second = scales.compute(gathered(spec, x, index), spec)
+        assert bool((scale > 0).all()) and (second is None) == (spec.second is None)
+        judge = QuantSpec(bits=5, codec=codec, granularity=granularity, scale="mse")
+        errors[strategy] = float(error.mean_error(gathered(judge, x, index), scale, None, judge).mean())
+    assert min(errors.values()) >= 0.97 * errors["mse"]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head", "channel", "group(16)", "index"])
