@@ -252,8 +252,8 @@ class QuantizedParts:
         grams = self._grams(layer, tensors)
         quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
         if self.seen and self.recipe.tune:
-            parts = (under(prefix, part) for part in (quantized, self.specs, scales_found))
-            student = build_block(self.config, layer, *parts, "simulate")
+            specs, start = under(prefix, self.specs), under(prefix, scales_found)
+            student = build_block(self.config, layer, under(prefix, quantized), specs, start, "simulate")
             scales_found |= learn.tune(self.recipe, block, student, entering)
         if self.rounded:
             run_layer(build_block(self.config, layer, under(prefix, quantized)), self.rounded)

@@ -60,7 +60,8 @@ def adaround(
     codes = torch.empty(weight.shape, dtype=torch.int8)
     for rows in torch.arange(len(weight)).split(max(1, AT_ONCE // weight.shape[1])):
         step, point = scale[rows], zero[rows]
-        part = _Rows(weight[rows].float() / step, step, *((limit - point) for limit in spec.code_range), gram)
+        low, high = (limit - point for limit in spec.code_range)
+        part = _Rows(weight[rows].float() / step, step, low, high, gram)
         chosen = part.better(part.learn(steps, learning_rate, regulariser), nearest.codes()[rows].float())
         codes[rows] = (chosen + point).to(torch.int8)
     return pack(QTensor(codes, nearest.scale, spec, nearest.second))
