@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from squamata import __version__, scales, transform
+from squamata.calibrate import learn
 from squamata.calibrate.observe import (
     Stream,
     attach,
@@ -178,6 +179,7 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
         scales.check(spec, site)
     transform.check(recipe)
     check_weight_quantizer(recipe)
+    learn.check(recipe)
 
 
 class QuantizedParts:
@@ -252,10 +254,15 @@ class QuantizedParts:
         if self.seen:
             block = build_block(self.config, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
+            entering = list(self.seen) if self.recipe.tune else []
             run_layer(block, self.seen)
             scales_found = scales_of(statistics, self.specs)
         grams = self._grams(layer, tensors)
         quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
+        if self.seen and self.recipe.tune:
+            specs, start = under(prefix, self.specs), under(prefix, scales_found)
+            student = build_block(self.config, layer, under(prefix, quantized), specs, start, "simulate")
+            scales_found |= learn.tune(self.recipe, block, student, entering)
         if self.rounded:
             run_layer(build_block(self.config, layer, under(prefix, quantized)), self.rounded)
         return {**scales_found, **quantized}

@@ -38,9 +38,11 @@ def encode_uniform(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """clamp(round(x * inverse) + zero). The definition every kernel must agree with."""
     scaled = x.float() * grid.inverse
     rounded = round_codes(scaled, spec.rounding)
-    if scaled.requires_grad:
-        rounded = scaled + (rounded - scaled).detach()
-    return (rounded if grid.second is None else rounded + grid.second).clamp(*spec.code_range)
+    codes = (rounded if grid.second is None else rounded + grid.second).clamp(*spec.code_range)
+    if scaled.requires_grad:  # the slope of clipping first and rounding then (LSQ, equation 3)
+        clipped = (scaled if grid.second is None else scaled + grid.second).clamp(*spec.code_range)
+        codes = clipped + (codes - clipped).detach()
+    return codes
 
 
 def decode_uniform(

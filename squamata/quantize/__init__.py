@@ -15,6 +15,7 @@ from torch import Tensor
 from squamata.errors import SquamataError, about, nearest
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value
+from squamata.quantize.adaround import adaround
 from squamata.quantize.gptq import gptq
 from squamata.quantize.rtn import round_to_nearest
 from squamata.scales.gram import Gram
@@ -33,7 +34,11 @@ class Quantizer:
     inputs: bool = False
 
 
-QUANTIZERS: dict[str, Quantizer] = {"rtn": Quantizer(round_to_nearest), "gptq": Quantizer(gptq, inputs=True)}
+QUANTIZERS: dict[str, Quantizer] = {
+    "rtn": Quantizer(round_to_nearest),
+    "gptq": Quantizer(gptq, inputs=True),
+    "adaround": Quantizer(adaround, inputs=True),
+}
 
 OWN_ARGUMENTS = 4  # tensor, spec, layout, statistics: what a recipe does not set
 

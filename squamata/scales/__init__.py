@@ -9,67 +9,129 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from squamata.errors import SquamataError, nearest
-from squamata.kernels.codec import CODECS
+from squamata.errors import SquamataError, about, nearest
 from squamata.kernels.partition import Partition
+from squamata.scales.aciq import aciq, aciq_needs
+from squamata.scales.entropy import entropy, entropy_needs
+from squamata.scales.error import information_lost, mean_error, second_number
+from squamata.scales.lnorm import density_needs, lnorm, mse
 from squamata.scales.minmax import minmax
-from squamata.scales.percentile import percentile
-from squamata.scales.statistics import ALPHA, Statistics
+from squamata.scales.outlier_aware import outlier_aware, outlier_aware_needs
+from squamata.scales.percentile import percentile, percentile_needs
+from squamata.scales.statistics import Needs, Statistics
 from squamata.spec.parameters import checked_parameters
-from squamata.spec.quant import QuantSpec
+from squamata.spec.quant import QuantSpec, ScaleSpec
 
 OWN_ARGUMENTS = 2  # statistics, spec: what a recipe does not set
+
+Scale = tuple[Tensor, Tensor | None]  # scale and zero point or other second number, in the partition's stored form
+
+
+def _nothing(spec: QuantSpec) -> Needs:
+    return Needs()
 
 
 @dataclass(frozen=True)
 class Strategy:
     """``function(statistics, spec, **parameters) -> scale, second`` (the codec's second number a group: a zero point).
 
-    ``quantile``: it wants every sample's quantile of |x|, at its parameter ``alpha``, beside smallest and largest.
+    ``needs(spec, **parameters)``: what it wants gathered beside smallest and largest value; SquamataError for
+    parameters that do not go together.
     """
 
-    function: Callable[..., tuple[Tensor, Tensor | None]]
-    quantile: bool = False
+    function: Callable[..., Scale]
+    needs: Callable[..., Needs] = _nothing
 
 
-STRATEGIES: dict[str, Strategy] = {"minmax": Strategy(minmax), "percentile": Strategy(percentile, quantile=True)}
+def search(
+    statistics: Statistics,
+    spec: QuantSpec,
+    over: Annotated[list[ScaleSpec], Field(min_length=1)],
+    by: Literal["mse", "kl"] = "mse",
+) -> Scale:
+    """The best of several strategies at this site, one for all its groups; the first of equally good ones.
+
+    ``over``: strategies as a recipe writes them. ``by``: what counts, both at the site itself: ``mse``, the squared
+    error of its values; ``kl``, the information about them that their codes lose (``error.information_lost``). Neither
+    sees what the error does to the model's output.
+    """
+    cost = mean_error if by == "mse" else information_lost
+    found = [_find(statistics, spec.model_copy(update={"scale": one})) for one in over]
+    assert statistics.histogram is not None
+    weights = statistics.histogram.counts.sum(1).double()
+    costs = [float((cost(statistics, scale, zero, spec) * weights).sum()) for scale, zero in found]
+    return found[costs.index(min(costs))]
+
+
+def _search_needs(spec: QuantSpec, over: list[ScaleSpec], by: str = "mse") -> Needs:
+    each = [_needs(spec.model_copy(update={"scale": one}), "over") for one in over]
+    return reduce(or_, each, density_needs(spec))
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "minmax": Strategy(minmax),
+    "percentile": Strategy(percentile, percentile_needs),
+    "mse": Strategy(mse, density_needs),
+    "lnorm": Strategy(lnorm, density_needs),
+    "aciq": Strategy(aciq, aciq_needs),
+    "entropy": Strategy(entropy, entropy_needs),
+    "outlier_aware": Strategy(outlier_aware, outlier_aware_needs),
+    "search": Strategy(search, _search_needs),
+}
 
 
 def check(spec: QuantSpec, where: str) -> None:
     """Refuse an unknown strategy or parameter, naming the nearest; for recipes, before any work is done."""
-    name = spec.scale.strategy
-    if name not in STRATEGIES:
-        raise SquamataError(f"{where}: no scale strategy named '{name}'{nearest(name, STRATEGIES)}")
-    _parameters(spec, f"{where}: {name}")
+    _needs(spec, where)
 
 
 def gather_for(partition: Partition, spec: QuantSpec) -> Statistics:
     """Empty statistics that will gather what the spec's strategy needs."""
-    quantile = STRATEGIES[spec.scale.strategy].quantile
-    return Statistics(partition, spec.scale.parameters.get("alpha", ALPHA) if quantile else None)
+    return Statistics(partition, _needs(spec, spec.scale.strategy))
 
 
-def compute(statistics: Statistics, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+def compute(statistics: Statistics, spec: QuantSpec) -> Scale:
     """Scale and second number in the partition's stored form, in the precision in which they are stored.
 
     SquamataError for a scale that this precision cannot hold.
     """
-    name = spec.scale.strategy
-    scale, second = STRATEGIES[name].function(statistics, spec, **_parameters(spec, name))
+    scale, zero = _find(statistics, spec)
+    scale = as_stored(scale, spec)
+    return scale, second_number(statistics, scale, zero, spec)
+
+
+def as_stored(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale as the spec's ``scale_dtype`` holds it, in float32; SquamataError for one beyond its range."""
     if spec.scale_dtype == "float16":
         largest = torch.finfo(torch.float16).max
         if bool((scale > largest).any()):
             problem = f"a scale of {float(scale.max()):.4g} is beyond float16, which ends at {largest:.0f}"
             raise SquamataError(f"{problem}; use 'scale_dtype: float32' or a finer granularity")
         scale = scale.half().float().clamp_min(2.0**-24)
-    if (fit := CODECS[spec.codec].fit) is not None:  # the strategy's range is the threshold, the whole one the tail's
-        low, high = statistics.magnitude()
-        second = fit(scale, torch.maximum(low.abs(), high.abs()), spec)
-    return scale, second
+    return scale
+
+
+def _find(statistics: Statistics, spec: QuantSpec) -> Scale:
+    name = spec.scale.strategy
+    return STRATEGIES[name].function(statistics, spec, **_parameters(spec, name))
+
+
+def _needs(spec: QuantSpec, where: str) -> Needs:
+    """What the spec's strategy wants gathered; SquamataErrors begin with ``where``."""
+    name = spec.scale.strategy
+    if name not in STRATEGIES:
+        raise SquamataError(f"{where}: no scale strategy named '{name}'{nearest(name, STRATEGIES)}")
+    parameters = _parameters(spec, f"{where}: {name}")
+    with about(where):
+        return STRATEGIES[name].needs(spec, **parameters)
 
 
 def _parameters(spec: QuantSpec, where: str) -> dict[str, object]:

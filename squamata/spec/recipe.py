@@ -9,6 +9,7 @@ YAML form::
     specs: {int8: {bits: 8}}           # names usable in the rules
     transforms: [hadamard]             # or {NAME: {PARAMETER: VALUE}}
     weights: rtn                       # weight quantizer
+    tune: {lsq: {steps: 100}}          # train the static scales, a layer at a time; absent: they stay as found
     calibration: {samples: 128, length: 512}
     rules:
       - {site: "*.mixer.u", spec: {bits: 8, scale: {percentile: {alpha: 0.9999}}}}
@@ -20,7 +21,7 @@ parameter) also matches the state, the weights and small parameters such as ``co
 
 A recipe that extends another has its own ``name`` and ``description``. Its rules come after the parent's, whose named
 specs it may use (a name that it gives again changes nothing in the parent's rules); of ``calibration`` it says only
-what differs; ``architectures``, ``transforms`` and ``weights`` replace the parent's.
+what differs; ``architectures``, ``transforms``, ``weights`` and ``tune`` replace the parent's.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _named_parameters(value: Any) -> Any:
 
 
 class Named(Data):
-    """Name of a transform or weight quantizer, and its parameters."""
+    """Name of a transform, weight quantizer or tuner, and its parameters."""
 
     name: str
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -129,6 +130,7 @@ class Recipe(Data):
     architectures: Architectures = tuple(BLOCKS)
     transforms: tuple[NamedField, ...] = ()
     weights: NamedField = Named(name="rtn")
+    tune: NamedField | None = None
     calibration: Calibration = Calibration()
     rules: tuple[Rule, ...] = ()
 
