@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from squamata import __version__
-from squamata.cli import chat, demo, evaluate, generate, inspect, profile, quantize, recipes
+from squamata.cli import chat, demo, evaluate, generate, inspect, profile, quantize, recipes, study
 from squamata.errors import SquamataError
 
 USER_ERROR = 2
@@ -30,6 +30,7 @@ app.command("inspect")(inspect.inspect)
 app.command("profile")(profile.profile)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(study.app, name="study")
 
 
 @app.callback(invoke_without_command=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -201,7 +201,7 @@ def _mean_and_interval(sums: np.ndarray | None, tokens: np.ndarray) -> tuple[flo
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How many nats a token the second model needs more than the first, on the same text."""
+    """How many nats a token (of the text, or of KL) the second model has more than the first, on the same text."""
 
     nats_per_token: float
     ci: Interval | None
@@ -218,12 +218,19 @@ def paired_difference(first: Evaluation, second: Evaluation) -> PairedDifference
     Not significant if the 95 % interval holds zero, or if there is only one unit. SquamataError if the two were not
     judged on the same units.
     """
-    if not np.array_equal(first.sums.tokens, second.sums.tokens) or first.sums.kind != second.sums.kind:
+    return difference_of_sums(first.sums, second.sums)
+
+
+def difference_of_sums(first: UnitSums, second: UnitSums, measure: Literal["nats", "kl"] = "nats") -> PairedDifference:
+    """The same of the sums that evaluations keep; ``measure`` may be ``kl`` where both were judged beside a model."""
+    if not np.array_equal(first.tokens, second.tokens) or first.kind != second.kind:
         raise SquamataError("the two evaluations are of different texts or windows: judge both models on the same ones")
-    differences = second.sums.nats - first.sums.nats
-    interval = ratio_interval(differences, first.sums.tokens)
+    one, other = getattr(first, measure), getattr(second, measure)
+    if one is None or other is None:
+        raise SquamataError("the two evaluations have no KL to compare: judge both models --against a third")
+    interval = ratio_interval(other - one, first.tokens)
     if interval is None or interval[0] <= 0 <= interval[1]:
         verdict = "not significant"
     else:
         verdict = "worse" if interval[0] > 0 else "better"
-    return PairedDifference(float(differences.sum() / first.sums.tokens.sum()), interval, verdict)
+    return PairedDifference(float((other - one).sum() / first.tokens.sum()), interval, verdict)
