@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from squamata import __version__
-from squamata.cli import chat, demo, evaluate, generate, inspect, profile, quantize, recipes, study
+from squamata.cli import (
+    chat,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    outliers,
+    profile,
+    quantize,
+    recipes,
+    report,
+    sensitivity,
+    study,
+)
 from squamata.errors import SquamataError
 
 USER_ERROR = 2
@@ -29,6 +42,9 @@ app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("profile")(profile.profile)
 app.command("demo")(demo.demo)
+app.command("sensitivity")(sensitivity.sensitivity)
+app.command("outliers")(outliers.outliers)
+app.command("report")(report.report)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(study.app, name="study")
 

@@ -86,5 +86,16 @@ def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -
                 compared.words,
             )
         )
-    columns = ("<model", "<recipe", "<override", "seed", "bytes", "perplexity", "95 %", "KL", "95 %", "<beside the first")
+    columns = (
+        "<model",
+        "<recipe",
+        "<override",
+        "seed",
+        "bytes",
+        "perplexity",
+        "95 %",
+        "KL",
+        "95 %",
+        "<beside the first",
+    )
     table(f"{study.get('name', '')}: {len(rows)} rows", columns, lines)

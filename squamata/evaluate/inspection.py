@@ -183,7 +183,9 @@ def clipped_fractions(
     """
     sites = [site for site in model.sites() if site.spec is not None and not site.spec.dynamic]
     counts = {site.name: [0, 0] for site in sites}
-    watch_text(model, read_documents(text), sites, lambda site, x: _count(site, x, counts[site.name]), max_tokens, progress)
+    watch_text(
+        model, read_documents(text), sites, lambda site, x: _count(site, x, counts[site.name]), max_tokens, progress
+    )
     return {name: beyond / seen for name, (beyond, seen) in counts.items() if seen}
 
 

@@ -39,10 +39,10 @@ def baseline_of(row: Row, rows: Sequence[Row], wanted: Mapping[str, Any] | None)
     first row."""
     same_model = [other for other in rows if other["model"] == row["model"]]
     for other in same_model:
-        named = wanted is not None and other["recipe"] == wanted["recipe"]
-        if named and wanted is not None and wanted.get("override") in (None, other["override"]):
-            if other["seed"] == row["seed"]:
-                return other
+        if wanted is None or other["seed"] != row["seed"] or other["recipe"] != wanted["recipe"]:
+            continue
+        if wanted.get("override") in (None, other["override"]):
+            return other
     return same_model[0]
 
 

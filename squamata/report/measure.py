@@ -57,7 +57,9 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path) -> Outcome:
     distributions = plan.description["distributions"]
     if distributions:
         first = next(iter(plan.texts.values()))
-        details |= observe_distributions(model, beginning(first, DISTRIBUTION_TOKENS), distributions, DISTRIBUTION_TOKENS)
+        details |= observe_distributions(
+            model, beginning(first, DISTRIBUTION_TOKENS), distributions, DISTRIBUTION_TOKENS
+        )
     row = {"id": plan.id} | plan.labels | {"seed": plan.seed, "architecture": model.config.architecture}
     row |= {name: evaluations[0][name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
     row |= {"bytes": bytes_by_part(model), "parameters": _parameters(model), "evaluations": evaluations}

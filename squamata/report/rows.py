@@ -37,7 +37,9 @@ def locked(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise SquamataError(f"{folder}: another run is writing to it; wait for its end or choose another --out") from None
+        raise SquamataError(
+            f"{folder}: another run is writing to it; wait for its end or choose another --out"
+        ) from None
     finally:
         os.close(descriptor)
 

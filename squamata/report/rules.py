@@ -53,10 +53,16 @@ def changed_specs(specs: Mapping[str, QuantSpec], changes: Iterable[Change], blo
     for change in changes:
         _refuse_unknown(change.site, len(blocks))
         for site, spec in specs.items():
-            in_layer = change.layers is None or (site.startswith("layers.") and int(site.split(".")[1]) in change.layers)
+            in_layer = change.layers is None or (
+                site.startswith("layers.") and int(site.split(".")[1]) in change.layers
+            )
             if in_layer and change.kind in (None, infos[site].kind) and fnmatchcase(site, change.site):
                 altered[site] = _with(altered.get(site, spec), change, site)
     return altered
+
+
+def _in_layers(site: str, layers: Sequence[int] | None) -> bool:
+    return layers is None or (site.startswith("layers.") and int(site.split(".")[1]) in layers)
 
 
 def _refuse_unknown(glob: str, layers: int) -> None:
