@@ -186,7 +186,7 @@ def _show_search(found: Search, budget: Budget, units: int) -> None:
     upgraded = found.mixture(found.best).upgraded
     if upgraded and all(unit.startswith("layers.") and unit.count(".") == 1 for unit in upgraded):
         upgraded = [f"layers {layer_ranges([int(unit.split('.')[1]) for unit in upgraded])}"]
-    say(f"evolution beside greedy, perplexity: {found.verdict}; lower KL: {found.best}, {', '.join(upgraded)}")
+    say(f"KL of evolution beside greedy: {found.verdict}; lower KL: {found.best}, {', '.join(upgraded)}")
 
 
 def _save(mixer: Mixer, found: Search, path: Path) -> None:

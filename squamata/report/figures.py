@@ -12,6 +12,7 @@ import numpy as np
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import UnitSums
 from squamata.report.compare import Comparison, Row, paired
+from squamata.report.plan import AS_IT_IS
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -52,7 +53,7 @@ def figure(title: str, height: int = 420, **layout: Any) -> Figure:
 
 def label(row: Row) -> str:
     """Recipe and override, and the seed where it is not 0."""
-    name = row["recipe"] if row["override"] in ("as it is", "") else f"{row['recipe']}, {row['override']}"
+    name = row["recipe"] if row["override"] == AS_IT_IS else f"{row['recipe']}, {row['override']}"
     return name if row["seed"] == 0 else f"{name}, seed {row['seed']}"
 
 
@@ -74,7 +75,7 @@ def pareto(rows: Sequence[Row], cost: str, quality: str) -> Figure:
             _add_points(made, model, points, quality, colour)
             _add_front(made, model, points, quality, colour)
     made.update_xaxes(title="stored size, MB" if cost == "bytes" else cost)
-    made.update_yaxes(title=word, type="log" if quality == "kl" else "linear")
+    made.update_yaxes(title=word, type="log" if quality == "kl" else "linear", exponentformat="power")
     return made
 
 
@@ -116,16 +117,30 @@ def _add_front(made: Figure, model: str, points: Sequence[tuple[float, Row]], qu
     made.add_scatter(
         x=[points[place][0] for place in front],
         y=[points[place][1][quality] for place in front],
-        mode="lines+text",
+        mode="lines",
         line={"color": colour, "dash": "dot", "width": 1.5, "shape": "hv"},
-        text=[label(points[place][1]) for place in front],
-        textposition="top right",
-        textfont={"size": 11, "color": colour},
         legendgroup=model,
         showlegend=False,
         hoverinfo="skip",
-        cliponaxis=False,
     )
+    for place in front:
+        cost, row = points[place]
+        height = np.log10(row[quality]) if quality == "kl" else row[quality]
+        note(made, label(row), cost, float(height), colour)
+
+
+def note(made: Figure, text: str, x: float, y: float, colour: str) -> None:
+    """Words at the lower right of a point; a coordinate on a logarithmic axis is given as its decimal logarithm."""
+    place = {"xanchor": "left", "yanchor": "top", "xshift": 7, "yshift": -3, "showarrow": False}
+    made.add_annotation(x=x, y=y, text=text, font={"size": 11, "color": colour}, **place)
+
+
+def upright(made: Figure, x: float, text: str, colour: str, logarithmic: bool = False) -> None:
+    """A dotted line across the figure, named at its top."""
+    made.add_vline(x, line={"color": colour, "dash": "dot", "width": 1.5})
+    at = float(np.log10(x)) if logarithmic else x
+    style = {"yref": "paper", "yanchor": "bottom", "showarrow": False, "font": {"size": 11, "color": colour}}
+    made.add_annotation(x=at, y=1, text=text, **style)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -202,7 +217,7 @@ def seed_spread(rows: Sequence[Row]) -> list[tuple[str, str, float, float, int]]
     """Model, recipe and override, mean and standard deviation of perplexity, seeds: of those with several seeds."""
     groups: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        name = row["recipe"] if row["override"] == "as it is" else f"{row['recipe']}, {row['override']}"
+        name = row["recipe"] if row["override"] == AS_IT_IS else f"{row['recipe']}, {row['override']}"
         groups.setdefault((row["model"], name), []).append(row["perplexity"])
     return [
         (model, name, float(np.mean(values)), float(np.std(values, ddof=1)), len(values))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from squamata.errors import SquamataError
-from squamata.evaluate.perplexity import Evaluation, paired_difference
+from squamata.evaluate.perplexity import Evaluation, difference_of_sums
 from squamata.evaluate.result import Result
 from squamata.evaluate.uncertainty import Interval
 from squamata.report.forms import FLOAT, Forms, units_of
@@ -41,7 +41,7 @@ class Mixture(Result):
 @dataclass(frozen=True)
 class Search(Result):
     """``mixtures``: nothing upgraded, greedy, evolution, everything upgraded. ``verdict``: evolution beside greedy, by
-    perplexity. ``best``: the name of the one within the budget that has the lower KL."""
+    KL. ``best``: the name of the one within the budget that has the lower KL."""
 
     budget_bytes: int
     mixtures: list[Mixture]
@@ -217,7 +217,7 @@ def _judged(mixer: Mixer, chosen: Mapping[str, tuple[Choice, int]], plan: Search
         stored = mixer.bytes(choice)
         mixtures.append(_mixture(name, sorted(choice), (stored, parameters, runs), judged[name]))
     best = min(("greedy", "evolution"), key=lambda name: judged[name].kl or 0.0)
-    verdict = paired_difference(judged["greedy"], judged["evolution"]).verdict
+    verdict = difference_of_sums(judged["greedy"].sums, judged["evolution"].sums, "kl").verdict
     return Search(plan.budget, mixtures, verdict, best)
 
 

@@ -89,7 +89,7 @@ class _Drawing:
                 full_html=False,
                 include_plotlyjs=False,
                 div_id=f"{self.prefix}-{self.number}",
-                config={"displaylogo": False, "responsive": True},
+                config={"displaylogo": False, "responsive": True, "displayModeBar": "hover"},
             )
             + "</div>"
         )
@@ -112,7 +112,8 @@ def _sections(
 
 def _conditions(rows: Sequence[Row]) -> str:
     first, source = rows[0]["evaluations"][0], rows[0]["provenance"]
-    told = [f"{first['tokens']} tokens of {first['documents']} documents of {first['text']}"]
+    count, several = first["documents"], first["documents"] > 1
+    told = [f"{first['tokens']} tokens of {count} document{'s' if several else ''} of {first['text']}"]
     told += [f"windows of {first['window']}", f"{first['mode']} unless a column says otherwise"]
     versions = sorted({row["provenance"]["squamata_version"] for row in rows})
     told.append(f"measured by squamata {', '.join(versions)}")
@@ -120,7 +121,8 @@ def _conditions(rows: Sequence[Row]) -> str:
         told.append("rows of different versions: compare with care")
     if source.get("calibration_sha256"):
         told.append(f"calibration text sha256 {source['calibration_sha256'][:12]}")
-    return f"<p>{escape('; '.join(told))}. Intervals are 95 % bootstrap intervals over documents.</p>"
+    units = "documents" if several else "its windows"
+    return f"<p>{escape('; '.join(told))}. Intervals are 95 % bootstrap intervals over {units}.</p>"
 
 
 def _table(rows: Sequence[Row], compared: Mapping[str, Comparison]) -> str:
@@ -203,7 +205,7 @@ def _differences(rows: Sequence[Row], compared: Mapping[str, Comparison], folder
 
 def _distributions(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     draw = _Drawing("distribution")
-    drawn = []
+    drawn: list[str] = []
     for row in rows:
         found = unpack_distributions(read_details(folder, row["id"]))
         if found and any(entry.levels.size for entry in found):

@@ -13,6 +13,7 @@ th { text-align: left; font-weight: 600; color: #4b5a63; vertical-align: bottom;
 th, td { padding: 7px 10px; border-bottom: 1px solid #e9edeb; }
 td:nth-child(n+4), th:nth-child(n+4) { text-align: right; }
 tr:last-child td { border-bottom: 0; } tr:hover td { background: #f6faf8; }
+td:nth-child(-n+3) { white-space: nowrap; }
 td small { display: block; color: #7d8a91; font-size: 11px; white-space: nowrap; }
 .worse { color: #b5493b; } .better { color: #2a7f62; } .not-significant, .none { color: #7d8a91; }
 details { margin: 6px 0; } summary { cursor: pointer; color: #2a7f62; }

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +44,7 @@ from squamata.report.verbs import Verbs
 from squamata.spec.quant import Data
 from squamata.spec.recipe import Calibration, Recipe
 
+AS_IT_IS = "as it is"  # the override that changes nothing
 BUNDLED = {"calibration": "calibration.jsonl", "text": "excerpt.jsonl"}
 
 
@@ -61,9 +62,9 @@ class Override(Data):
     recipes: tuple[str, ...] | None = None
 
     @property
-    def changes_recipe(self) -> bool:
-        given = (self.changes, self.rules, self.calibration, self.transforms is not None, self.weights is not None)
-        return any(given)
+    def changes_otherwise(self) -> bool:
+        """True if a recipe is changed by more than ``changes``."""
+        return bool(self.rules or self.calibration or self.transforms is not None or self.weights is not None)
 
 
 class Baseline(Data):
@@ -80,7 +81,7 @@ class Study(Data):
     description: str = ""
     models: Annotated[dict[str, str], Field(min_length=1)]
     recipes: Annotated[tuple[str, ...], Field(min_length=1)]
-    overrides: Annotated[tuple[Override, ...], Field(min_length=1)] = (Override(name="as it is"),)
+    overrides: Annotated[tuple[Override, ...], Field(min_length=1)] = (Override(name=AS_IT_IS),)
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     calibration: str | None = None
     samples: Annotated[int, Field(ge=1)] | None = None
@@ -194,36 +195,76 @@ def plan_rows(study: Study, places: Places, verbs: Verbs) -> tuple[list[RowPlan]
     numbers must be those of an earlier one because its override changes nothing. Everything else that cannot run is a
     SquamataError now, before any work is done.
     """
-    texts = {label: places.text(path, "text") for label, path in study.text.items()}
-    prints = _Fingerprints()
-    rows: list[RowPlan] = []
-    notes: list[str] = []
+    planner = _Planner(study, places, verbs)
     for label, path in study.models.items():
-        source, config = places.model(path), open_source(places.model(path)).config
+        planner.add_model(label, places.model(path))
+    return planner.rows, planner.notes
+
+
+class _Planner:
+    """Collects ``rows`` and ``notes``."""
+
+    def __init__(self, study: Study, places: Places, verbs: Verbs) -> None:
+        self.study, self.places, self.verbs = study, places, verbs
+        self.texts = {label: places.text(path, "text") for label, path in study.text.items()}
+        self.prints = _Fingerprints()
+        self.rows: list[RowPlan] = []
+        self.notes: list[str] = []
+
+    def add_model(self, label: str, source: str) -> None:
+        config = open_source(source).config
         seen: dict[str, str] = {}
-        for recipe_name in study.recipes:
-            recipe = _read_recipe(recipe_name, places.study)
+        for name in self.study.recipes:
+            recipe = _read_recipe(name, self.places.study)
             if not set(config.blocks) <= set(recipe.architectures):
-                notes.append(f"{label}, {recipe_name}: left out, the recipe is for {', '.join(recipe.architectures)}")
+                self.notes.append(f"{label}, {name}: left out, the recipe is for {', '.join(recipe.architectures)}")
                 continue
-            for override in study.overrides:
-                if override.recipes is not None and recipe_name not in override.recipes:
-                    continue
-                labels = {"model": label, "recipe": recipe_name, "override": override.name}
-                with about(", ".join(labels.values())):
-                    varied = vary(recipe, recipe_name, override, config, places.study)
-                    verbs.check(varied, config)
-                    drawn_from = override.calibration_text or study.calibration
-                    calibration = None if drawn_from is None else places.text(drawn_from, "calibration")
-                for seed in study.seeds:
-                    row = _row(study, labels, seed, source, varied, calibration, texts, prints)
-                    content = _digest({key: row.description[key] for key in row.description if key != "labels"})
-                    if content in seen:
-                        notes.append(f"{row.name}: left out, it equals {seen[content]}")
-                    else:
-                        seen[content] = row.name
-                        rows.append(row)
-    return rows, notes
+            for override in self.study.overrides:
+                if override.recipes is None or name in override.recipes:
+                    for row in self._rows(label, source, config, (name, recipe), override):
+                        self._keep(row, f"{label}, {name}, {override.name}, seed {row.seed}", config, seen)
+
+    def _keep(self, row: RowPlan, asked: str, config: ModelConfig, seen: dict[str, str]) -> None:
+        meaning = _digest(row.description | {"labels": None, "recipe": _meaning(row.recipe, config)})
+        if meaning in seen:
+            self.notes.append(f"{asked}: left out, it equals {seen[meaning]}")
+        else:
+            seen[meaning] = row.name
+            self.rows.append(row)
+
+    def _rows(
+        self, label: str, source: str, config: ModelConfig, named: tuple[str, Recipe], override: Override
+    ) -> Iterator[RowPlan]:
+        """One a seed; an override that speaks of nothing in the recipe leaves it, and is called, as it is."""
+        name, recipe = named
+        with about(f"{label}, {name}, {override.name}"):
+            varied = vary(recipe, name, override, config, self.places.study)
+            self.verbs.check(varied, config)
+            drawn_from = override.calibration_text or self.study.calibration
+            calibration = None if drawn_from is None else self.places.text(drawn_from, "calibration")
+        same = varied is recipe and override.calibration_text is None
+        labels = {"model": label, "recipe": name, "override": AS_IT_IS if same else override.name}
+        if calibration is None and source == "bundled":
+            calibration = str(bundled() / BUNDLED["calibration"])
+        varied = varied.with_calibration(samples=self.study.samples, length=self.study.length)
+        for seed in self.study.seeds:
+            description = {"labels": labels, "seed": seed, "model_sha256": self.prints.model(source)}
+            description |= self._conditions(varied, calibration)
+            yield RowPlan(_digest(description), labels, seed, source, varied, calibration, self.texts, description)
+
+    def _conditions(self, recipe: Recipe, calibration: str | None) -> dict[str, Any]:
+        """What decides a row's numbers, model and seed apart, without any path."""
+        study = self.study
+        return {
+            "recipe": {key: value for key, value in recipe.to_mapping().items() if key not in ("name", "description")},
+            "calibration": recipe.calibration.model_dump(),
+            "calibration_sha256": None if calibration is None else self.prints.file(Path(calibration)),
+            "text_sha256": {label: self.prints.file(Path(path)) for label, path in self.texts.items()},
+            "max_tokens": study.max_tokens,
+            "window": study.window,
+            "modes": list(study.modes),
+            "distributions": list(study.distributions),
+        }
 
 
 def _read_recipe(name: str, study: Path) -> Recipe:
@@ -231,11 +272,18 @@ def _read_recipe(name: str, study: Path) -> Recipe:
     return Recipe.read(study.parent / name if is_file else name)
 
 
+def _meaning(recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
+    """What a recipe does to this model, whatever rules say so."""
+    specs = {site: spec.model_dump(mode="json") for site, spec in recipe.resolve(config.blocks).items()}
+    return recipe.model_dump(mode="json", include={"transforms", "weights"}) | {"specs": specs}
+
+
 def vary(recipe: Recipe, reference: str, override: Override, config: ModelConfig, origin: Path) -> Recipe:
-    """The recipe as an override has it; ``reference``: its name, or its file beside ``origin``."""
-    if not override.changes_recipe:
-        return recipe
+    """The recipe as an override has it, itself if nothing in it is changed; ``reference``: its name, or its file
+    beside ``origin``."""
     changed = changed_specs(recipe.resolve(config.blocks), override.changes, config.blocks)
+    if not changed and not override.changes_otherwise:
+        return recipe
     mapping: dict[str, Any] = {
         "name": f"{recipe.name}, {override.name}",
         "description": f"{recipe.description} Changed: {override.name}.",
@@ -254,35 +302,6 @@ def _calibration(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
         if key not in Calibration.model_fields:
             raise SquamataError(f"calibration: unknown key '{key}'{nearest(key, Calibration.model_fields)}")
     return recipe.calibration.model_dump() | dict(given)
-
-
-def _row(
-    study: Study,
-    labels: dict[str, str],
-    seed: int,
-    model: str,
-    recipe: Recipe,
-    calibration: str | None,
-    texts: dict[str, str],
-    prints: _Fingerprints,
-) -> RowPlan:
-    recipe = recipe.with_calibration(samples=study.samples, length=study.length)
-    if calibration is None and model == "bundled":
-        calibration = str(bundled() / BUNDLED["calibration"])
-    description = {
-        "labels": labels,
-        "seed": seed,
-        "model_sha256": prints.model(model),
-        "recipe": {key: value for key, value in recipe.to_mapping().items() if key not in ("name", "description")},
-        "calibration": recipe.calibration.model_dump(),
-        "calibration_sha256": None if calibration is None else prints.file(Path(calibration)),
-        "text_sha256": {label: prints.file(Path(path)) for label, path in texts.items()},
-        "max_tokens": study.max_tokens,
-        "window": study.window,
-        "modes": list(study.modes),
-        "distributions": list(study.distributions),
-    }
-    return RowPlan(_digest(description), labels, seed, model, recipe, calibration, texts, description)
 
 
 def _digest(description: Mapping[str, Any]) -> str:

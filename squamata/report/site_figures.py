@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from squamata.report.distributions import Distribution
-from squamata.report.figures import COLOURS, FAINT, INK, SCALE, figure, steps
+from squamata.report.figures import COLOURS, FAINT, INK, SCALE, figure, steps, upright
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -87,15 +87,16 @@ def _ranking(found: Mapping[str, Any]) -> Figure:
         customdata=[[row["perplexity"], row["verdict"]] for row in rows],
         hovertemplate="<b>%{y}</b><br>KL %{x:.3g}<br>perplexity %{customdata[0]:.4f}, %{customdata[1]}<extra></extra>",
     )
-    made.add_vline(found["together_kl"], line={"color": COLOURS[6], "dash": "dot"}, annotation_text="all together")
-    made.update_xaxes(title="KL to float, nats a token (grey: perplexity not significantly changed)", type="log")
+    upright(made, found["together_kl"], "all together", COLOURS[6], logarithmic=True)
+    title = "KL to float, nats a token (grey: perplexity not significantly changed)"
+    made.update_xaxes(title=title, type="log", exponentformat="power", dtick=1)
     made.update_yaxes(autorange="reversed")
     return made
 
 
 def search(found: Mapping[str, Any]) -> Figure:
     """Mixtures of two recipes: KL against size, with intervals, and the budget."""
-    made = figure(f"{found['model']}: mixed precision under a budget", showlegend=False)
+    made = figure(f"{found['model']}: mixed precision under a budget")
     mixtures = found["search"]["mixtures"]
     for number, mixture in enumerate(mixtures):
         low, high = mixture["kl_ci"] or (mixture["kl"], mixture["kl"])
@@ -103,16 +104,13 @@ def search(found: Mapping[str, Any]) -> Figure:
         made.add_scatter(
             x=[mixture["bytes"] / 1e6],
             y=[mixture["kl"]],
-            mode="markers+text",
-            text=[mixture["name"]],
-            textposition="bottom center" if mixture["name"] == "evolution" else "top center",
-            marker={"size": 11, "color": colour},
+            name=mixture["name"],
+            mode="markers",
+            marker={"size": 11, "color": colour, "symbol": number},
             error_y={"type": "data", "array": [high - mixture["kl"]], "arrayminus": [mixture["kl"] - low]},
             hovertext="<br>".join(mixture["upgraded"][:20]) or "nothing upgraded",
         )
-    made.add_vline(
-        found["search"]["budget_bytes"] / 1e6, line={"color": FAINT, "dash": "dot"}, annotation_text="budget"
-    )
+    upright(made, found["search"]["budget_bytes"] / 1e6, "budget", FAINT)
     made.update_xaxes(title="stored size, MB")
     made.update_yaxes(title="KL to float, nats a token")
     return made
@@ -165,14 +163,14 @@ def outlier_channels(found: Mapping[str, Any]) -> Figure:
     """Which channels of which layer: a column of marks is a channel that persists over the layers."""
     made = figure(f"{found['model']}: channels beyond {found['sigmas']:g} sigma", 460)
     parts = list(dict.fromkeys(row["part"] for row in found["rows"] if row["outliers"]))
-    for part in parts:
+    for number, part in enumerate(parts):
         marks = [(channel, row["layer"]) for row in found["rows"] if row["part"] == part for channel in row["outliers"]]
         made.add_scatter(
             x=[channel for channel, _ in marks],
             y=[layer for _, layer in marks],
             mode="markers",
             name=part.removeprefix("mixer."),
-            marker={"size": 7, "symbol": "line-ns-open", "line": {"width": 2}},
+            marker={"size": 9, "symbol": number, "color": COLOURS[number % len(COLOURS)], "opacity": 0.85},
             hovertemplate=f"{part}<br>channel %{{x}}, layer %{{y}}<extra></extra>",
         )
     made.update_xaxes(title="channel")
@@ -222,5 +220,5 @@ def zeroed(found: Mapping[str, Any]) -> Figure:
     made.add_bar(x=names, y=[row["kl"] for row in rows], name="outlier channels", marker={"color": COLOURS[6]})
     made.add_bar(x=names, y=[row["random_kl"] for row in rows], name="as many at random", marker={"color": FAINT})
     made.update_xaxes(title="site (channels zeroed in all layers)", color=INK)
-    made.update_yaxes(title="KL, nats a token", type="log")
+    made.update_yaxes(title="KL, nats a token", type="log", exponentformat="power", dtick=1)
     return made
