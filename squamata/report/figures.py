@@ -21,6 +21,11 @@ INSTALL = "pip install 'squamata[studies]'"
 COLOURS = ("#2a7f62", "#c8792b", "#4a6fa5", "#9b4a75", "#7a8b3c", "#5b6770", "#b5493b", "#3f8f9f")
 FAINT, INK, GRID = "#9aa5ab", "#26323a", "#e6eaec"
 SCALE = [[0.0, "#f6f8f7"], [0.35, "#a9d1c1"], [0.7, "#2a7f62"], [1.0, "#12372a"]]
+CHIP = {  # figures of the hardware room that are costs
+    "sram_mm2": "SRAM for scales, mm²",
+    "energy_per_token_nj": "energy a token, nJ",
+    "dram_bytes_per_token": "DRAM bytes a token",
+}
 SMALLEST_KL = 1e-9  # below it lies only float noise
 
 
@@ -64,17 +69,17 @@ def models_of(rows: Sequence[Row]) -> list[str]:
 def pareto(rows: Sequence[Row], cost: str, quality: str) -> Figure:
     """Quality (``perplexity`` or ``kl``) against a cost, a colour a model; the line joins rows that no other beats.
 
-    ``cost``: ``bytes`` (in MB) or the name of a hardware figure. Rows without the figure are left out.
+    ``cost``: ``bytes`` (in MB) or one of ``CHIP``. Rows without the figure are left out.
     """
     word = {"perplexity": "perplexity", "kl": "KL to the float model, nats a token"}[quality]
-    made = figure(f"{word} against {'size' if cost == 'bytes' else cost}", hovermode="closest")
+    made = figure(f"{word} against {CHIP.get(cost, 'size')}", hovermode="closest")
     for number, model in enumerate(models_of(rows)):
         colour = COLOURS[number % len(COLOURS)]
         points = [(_cost(row, cost), row) for row in rows if row["model"] == model and _known(row, cost, quality)]
         if points:
             _add_points(made, model, points, quality, colour)
             _add_front(made, model, points, quality, colour)
-    made.update_xaxes(title="stored size, MB" if cost == "bytes" else cost)
+    made.update_xaxes(title="stored size, MB" if cost == "bytes" else CHIP[cost])
     made.update_yaxes(title=word, type="log" if quality == "kl" else "linear", exponentformat="power")
     return made
 

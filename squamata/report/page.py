@@ -127,10 +127,10 @@ def _conditions(rows: Sequence[Row]) -> str:
 
 def _table(rows: Sequence[Row], compared: Mapping[str, Comparison]) -> str:
     further = [(entry["text"], entry["mode"]) for entry in rows[0]["evaluations"][1:]]
-    chip = sorted({name for row in rows for name in row.get("hardware", {})})
+    chip = {name: words for name, words in figures.CHIP.items() if any(name in row.get("hardware", {}) for row in rows)}
     heads = ["model", "recipe", "variation", "seed", "MB", "bits a parameter", "perplexity", "beside the baseline"]
     heads += ["KL, nats a token", "same top token, %", "bits a byte"]
-    heads += [f"perplexity, {text}, {mode}" for text, mode in further] + chip
+    heads += [f"perplexity, {text}, {mode}" for text, mode in further] + list(chip.values())
     lines = []
     for row in rows:
         first = row["evaluations"][0]
@@ -183,12 +183,10 @@ def _seeds(rows: Sequence[Row]) -> str:
 def _fronts(rows: Sequence[Row]) -> Iterator[str]:
     draw = _Drawing("front")
     yield "<h2>What it costs</h2>"
-    scalar = {name for row in rows for name, value in row.get("hardware", {}).items() if isinstance(value, int | float)}
-    for cost in ("bytes", *sorted(scalar)):
-        for quality in ("kl", "perplexity"):
-            made = figures.pareto(rows, cost, quality)
-            if made.data:
-                yield draw(made)
+    for cost, quality in (("bytes", "kl"), ("bytes", "perplexity"), *((name, "kl") for name in figures.CHIP)):
+        made = figures.pareto(rows, cost, quality)
+        if made.data:
+            yield draw(made)
 
 
 def _differences(rows: Sequence[Row], compared: Mapping[str, Comparison], folder: Path) -> Iterator[str]:

@@ -212,7 +212,12 @@ class _Planner:
         self.notes: list[str] = []
 
     def add_model(self, label: str, source: str) -> None:
-        config = open_source(source).config
+        try:
+            config = open_source(source).config
+        except SquamataError as error:
+            lost = source != "bundled" and not Path(source).exists()
+            hint = "; --models FOLDER says where a study's models are" if lost else ""
+            raise SquamataError(f"{error}{hint}") from None
         seen: dict[str, str] = {}
         for name in self.study.recipes:
             recipe = _read_recipe(name, self.places.study)

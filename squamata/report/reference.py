@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
-from squamata.models.lm import LanguageModel
+from squamata.models.lm import Cache, LanguageModel
 from squamata.report.verbs import Verbs
 from squamata.text import read_documents
 
@@ -20,8 +20,8 @@ CHARACTERS_A_TOKEN = 40  # a document is cut to this many a token that is wanted
 class Remembering:
     """Stands for a model in ``evaluate(..., against=...)``: a batch that was seen before is not computed again.
 
-    Logits are kept as they are (float32), the first ``budget`` bytes of them. Everything but whole windows, recurrent
-    decoding above all, goes to the model itself.
+    Logits are kept as they are (float32), the first ``budget`` bytes of them: of whole windows, and of single steps by
+    all the tokens before them. What is not kept any more is computed, a step by stepping through its tokens again.
     """
 
     def __init__(self, model: LanguageModel, budget: int = KEPT_BYTES) -> None:
@@ -31,10 +31,18 @@ class Remembering:
         self.computed = 0
 
     def __call__(self, ids: Tensor) -> Tensor:
-        key = hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.contiguous().numpy().tobytes()).hexdigest()
+        return self._recall(_Past(ids.shape[0]).after(ids), lambda: self._model(ids))
+
+    def new_cache(self, batch: int = 1) -> Any:
+        return _Past(batch)
+
+    def step(self, ids: Tensor, cache: _Past) -> Tensor:
+        return self._recall(cache.after(ids), lambda: cache.catch_up(self._model))
+
+    def _recall(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
         if key not in self._kept:
             self.computed += 1
-            logits = self._model(ids)
+            logits = compute()
             if logits.nbytes > self._left:
                 return logits
             self._left -= logits.nbytes
@@ -43,6 +51,31 @@ class Remembering:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
+
+
+class _Past:
+    """The tokens that some sequences have taken in, and the model's cache of as many of them as it has seen."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self._digest = hashlib.sha256()
+        self._unseen: list[Tensor] = []
+        self._cache: Cache | None = None
+
+    def after(self, ids: Tensor) -> str:
+        """Take in tokens (B,) or (B, L); a name for all that were taken in, in whatever shapes."""
+        self._unseen.append(ids)
+        self._digest.update(f"{tuple(ids.shape)}".encode() + ids.contiguous().numpy().tobytes())
+        return self._digest.hexdigest()
+
+    def catch_up(self, model: LanguageModel) -> Tensor:
+        """Logits (B, V) after the last token; the model steps through those that it has not seen."""
+        cache = self._cache = self._cache or model.new_cache(self._batch)
+        *before, last = self._unseen
+        self._unseen = []
+        for ids in before:
+            model.step(ids, cache)
+        return model.step(last, cache)
 
 
 class References:

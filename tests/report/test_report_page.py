@@ -124,7 +124,7 @@ def test_the_page_is_whole_and_names_are_escaped(folder: Path, tmp_path: Path) -
     visible = outside_scripts(page)
     assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page[: page.index("<body>")] + visible)
     assert "m&lt;/script&gt;&lt;1&gt;" in visible and "m</script><1>" not in visible and "a &lt;b&gt;test" in visible
-    assert visible.count("not significant") >= 1 and "sram_mm2" in visible
+    assert visible.count("not significant") >= 1 and "SRAM for scales" in visible
     assert page == page_of(folder, tmp_path / "again.html")  # same rows, same page
 
 

@@ -167,6 +167,19 @@ def test_a_remembered_model_gives_the_same_and_forgets_beyond_its_budget() -> No
     assert kept.config is model.config
 
 
+def test_a_remembered_model_steps_as_the_model_does() -> None:
+    """Also where its memory ends in the middle of a sequence, and where two sequences begin alike."""
+    model = squamata.load("bundled")
+    kept = Remembering(model, budget=2 * 5 * 8192 * 4)  # five steps of two sequences
+    sequences = [IDS[:, :8], torch.cat([IDS[:, :3], IDS[:, 9:14]], dim=1)]
+    for again in range(2):
+        for ids in sequences:
+            cache, expected = kept.new_cache(2), model.new_cache(2)
+            for place in range(8):
+                assert torch.equal(kept.step(ids[:, place], cache), model.step(ids[:, place], expected)), again
+    assert kept.computed == (8 + 5) + (3 + 5)  # 5 kept; 3 of those are shared by both sequences
+
+
 def test_the_beginning_of_a_text_is_enough(judge: Judge, verbs: Verbs) -> None:
     document = "word " * 20000
     short = beginning([document], 64)
