@@ -15,7 +15,7 @@ import torch
 from squamata.errors import SquamataError, nearest
 from squamata.evaluate.measure import Measured, measure, rows_that_fit
 from squamata.evaluate.result import Result
-from squamata.evaluate.uncertainty import Interval, ratio_interval
+from squamata.evaluate.uncertainty import FEWEST_UNITS, Interval, ratio_interval
 from squamata.evaluate.windows import Batch, Corpus, Progress, batches, cut, tokenizer_of
 from squamata.text import read_documents
 
@@ -27,7 +27,7 @@ _RECURRENT_ROWS = 32  # windows that step side by side
 
 @dataclass(frozen=True)
 class UnitSums:
-    """Sums over each resampling unit, float64 (n,): a document, or a window if the text is a single document."""
+    """Sums over each resampling unit, float64 (n,): a document, or a window if the text has few documents."""
 
     kind: str  # documents | windows
     tokens: np.ndarray
@@ -41,7 +41,7 @@ class Evaluation(Result):
     """A model on a text: ``perplexity`` and ``nats_per_token`` are of a token, ``bits_per_byte`` of a UTF-8 byte.
 
     ``kl`` (nats a token, KL(reference || model)) and ``top1_agreement`` are None without a reference. ``*_ci``:
-    bootstrap 95 % intervals over documents, or over the windows of a single document; None for a single unit.
+    bootstrap 95 % intervals over documents, or over windows if there are fewer than six; None for a single unit.
     """
 
     perplexity: float
@@ -161,7 +161,7 @@ def _unit_sums(corpus: Corpus, measurements: Iterator[tuple[torch.Tensor, Measur
         for total, values in zip(by_window, columns, strict=True):
             if values is not None:
                 total.index_add_(0, rows, values)
-    kind = "windows" if corpus.documents == 1 else "documents"
+    kind = "windows" if corpus.documents < FEWEST_UNITS else "documents"
     if kind == "documents":
         documents = torch.tensor([window.document for window in corpus.windows])
         _, unit = documents.unique(return_inverse=True)
@@ -215,8 +215,8 @@ class PairedDifference:
 def paired_difference(first: Evaluation, second: Evaluation) -> PairedDifference:
     """The second model's nats a token minus the first's, resampling the same units of both.
 
-    Not significant if the 95 % interval holds zero, or if there is only one unit. SquamataError if the two were not
-    judged on the same units.
+    Not significant if the 95 % interval holds zero, or if there are fewer than six units. SquamataError if the two
+    were not judged on the same units.
     """
     return difference_of_sums(first.sums, second.sums)
 
@@ -229,7 +229,7 @@ def difference_of_sums(first: UnitSums, second: UnitSums, measure: Literal["nats
     if one is None or other is None:
         raise SquamataError("the two evaluations have no KL to compare: judge both models --against a third")
     interval = ratio_interval(other - one, first.tokens)
-    if interval is None or interval[0] <= 0 <= interval[1]:
+    if interval is None or len(first.tokens) < FEWEST_UNITS or interval[0] <= 0 <= interval[1]:
         verdict = "not significant"
     else:
         verdict = "worse" if interval[0] > 0 else "better"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from squamata import __version__
 from squamata.errors import SquamataError
+from squamata.evaluate.uncertainty import FEWEST_UNITS
 from squamata.report import figures, site_figures
 from squamata.report.compare import Comparison, Row, sums_of, verdicts
 from squamata.report.distributions import unpack_distributions
@@ -112,8 +113,8 @@ def _sections(
 
 def _conditions(rows: Sequence[Row]) -> str:
     first, source = rows[0]["evaluations"][0], rows[0]["provenance"]
-    count, several = first["documents"], first["documents"] > 1
-    told = [f"{first['tokens']} tokens of {count} document{'s' if several else ''} of {first['text']}"]
+    count = first["documents"]
+    told = [f"{first['tokens']} tokens of {count} document{'s' if count > 1 else ''} of {first['text']}"]
     told += [f"windows of {first['window']}", f"{first['mode']} unless a column says otherwise"]
     versions = sorted({row["provenance"]["squamata_version"] for row in rows})
     told.append(f"measured by squamata {', '.join(versions)}")
@@ -121,7 +122,7 @@ def _conditions(rows: Sequence[Row]) -> str:
         told.append("rows of different versions: compare with care")
     if source.get("calibration_sha256"):
         told.append(f"calibration text sha256 {source['calibration_sha256'][:12]}")
-    units = "documents" if several else "its windows"
+    units = "documents" if count >= FEWEST_UNITS else "windows"
     return f"<p>{escape('; '.join(told))}. Intervals are 95 % bootstrap intervals over {units}.</p>"
 
 
