@@ -96,6 +96,6 @@ def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -
         "95 %",
         "KL",
         "95 %",
-        "<beside the first",
+        "<perplexity beside\nthe baseline",
     )
     table(f"{study.get('name', '')}: {len(rows)} rows", columns, lines)

@@ -162,7 +162,7 @@ def differences(rows: Sequence[Row], compared: Mapping[str, Comparison]) -> Figu
     """Perplexity of every row beside its baseline, in percent, with the paired interval; grey: not significant."""
     shown = [row for row in rows if (found := compared[row["id"]].difference) is not None and found.ci is not None]
     made = figure(
-        "perplexity beside the baseline, paired over documents (grey: not significant)",
+        "perplexity beside the baseline, paired (grey: not significant)",
         height=140 + 26 * len(shown),
         showlegend=False,
     )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 SHOWN = 40  # bars of a ranking
+FAINTEST = 1e-7  # a KL that is drawn as nothing
 RUG = 1024  # levels that are drawn one by one
 
 
@@ -36,7 +37,7 @@ def _heat(found: Mapping[str, Any]) -> Figure:
     cells = {split_cell(row["unit"]): row for row in found["rows"]}
     parts = list(dict.fromkeys(part for layer, part in sorted(cells, key=_place(found)) if layer is not None))
     layers = sorted({layer for layer, _ in cells if layer is not None})
-    floor = max(found["floor_kl"], 1e-9)
+    floor = max(found["floor_kl"], FAINTEST)
     kl = [[_kl(cells.get((layer, part))) for layer in layers] for part in parts]
     logs = [[None if value is None else float(np.log10(max(value, floor))) for value in line] for line in kl]
     made = figure(_title(found), 150 + 24 * len(parts))
