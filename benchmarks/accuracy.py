@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ import torch
 import squamata
 from squamata.evaluate import evaluate_lambada
 from squamata.evaluate.size import bytes_by_part
+from squamata.models.config import ModelConfig, parameter_shapes
 from squamata.run.model import Model
 
-RECIPES = ("float", "w8a8", "w8a8-channel", "quamba-w8a8", "quamba-w8a8-float-head", "w4a16")
+RECIPES = (
+    "float", "w8a8", "w8a8-channel", "quamba-w8a8", "quamba-w8a8-tied", "quamba-w8a8-float-head",
+    "quamba-w8a8-static-state", "quamba-w8a8-like-upstream", "quamba2-w8a8", "quamba2-w8a8-like-upstream",
+    "w4a8", "quamba-w4a8", "quamba2-w4a8", "quamba2-w4ax", "quamba-w4a4", "w4a16", "quamba-w4a16",
+)  # fmt: skip
 TEXTS = {"wikipedia": "wikipedia-heldout.jsonl", "wikitext2": "wikitext2-test.txt"}
 
 
@@ -53,27 +59,35 @@ def run(folder: Path, recipe: str, arguments: argparse.Namespace) -> dict[str, A
         "model": folder.name,
         "recipe": recipe,
         "quantization_seconds": made.seconds,
+        "bits": 8 * bytes_by_part(model)["layers"] / layer_parameters(model.config),
         "bytes": bytes_by_part(model),
     } | judged
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Numbers in the layers of the float model."""
+    return sum(prod(shape) for name, shape in parameter_shapes(config).items() if name.startswith("layers."))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; ratios are to the float row of the same model and column."""
     lines = [
-        "| model | recipe | MB (layers) | Wikipedia ppl (ratio), parallel | recurrent "
+        "| model | recipe | MB (layers) | bits a weight | Wikipedia ppl (ratio), parallel | recurrent "
         "| WikiText-2 ppl (ratio), parallel | recurrent "
         "| KL Wikipedia par. / rec. | top-1 par. | LAMBADA % | quantize s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     floats = {row["model"]: row for row in rows if row["recipe"] == "float"}
     for row in rows:
         total, layers = row["bytes"]["total"] / 1e6, row["bytes"]["layers"] / 1e6
-        cells = [row["model"], row["recipe"], f"{total:.1f} ({layers:.1f})"]
+        cells = [row["model"], row["recipe"], f"{total:.1f} ({layers:.1f})", f"{row['bits']:.2f}"]
         for column in ("wikipedia parallel", "wikipedia recurrent", "wikitext2 parallel", "wikitext2 recurrent"):
             value = row[column]["perplexity"]
             cells.append(f"{value:.2f} ({value / floats[row['model']][column]['perplexity']:.4f})")
         kls = [row[f"wikipedia {mode}"]["kl"] or 0.0 for mode in ("parallel", "recurrent")]
-        cells.append(" / ".join(f"{kl:.4f}" for kl in kls))
+        spread = row["wikipedia parallel"]["kl_ci"]
+        half = "" if spread is None else f" ± {(spread[1] - spread[0]) / 2:.4f}"
+        cells.append(f"{kls[0]:.4f}{half} / {kls[1]:.4f}")
         agreement = row["wikipedia parallel"]["top1_agreement"]
         cells.append("" if agreement is None else f"{100 * agreement:.1f}")
         cells.append(f"{100 * row['lambada']['accuracy']:.1f} ± {100 * row['lambada']['standard_error']:.1f}")

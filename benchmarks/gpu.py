@@ -103,7 +103,7 @@ def random_sites(config: ModelConfig, specs: dict[str, Any], device: str) -> dic
 
 def moved(value: Value, device: str) -> Value:
     if isinstance(value, QTensor):
-        return QTensor(value.data.to(device), value.scale.to(device), value.spec, value.zero, value.length)
+        return QTensor(value.data.to(device), value.scale.to(device), value.spec, value.second, value.length)
     return value.to(device)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,7 +73,7 @@ def test_the_report_of_a_quantization(bundled_folder: Path, bundled_calibration:
     assert done.bytes_float == sum(tensor.nbytes for tensor in source.values())
     written = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert done.bytes_quantized == sum(tensor.nbytes for tensor in written.values())
-    assert steps == [(number, 9) for number in range(1, 10)]
+    assert steps == [(number, 10) for number in range(1, 11)]
     assert done.calibration["samples"] == 3 and done.calibration["tokens"] == 60 and done.calibration["seed"] == 4
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     stored = config["quantization_config"]
@@ -279,21 +282,65 @@ def test_a_checkpoint_is_not_quantized_again(
         quantize(shipped("mamba1", "w8a8"), "w8a8", tmp_path / "out", calibration=bundled_calibration)
 
 
-def test_an_interrupted_run_leaves_nothing(tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path) -> None:
+GOES_ON = """
+import os, sys, torch
+from squamata.pipeline import quantize
+torch.set_num_threads(1)
+source, recipe, out, text, stop, resume = sys.argv[1:]
+def killed(step, total):
+    print(step, flush=True)
+    if step == int(stop):
+        os.kill(os.getpid(), 9)
+quantize(source, recipe, out, text, samples=3, length=24, resume=resume == "resume", progress=killed)
+"""
+
+
+def run_until(stop: int, source: Path, recipe: str, out: Path, text: Path, resume: str = "anew") -> list[int]:
+    """Quantize in a process that kills itself after a step; the steps it made."""
+    arguments = [sys.executable, "-c", GOES_ON, *map(str, (source, recipe, out, text, stop, resume))]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == (-9 if stop else 0), done.stderr
+    return [int(step) for step in done.stdout.split()]
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("recipe", ["quamba-w4a8", "w8a8"])
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(
+    kind: str, recipe: str, tmp_path: Path, bundled_calibration: Path
+) -> None:
+    source = write_tiny_folder(tmp_path / "source", kind, blocks=(kind,) * 3)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run_until(0, source, recipe, whole, bundled_calibration) == [1, 2, 3, 4, 5]
+    assert run_until(2, source, recipe, out, bundled_calibration) == [1, 2]
+    assert not out.exists()
+    assert run_until(4, source, recipe, out, bundled_calibration, "resume") == [3, 4]  # killed again
+    assert run_until(0, source, recipe, out, bundled_calibration, "resume") == [5]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "out"}
+    for path in whole.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_only_the_same_work_is_gone_on_with(tmp_path: Path, bundled_calibration: Path) -> None:
+    source, out = write_tiny_folder(tmp_path / "source", "mamba1"), tmp_path / "out"
+    run_until(2, source, "w8a8", out, bundled_calibration)
+    assert run_until(1, source, "quamba-w8a8", out, bundled_calibration, "resume") == [1]  # another recipe: anew
+    config = source / "config.json"
+    config.write_text(config.read_text())
+    os.utime(config, ns=(1, 1))
+    assert run_until(0, source, "quamba-w8a8", out, bundled_calibration, "resume") == [1, 2, 3, 4]  # a changed model
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_an_interrupted_run_can_go_on(tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path) -> None:
     def interrupt(step: int, total: int) -> None:
         raise KeyboardInterrupt
 
+    drawn: dict[str, Any] = {"calibration": bundled_calibration, "samples": 2, "length": 8}
     with pytest.raises(KeyboardInterrupt):
-        quantize(
-            tiny_mamba1,
-            "w8a8",
-            tmp_path / "out",
-            calibration=bundled_calibration,
-            samples=2,
-            length=8,
-            progress=interrupt,
-        )
-    assert not list(tmp_path.iterdir())
+        quantize(tiny_mamba1, "w8a8", tmp_path / "out", progress=interrupt, **drawn)
+    steps: list[int] = []
+    quantize(tiny_mamba1, "w8a8", tmp_path / "out", resume=True, progress=lambda step, _: steps.append(step), **drawn)
+    assert steps == [2, 3, 4] and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_nan_in_the_weights_is_named_and_nothing_is_written(tmp_path: Path, bundled_calibration: Path) -> None:

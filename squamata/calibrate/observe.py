@@ -1,8 +1,9 @@
-"""Run a layer over the calibration stream with an observer at every site that needs a static scale."""
+"""Run a layer over the calibration stream with an observer at every site that needs a static scale, or at every input
+of a weight whose quantizer wants to see them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,64 +11,78 @@ from torch import Tensor
 from squamata import scales
 from squamata.errors import about
 from squamata.kernels import ops
+from squamata.kernels.partition import Partition
 from squamata.kernels.site import Site
 from squamata.models.block import Block
 from squamata.models.config import ModelConfig
-from squamata.models.lm import head_site
+from squamata.scales.gram import Gram
 from squamata.scales.statistics import Statistics
 from squamata.spec.quant import QuantSpec
 
-Stream = list[tuple[Tensor, Tensor | None]]  # (h, residual) a batch, float (B, L, D)
+Stream = list[Tensor]  # the residual stream as the next block reads it, float (B, L, D) a batch
+Gather = Callable[[Partition, QuantSpec], Statistics]
 
 
-def attach(sites: Iterable[Site], specs: Mapping[str, QuantSpec]) -> dict[str, Statistics]:
-    """Put a statistics observer on every site that has a static spec; returns them by full site name."""
+def attach(
+    sites: Iterable[Site], specs: Mapping[str, QuantSpec], gather: Gather = scales.gather_for
+) -> dict[str, Statistics]:
+    """Put what ``gather`` makes as observer on every site that has a static spec; returns them by full site name."""
     attached = {}
     for site in sites:
         spec = specs.get(site.name)
         if spec is not None and not spec.dynamic:
             site.spec, site.mode = spec, "observe"
-            attached[site.name] = scales.gather_for(site.partition, spec)
+            attached[site.name] = gather(site.partition, spec)
             site.observer = attached[site.name].update
     return attached
+
+
+def attach_grams(sites: Iterable[Site], inputs: Mapping[str, str]) -> dict[str, Gram]:
+    """Put a Gram observer on every site that one of these weights reads (weight -> site); by the weight's name."""
+    by_name = {site.name: site for site in sites}
+    grams = {}
+    for weight, reads in inputs.items():
+        if reads in by_name:
+            grams[weight] = Gram(by_name[reads].layout.flat_size)
+            by_name[reads].observer = grams[weight].update
+    return grams
 
 
 @torch.no_grad()
 def watch_layer(block: Block, stream: Stream) -> None:
     """Send the stream through one block for its observers alone; the stream stays as it is."""
-    for h, residual in stream:
-        block.forward(h, residual, block.new_cache(h.shape[0]))
+    for h in stream:
+        block.forward(h, None, block.new_cache(h.shape[0]))
 
 
 @torch.no_grad()
 def run_layer(block: Block, stream: Stream) -> Stream:
     """Send the stream through one block, in place: afterwards it is what the next block sees."""
-    for number, (h, residual) in enumerate(stream):
-        stream[number] = block.forward(h, residual, block.new_cache(h.shape[0]))
+    for number, h in enumerate(stream):
+        written, residual = block.forward(h, None, block.new_cache(h.shape[0]))
+        stream[number] = residual + written
     return stream
 
 
 @torch.no_grad()
-def observe_head(
-    config: ModelConfig, final_norm: Tensor, stream: Stream, specs: Mapping[str, QuantSpec]
-) -> dict[str, Tensor]:
-    """Site tensors of the head's input, from the stream after the last block."""
-    site = head_site(config)
-    statistics = attach([site], specs)
-    for h, residual in stream if statistics else ():
-        ops.rms_norm(h, residual, final_norm.float(), config.norm_epsilon, site)
-    return scales_of(statistics, specs)
+def watch_head(config: ModelConfig, final_norm: Tensor, stream: Stream, site: Site) -> None:
+    """Send the stream after the last block through the final norm, for the observer at the head's input."""
+    for h in stream if site.observer is not None else ():
+        ops.rms_norm(h, None, final_norm.float(), config.norm_epsilon, site)
 
 
 def scales_of(statistics: Mapping[str, Statistics], specs: Mapping[str, QuantSpec]) -> dict[str, Tensor]:
-    """Statistics -> site tensors ``NAME.scale``, ``NAME.zero``, ``NAME.index``; SquamataErrors name the site."""
+    """Statistics -> site tensors ``NAME.scale``, the codec's second number and ``NAME.index``.
+
+    SquamataErrors name the site.
+    """
     tensors: dict[str, Tensor] = {}
     for name, observed in statistics.items():
         with about(name):
-            scale, zero = scales.compute(observed, specs[name])
+            scale, second = scales.compute(observed, specs[name])
         tensors[f"{name}.scale"] = scale
-        if zero is not None:
-            tensors[f"{name}.zero"] = zero
+        if second is not None:
+            tensors[f"{name}.{specs[name].second}"] = second
         if observed.partition.index is not None:
             tensors[f"{name}.index"] = observed.partition.index
     return tensors

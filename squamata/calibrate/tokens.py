@@ -44,7 +44,11 @@ class CalibrationSet:
         return sum(len(sequence) for sequence in self.sequences)
 
     def batches(self) -> list[Tensor]:
-        """int64 (B, L): shortest first, equal lengths in the order drawn, at most ``settings.batch`` at once."""
+        """int64 (B, L): one at a time in the order drawn; or shortest first, equal lengths in the order drawn, at most
+        ``settings.batch`` at once.
+        """
+        if self.settings.batch == 1:
+            return [torch.tensor([sequence]) for sequence in self.sequences]
         batches = []
         for _, group in itertools.groupby(sorted(self.sequences, key=len), key=len):
             batches += [torch.tensor(rows) for rows in _batched(group, self.settings.batch)]

@@ -23,6 +23,9 @@ def quantize(
     length: Annotated[int | None, typer.Option(help="Tokens of each; the recipe says how many.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    embedding: Annotated[str | None, typer.Option(help="float, int8 or int4, instead of what the recipe says.")] = None,
+    head: Annotated[str | None, typer.Option(help="float, int8 or int4, instead of what the recipe says.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Quantize a model by a recipe and save it."""
@@ -31,9 +34,11 @@ def quantize(
     from squamata import pipeline
 
     with progress("quantizing, layer by layer") as advance:
+        text = calibration_of(source, calibration)
         result = pipeline.quantize(
-            source, recipe, out, calibration_of(source, calibration), samples, length, seed, force, progress=advance
-        )
+            source, recipe, out, text, samples, length, seed, force, resume, advance,
+            embedding, head,
+        )  # fmt: skip
     tokens = result.calibration.get("tokens")
     rows = (
         ("recipe", f"{result.recipe} on {result.architecture}"),

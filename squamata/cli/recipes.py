@@ -121,13 +121,15 @@ def check(
     recipe = Recipe.read(file)
     transform.check(recipe)
     check_weight_quantizer(recipe)
-    deepest = max((layer for rule in recipe.rules for layer in rule.layers or ()), default=0)
+    deepest = max(
+        (layer if layer >= 0 else -layer - 1 for rule in recipe.rules for layer in rule.layers or ()), default=0
+    )
     found: dict[str, dict[str, int]] = {}
     for kind in recipe.architectures:
         specs = recipe.resolve((kind,) * (deepest + 1))
         for site, spec in specs.items():
             scales.check(spec, site)
-        found[kind] = dict(Counter(f"int{spec.bits}" for spec in specs.values()))
+        found[kind] = dict(Counter(spec.form for spec in specs.values()))
         numbers = ", ".join(f"{count} sites in {name}" for name, count in found[kind].items()) or "everything in float"
         say(f"{recipe.name}, {kind}, {deepest + 1} layer{'s' if deepest else ''}: {numbers}")
     write_json(json_file, {"recipe": recipe.name, "layers": deepest + 1, "formats": found})

@@ -96,7 +96,7 @@ def _row(name: str, kind: str, float_format: str, spec: QuantSpec | None, scale:
         site=name,
         layer=int(name.split(".")[1]) if name.startswith("layers.") else None,
         kind=kind,
-        format=float_format if spec is None else f"int{spec.bits}",
+        format=float_format if spec is None else spec.form,
         bits=None if spec is None else spec.bits,
         granularity=None if spec is None else str(spec.granularity),
         strategy=None if spec is None else spec.describe().split(", ", 1)[1],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def tensor_bytes(model: LanguageModel) -> dict[str, int]:
-    """Bytes of every weight and parameter as a checkpoint stores it, scales and zero points included, by name."""
+    """Bytes of every weight and parameter as a checkpoint stores it, scales and second numbers included, by name."""
     layouts = model_layouts(model.config)
     return {
         name: _quantized_bytes(value, Partition(value.spec.granularity, layouts[name]))
@@ -29,8 +29,8 @@ def tensor_bytes(model: LanguageModel) -> dict[str, int]:
 def _quantized_bytes(value: QTensor, partition: Partition) -> int:
     """In memory scales are float32 and repeated to broadcast; on disk there is one a group, in ``scale_dtype``."""
     scale = getattr(torch, value.spec.scale_dtype).itemsize
-    zero = 0 if value.zero is None else value.zero.element_size()
-    return value.data.nbytes + prod(partition.shape()) * (scale + zero)
+    second = 0 if value.second is None else value.second.element_size()
+    return value.data.nbytes + prod(partition.shape()) * (scale + second)
 
 
 def bytes_by_part(model: LanguageModel, batch: int = 1) -> dict[str, int]:

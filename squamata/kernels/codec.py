@@ -8,43 +8,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squamata.kernels import levels
+from squamata.kernels.grid import Grid, round_codes
+from squamata.spec.formats import FORMATS
 from squamata.spec.quant import QuantSpec
+
+__all__ = ["CODECS", "Codec", "Grid", "range_to_scale", "round_codes"]
 
 
 @dataclass(frozen=True)
 class Codec:
-    """``encode(x, inverse_scale, zero, spec)``: float -> codes, still in float, with a straight-through gradient.
-    ``decode(codes, scale, dtype)``: codes (zero point already taken off) -> values.
+    """``encode(x, grid, spec)``: float -> codes, still in float, with a straight-through gradient.
+    ``decode(codes, scale, second, spec, dtype)``: codes (zero point already taken off) -> values.
+
+    A group has a scale, and a second number if ``QuantSpec.second`` names one: what it means is the codec's business.
+    ``fit(scale, largest, spec)``: the second number of groups whose threshold gave the scale and whose largest |x| is
+    ``largest``. ``live(x, grid, spec)``: the grid with what must be taken from the tensor itself.
     """
 
-    encode: Callable[[Tensor, Tensor, Tensor | None, QuantSpec], Tensor]
-    decode: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    encode: Callable[[Tensor, Grid, QuantSpec], Tensor]
+    decode: Callable[[Tensor, Tensor, Tensor | None, QuantSpec, torch.dtype], Tensor]
+    fit: Callable[[Tensor, Tensor, QuantSpec], Tensor] | None = None
+    live: Callable[[Tensor, Grid, QuantSpec], Grid] | None = None
 
 
-def encode_uniform(x: Tensor, inverse: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+def encode_uniform(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """clamp(round(x * inverse) + zero). The definition every kernel must agree with."""
-    scaled = x.float() * inverse
+    scaled = x.float() * grid.inverse
     rounded = round_codes(scaled, spec.rounding)
     if scaled.requires_grad:
         rounded = scaled + (rounded - scaled).detach()
-    return (rounded if zero is None else rounded + zero).clamp(*spec.code_range)
+    return (rounded if grid.second is None else rounded + grid.second).clamp(*spec.code_range)
 
 
-def decode_uniform(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def decode_uniform(
+    codes: Tensor, scale: Tensor, _second: Tensor | None, _spec: QuantSpec, dtype: torch.dtype
+) -> Tensor:
     """codes * scale."""
     return codes.to(dtype) * scale.to(dtype)
 
 
-CODECS: dict[str, Codec] = {"uniform": Codec(encode_uniform, decode_uniform)}
-
-
-def round_codes(x: Tensor, rounding: str) -> Tensor:
-    """Round to integers: ties to even, ties away from zero, or towards zero."""
-    if rounding == "half-even":
-        return torch.round(x)
-    if rounding == "half-away":
-        return torch.copysign(torch.floor(x.abs() + 0.5), x)
-    return torch.trunc(x)
+CODECS: dict[str, Codec] = {"uniform": Codec(encode_uniform, decode_uniform)} | {
+    name: Codec(
+        levels.encode,
+        levels.decode,
+        fit=levels.second_number if form.second is not None else None,
+        live=levels.of_tokens if form.live else None,
+    )
+    for name, form in FORMATS.items()
+}
 
 
 def range_to_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

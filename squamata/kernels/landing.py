@@ -24,7 +24,7 @@ from squamata.kernels.site import Site
 FLOAT, ROUNDINGS = -1, {"half-even": 0, "half-away": 1, "truncate": 2}
 _SMALLEST_SCALE = np.float32(1e-8)  # of a dynamic site, as in ``codec.range_to_scale``
 _NO_CODES, _NO_VALUES = np.empty((0, 0), np.int8), np.empty((0, 0), np.float32)
-_NOTHING = np.empty(0, np.float32)
+_NOTHING, _NO_BYTES = np.empty(0, np.float32), np.empty((0, 0), np.uint8)
 
 
 def share_threads() -> None:
@@ -42,11 +42,15 @@ share_threads()
 
 
 class Source(NamedTuple):
-    """A value of rows x features: either int8 codes and their scale, one a feature, or float32 values."""
+    """A value of rows x features: int8 codes and their scale, one a feature; or ``flagged`` codes (see ``packing``)
+    with the scales of either flag; or float32 values.
+    """
 
     codes: NDArray[np.int8]
     values: NDArray[np.float32]
     scale: NDArray[np.float32]
+    flagged: NDArray[np.uint8]
+    coarse: NDArray[np.float32]
 
 
 class Target(NamedTuple):
@@ -93,7 +97,7 @@ def readable(value: Value) -> bool:
 
 def uniform(value: QTensor) -> bool:
     """True if value = code * scale with int8 codes."""
-    return value.zero is None and value.data.dtype == torch.int8 and value.spec.linear_grid
+    return value.second is None and value.data.dtype == torch.int8 and value.spec.linear_grid
 
 
 def source(value: Value) -> Source:
@@ -102,8 +106,13 @@ def source(value: Value) -> Source:
     if isinstance(value, QTensor):
         per_feature = value.scale.ndim == 0 or value.scale.shape == (features,)
         if per_feature and uniform(value):
-            return Source(array(value.data).reshape(-1, features), _NO_VALUES, vector(value.scale, features))
-    return Source(_NO_CODES, array(as_float(value)).reshape(-1, features), _NOTHING)
+            codes = array(value.data).reshape(-1, features)
+            return Source(codes, _NO_VALUES, vector(value.scale, features), _NO_BYTES, _NOTHING)
+        if per_feature and value.spec.flagged and value.length is not None and value.second is not None:
+            packed = array(value.data).reshape(-1, value.data.shape[-1])
+            scales = (vector(part, features) for part in (value.scale, value.second))
+            return Source(_NO_CODES, _NO_VALUES, next(scales), packed, next(scales))
+    return Source(_NO_CODES, array(as_float(value)).reshape(-1, features), _NOTHING, _NO_BYTES, _NOTHING)
 
 
 @dataclass
@@ -168,10 +177,30 @@ def read_row(origin, row, first, out):  # type: ignore[no-untyped-def]
         codes, scale = origin.codes[row, first:last], origin.scale[first:last]
         for c in range(out.size):
             out[c] = types.float32(codes[c]) * scale[c]
+    elif origin.flagged.size:
+        _read_flagged(origin, row, first, out)
     else:
         values = origin.values[row, first:last]
         for c in range(out.size):
             out[c] = values[c]
+
+
+@njit(cache=True, nogil=True)
+def _read_flagged(origin, row, first, out):  # type: ignore[no-untyped-def]
+    """Codes of 4 + 1 bits, decoded in registers."""
+    last = first + out.size
+    packed, fine, coarse = origin.flagged[row], origin.scale[first:last], origin.coarse[first:last]
+    flags = (origin.scale.size + 1) // 2
+    for c in range(out.size):
+        place = np.uint64(first + c)
+        nibble = (
+            types.int32(packed[place >> np.uint64(1)]) >> types.int32((place & np.uint64(1)) << np.uint64(2))
+        ) & 15
+        flag = (
+            types.int32(packed[np.uint64(flags) + (place >> np.uint64(3))]) >> types.int32(place & np.uint64(7))
+        ) & 1
+        step = coarse[c] if flag else fine[c]
+        out[c] = types.float32((nibble ^ 8) - 8) * step
 
 
 @njit(cache=True, nogil=True)

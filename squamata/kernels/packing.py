@@ -3,6 +3,9 @@
 **Canonical** (on disk): int8 is row-major ``(N, K)``; int4 is ``uint8 (N, ceil(K / 2))``, even k in the low nibble,
 each value in two's complement.
 
+**Flagged** (in memory): the 5 bits of a dual-scale code, uint8 ``(..., ceil(K / 2) + ceil(K / 8))``: the values of a
+row as int4 bytes, then its flags, element k in bit k % 8 of byte k // 8.
+
 **Tiles** (in memory, CPU): 16 rows side by side. A line of 64 bytes is 16 lanes of 32 bits, lane = row, and a lane
 holds consecutive k of that row: one float32, two bfloat16, four int8, or eight int4 (low nibbles k..k+3, high
 nibbles k+4..k+7, each stored as value + 8). The lines of a tile follow each other, tiles follow each other: one
@@ -88,6 +91,24 @@ def unpack_int4(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """Inverse of ``pack_int4``: uint8 (..., ceil(K / 2)) -> int8 (..., K)."""
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :columns]
     return (nibbles ^ 8).to(torch.int8) - 8
+
+
+def pack_flagged(codes: torch.Tensor) -> torch.Tensor:
+    """Dual-scale codes -14..14 (magnitudes above 7: a flag and the rest) -> uint8, see the module's text."""
+    flags = codes.abs() > 7
+    values = (codes - 7 * codes.sign() * flags).to(torch.int8)
+    places = torch.nn.functional.pad(flags, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return torch.cat([pack_int4(values), (places * weights).sum(-1, dtype=torch.uint8)], dim=-1)
+
+
+def unpack_flagged(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Inverse of ``pack_flagged``: uint8 -> int8 (..., K)."""
+    values, bits = packed[..., : -(-columns // 2)], packed[..., -(-columns // 2) :]
+    codes = unpack_int4(values, columns)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    flags = ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :columns].to(torch.int8)
+    return codes + 7 * codes.sign() * flags
 
 
 def allocate(count: int, dtype: type) -> NDArray:

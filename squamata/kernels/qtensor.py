@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.codec import CODECS
-from squamata.kernels.packing import unpack_int4
+from squamata.kernels.packing import unpack_flagged, unpack_int4
 from squamata.spec.quant import QuantSpec
 
 
 @dataclass
 class QTensor:
-    """A quantized tensor: value = (data - zero) * scale (uniform codec).
+    """A quantized tensor: value = (data - second) * scale with the uniform codec.
 
-    ``data``: int8 codes; uint8 with two 4-bit codes a byte when ``length`` (the unpacked last axis) is given; or, in
-    simulation, the same integers carried in floating point so that gradients pass. ``scale``: float32, broadcasts
-    against data, or (out, in / group) for grouped weights. ``zero``: like scale, for asymmetric specs.
+    ``data``: int8 codes (int16 where the format needs it); uint8, packed, when ``length`` (the unpacked last axis) is
+    given: see ``packing``; or, in simulation, the same integers carried in floating point so that gradients pass.
+    ``scale``: float32, broadcasts against data, or (out, in / group) for grouped weights. ``second``: like scale, the
+    codec's second number a group (the zero point of an asymmetric uniform grid), for specs that have one.
     """
 
     data: Tensor
     scale: Tensor
     spec: QuantSpec
-    zero: Tensor | None = None
+    second: Tensor | None = None
     length: int | None = None
 
     @property
@@ -37,12 +38,16 @@ class QTensor:
         return self.data.dtype.is_floating_point
 
     def codes(self) -> Tensor:
-        """Integer codes less the zero point: int8, or the carrier's floating type; int16 when asymmetric."""
-        codes = self.data if self.length is None else unpack_int4(self.data, self.length)
-        if self.zero is None:
+        """Integer codes less the zero point: as carried, or the next wider integers when asymmetric."""
+        codes = self.data if self.length is None else self._unpacked(self.length)
+        if self.second is None or self.spec.second != "zero":
             return codes
-        zero = self._per_element(self.zero)
-        return codes - zero if self.simulated else codes.to(torch.int16) - zero.to(torch.int16)
+        zero = self._per_element(self.second)
+        wide = torch.int16 if self.data.dtype == torch.int8 else torch.int32
+        return codes - zero if self.simulated else codes.to(wide) - zero.to(wide)
+
+    def _unpacked(self, length: int) -> Tensor:
+        return unpack_flagged(self.data, length) if self.spec.flagged else unpack_int4(self.data, length)
 
     def element_scale(self) -> Tensor:
         """The scale in a form that broadcasts against the codes, grouped weights included."""
@@ -56,12 +61,13 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values in floating point."""
-        return CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), dtype)
+        second = None if self.second is None else self._per_element(self.second)
+        return CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), second, self.spec, dtype)
 
     @property
     def nbytes(self) -> int:
-        zero = 0 if self.zero is None else self.zero.nbytes
-        return self.data.nbytes + self.scale.nbytes + zero
+        second = 0 if self.second is None else self.second.nbytes
+        return self.data.nbytes + self.scale.nbytes + second
 
 
 Value = Tensor | QTensor
@@ -78,8 +84,8 @@ def store(storage: Value, value: Value) -> None:
         storage.data.copy_(value.data.detach())
         if storage.spec.dynamic:
             storage.scale.copy_(value.scale)
-            if storage.zero is not None and value.zero is not None:
-                storage.zero.copy_(value.zero)
+            if storage.second is not None and value.second is not None:
+                storage.second.copy_(value.second)
     else:
         assert isinstance(storage, Tensor)
         storage.copy_(as_float(value, storage.dtype).detach())

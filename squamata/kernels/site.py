@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from squamata.kernels.codec import CODECS, range_to_scale
+from squamata.kernels.codec import CODECS, Grid, range_to_scale
+from squamata.kernels.packing import pack_flagged
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.spec.quant import QuantSpec
 
 Mode = Literal["float", "observe", "simulate", "integer"]
 
-_MEANING = frozenset(("layout", "spec", "scale", "zero", "index", "mode", "observer"))
+_MEANING = frozenset(("layout", "spec", "scale", "second", "index", "mode", "observer"))
 
 
 @dataclass
@@ -33,20 +34,22 @@ class Site:
     """Where a tensor may be represented in few bits; producer and consumer share one.
 
     ``mode`` decides what landing does: *float* and *observe*: identity; *simulate*: rounded, integers carried in
-    float (differentiable: straight-through); *integer*: rounded to int8. Without a spec every mode is the identity.
+    float (differentiable: straight-through); *integer*: rounded to int8 (int16 where the codec's codes need it).
+    Without a spec every mode is the identity.
     ``observer`` sees the tensor before that, in every mode; while there is one, no kernel lands here by itself.
-    ``scale``: stored form (``partition.shape()``), float32. ``revision`` grows with every change to one of these.
+    ``scale``, ``second`` (the codec's second number a group): stored form (``partition.shape()``), float32.
+    ``revision`` grows with every change to one of these.
     """
 
     name: str
     layout: Layout
     spec: QuantSpec | None = None
     scale: Tensor | None = None
-    zero: Tensor | None = None
+    second: Tensor | None = None
     index: Tensor | None = None
     mode: Mode = "float"
     observer: Callable[[Tensor], None] | None = None
-    _expanded: tuple[Tensor, Tensor, Tensor | None] | None = field(default=None, repr=False)
+    _expanded: Grid | None = field(default=None, repr=False)
     revision: Revision = field(default_factory=Revision, repr=False, compare=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -72,19 +75,19 @@ class Site:
         spec = self.spec if self.mode == "integer" and self.observer is None else None
         return spec is not None and not spec.dynamic and spec.symmetric and spec.linear_grid
 
-    def set_scale(self, scale: Tensor, zero: Tensor | None = None) -> None:
-        """Give the site its calibrated scale, stored form."""
-        self.scale, self.zero, self._expanded = scale, zero, None
+    def set_scale(self, scale: Tensor, second: Tensor | None = None) -> None:
+        """Give the site its calibrated scale and second number, stored form."""
+        self.scale, self.second, self._expanded = scale, second, None
         self.revision.number += 1  # it may be the same tensor with other numbers
 
-    def expanded(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Scale, its reciprocal (float32 1/scale: what every backend multiplies with) and zero, broadcastable."""
+    def expanded(self) -> Grid:
+        """The numbers of every group, broadcastable against the features."""
         if self._expanded is None:
             if self.scale is None:
                 raise ValueError(f"{self.name} has no scale: calibrate first")
             scale = self.partition.expand(self.scale.float()).contiguous()
-            zero = None if self.zero is None else self.partition.expand(self.zero.float())
-            self._expanded = (scale, 1.0 / scale, zero)
+            second = None if self.second is None else self.partition.expand(self.second.float())
+            self._expanded = Grid.of(scale, second)
         return self._expanded
 
     def land(self, x: Tensor) -> Value:
@@ -94,10 +97,15 @@ class Site:
         if not self.quantized:
             return x
         assert self.spec is not None
-        scale, inverse, zero = self.runtime_scale(x) if self.spec.dynamic else self.expanded()
-        return encode(x, scale, inverse, zero, self.spec, carry_float=self.mode == "simulate")
+        grid = self.runtime_grid(x) if self.spec.dynamic else self.expanded()
+        if (live := CODECS[self.spec.codec].live) is not None:
+            grid = live(x, grid, self.spec)
+        stored = encode(x, grid, self.spec, carry_float=self.mode == "simulate")
+        if self.layout.flat and self.spec.flagged and not stored.simulated:
+            return replace(stored, data=pack_flagged(stored.data), length=x.shape[-1])
+        return stored
 
-    def runtime_scale(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def runtime_grid(self, x: Tensor) -> Grid:
         """Scale taken from the tensor itself, broadcastable against it.
 
         A state keeps its sequences apart; an activation its tokens if the granularity says ``token``, else one scale
@@ -111,10 +119,10 @@ class Site:
         reduced = [] if apart else list(range(lead))
         reduced += [lead + axis for axis, keep in enumerate(kept) if not keep]
         low, high = (features.amin(reduced, True), features.amax(reduced, True)) if reduced else (features, features)
-        scale, zero = range_to_scale(low, high, self.spec)
+        scale, second = range_to_scale(low, high, self.spec)
         if self.layout.flat:
-            scale, zero = self._flatten(scale, lead), None if zero is None else self._flatten(zero, lead)
-        return scale, 1.0 / scale, zero
+            scale, second = self._flatten(scale, lead), None if second is None else self._flatten(second, lead)
+        return Grid.of(scale, second)
 
     def _flatten(self, part: Tensor, lead: int) -> Tensor:
         """(leading, ...sizes or 1s) -> (leading, 1 or features)."""
@@ -127,14 +135,14 @@ class Site:
         if not self.quantized:
             return torch.zeros(shape, dtype=dtype)
         assert self.spec is not None
-        carrier = torch.zeros(shape, dtype=torch.int8 if self.mode == "integer" else torch.float32)
+        carrier = torch.zeros(shape, dtype=integer_type(self.spec) if self.mode == "integer" else torch.float32)
         if self.spec.dynamic:
-            scale = torch.ones_like(self.runtime_scale(carrier.float())[0])
-            return QTensor(carrier, scale, self.spec, None if self.spec.symmetric else torch.zeros_like(scale))
-        scale, _, zero = self.expanded()
-        if zero is not None:
-            carrier += zero.to(carrier.dtype)
-        return QTensor(carrier, scale, self.spec, zero)
+            scale = torch.ones_like(self.runtime_grid(carrier.float()).scale)
+            return QTensor(carrier, scale, self.spec, None if self.spec.second is None else torch.zeros_like(scale))
+        scale, _, second = self.expanded()
+        if second is not None and self.spec.second == "zero":
+            carrier += second.to(carrier.dtype)
+        return QTensor(carrier, scale, self.spec, second)
 
 
 def observed(value: object) -> bool:
@@ -162,9 +170,12 @@ def observing(sites: Iterable[Site], callback: Callable[[Site, Tensor], None]) -
             site.observer = observer
 
 
-def encode(
-    x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor | None, spec: QuantSpec, carry_float: bool = False
-) -> QTensor:
-    """Round to the grid of the spec's codec, as int8 or carried in float."""
-    codes = CODECS[spec.codec].encode(x, inverse, zero, spec)
-    return QTensor(codes if carry_float else codes.to(torch.int8), scale, spec, zero)
+def integer_type(spec: QuantSpec) -> torch.dtype:
+    """In which codes are held where nothing is packed."""
+    return torch.int8 if spec.carrier == "int8" else torch.int16
+
+
+def encode(x: Tensor, grid: Grid, spec: QuantSpec, carry_float: bool = False) -> QTensor:
+    """Round to the grid of the spec's codec, as integers or carried in float."""
+    codes = CODECS[spec.codec].encode(x, grid, spec)
+    return QTensor(codes if carry_float else codes.to(integer_type(spec)), grid.scale, spec, grid.second)

@@ -41,6 +41,11 @@ class Source:
         """Our names of all tensors, in file order of our own format."""
         return list(self.places)
 
+    def fingerprint(self) -> list[tuple[str, int, int]]:
+        """Name, size in bytes and time of change (ns) of every file: equal if nobody has touched the checkpoint."""
+        files = sorted({place.file.path for place in self.places.values()} | {self.folder / "config.json"})
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """Tensors whose name starts with ``prefix`` (``layers.7.``), shapes as ``parameter_shapes``, dtypes as stored.
 

@@ -129,6 +129,11 @@ class Block(ABC, Generic[OwnCache]):
         )
 
 
+def second_name(spec: QuantSpec | None) -> str:
+    """Name of the second number that a site's groups have; empty if they have none."""
+    return "" if spec is None else spec.second or ""
+
+
 def tensor_layouts(kind: type[Block], config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
     """Layout of every tensor of a layer that may be quantized (names without ``layers.N.``)."""
     segments = kind.segments(config)
@@ -142,18 +147,22 @@ def tensor_layouts(kind: type[Block], config: ModelConfig, shapes: Mapping[str, 
 def make_sites(
     kind: str,
     sizes: Mapping[str, tuple[int, ...]],
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[str, QuantSpec] | None,
     site_tensors: Mapping[str, Tensor],
     mode: Mode,
     prefix: str = "",
 ) -> dict[str, Site]:
-    """The activation and state sites of a block (names without ``layers.N.``), with their scales where known."""
+    """The activation and state sites of a block (names without ``layers.N.``), with their scales where known.
+
+    Without ``specs`` all are made, even those that a recipe must ask for: specs may be given to them later.
+    """
     sites = {}
     for name, info in BLOCKS[kind].items():
-        if info.kind not in ("activation", "state"):
+        if info.kind not in ("activation", "state") or (info.on_request and specs is not None and name not in specs):
             continue
         layout = Layout(info.axes, sizes[name.removeprefix("mixer.")], flat=info.kind == "activation")
         parts = under(f"{name}.", site_tensors)
-        scale, zero, index = (parts.get(part) for part in ("scale", "zero", "index"))
-        sites[name] = Site(prefix + name, layout, specs.get(name), scale, zero, index, mode)
+        spec = (specs or {}).get(name)
+        scale, second, index = (parts.get(part) for part in ("scale", second_name(spec), "index"))
+        sites[name] = Site(prefix + name, layout, spec, scale, second, index, mode)
     return sites

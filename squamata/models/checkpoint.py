@@ -19,8 +19,9 @@ class Checkpoint:
     """Tensors under our names, plus what the recipe's sites need to run.
 
     ``tensors``: weights and parameters, float or quantized, ``layers.3.mixer.in_proj.weight``; transforms may add
-    tensors of their own (``layers.3.mixer.rotation``). ``site_tensors``: ``layers.3.mixer.u.scale`` (and ``.zero``,
-    ``.index``). ``provenance``: calibration fingerprint, seed, package version: recorded, never interpreted.
+    tensors of their own (``layers.3.mixer.rotation``). ``site_tensors``: ``layers.3.mixer.u.scale`` (and the codec's
+    second number, ``.zero``, and ``.index``). ``provenance``: calibration fingerprint, seed, package version: recorded,
+    never interpreted.
     """
 
     config: ModelConfig

@@ -14,7 +14,7 @@ from squamata.kernels.linear import Linear
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Mode, Site
-from squamata.models.block import Block, LayerCache, make_sites, tensor_layouts
+from squamata.models.block import Block, LayerCache, make_sites, second_name, tensor_layouts
 from squamata.models.checkpoint import Checkpoint, under
 from squamata.models.config import ModelConfig, parameter_shapes
 from squamata.models.mamba1 import Mamba1
@@ -37,9 +37,7 @@ def build_block(
 ) -> Block:
     """One layer from its tensors, specs and site tensors, all named without the ``layers.N.`` prefix."""
     kind = KINDS[config.blocks[layer]]
-    sites = make_sites(
-        kind.kind, kind.site_sizes(config), specs or {}, site_tensors or {}, mode, prefix=f"layers.{layer}."
-    )
+    sites = make_sites(kind.kind, kind.site_sizes(config), specs, site_tensors or {}, mode, prefix=f"layers.{layer}.")
     return kind(config, tensors, sites, dtype)
 
 
@@ -62,8 +60,9 @@ def head_site(
     mode: Mode = "float",
 ) -> Site:
     """The site of the final norm's output, as it enters the head."""
-    scale, zero = ((site_tensors or {}).get(f"head.in.{part}") for part in ("scale", "zero"))
-    return Site("head.in", Layout(("channel",), (config.d_model,)), spec, scale, zero, None, mode)
+    parts = under("head.in.", site_tensors or {})
+    scale, second = (parts.get(part) for part in ("scale", second_name(spec)))
+    return Site("head.in", Layout(("channel",), (config.d_model,)), spec, scale, second, None, mode)
 
 
 def model_sites(config: ModelConfig, specs: Mapping[str, QuantSpec]) -> Iterator[Site]:

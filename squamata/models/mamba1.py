@@ -41,7 +41,7 @@ class Mamba1(Block[ScanCache]):
     @staticmethod
     def site_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         D, E, N, R = config.d_model, config.d_inner, config.d_state, config.dt_rank
-        inner = dict.fromkeys(("x", "z", "u", "dt", "y", "out"), (E,))
+        inner = dict.fromkeys(("x", "z", "u", "u_proj", "dt", "y", "out"), (E,))
         return {"in": (D,), "dt_low": (R,), "B": (N,), "C": (N,), "state": (E, N), **inner}
 
     @staticmethod

@@ -1,13 +1,13 @@
 """Weight quantizers: a layer's float tensors -> integers. One file each; adding one is one entry here.
 
-A quantizer is ``(tensor, spec, layout, statistics, **parameters) -> QTensor``. ``statistics``: of the values that the
-weight multiplies, or None where they were not observed (the pipeline observes none so far). Its further parameters are
-what a recipe may set.
+A quantizer is ``(tensor, spec, layout, statistics, **parameters) -> QTensor``. ``statistics``: the Gram matrix of what
+the weight multiplies, for a quantizer that asks for it, else None. Its further parameters are what a recipe may set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,14 +15,25 @@ from torch import Tensor
 from squamata.errors import SquamataError, about, nearest
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value
+from squamata.quantize.gptq import gptq
 from squamata.quantize.rtn import round_to_nearest
+from squamata.scales.gram import Gram
 from squamata.spec.parameters import checked_parameters
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
 
-Quantizer = Callable[..., QTensor]
 
-QUANTIZERS: dict[str, Quantizer] = {"rtn": round_to_nearest}
+@dataclass(frozen=True)
+class Quantizer:
+    """``inputs``: it must see what a weight multiplies. Such a one is for products; all other tensors, and weights
+    whose inputs nobody sees (the embedding), are rounded to nearest.
+    """
+
+    function: Callable[..., QTensor]
+    inputs: bool = False
+
+
+QUANTIZERS: dict[str, Quantizer] = {"rtn": Quantizer(round_to_nearest), "gptq": Quantizer(gptq, inputs=True)}
 
 OWN_ARGUMENTS = 4  # tensor, spec, layout, statistics: what a recipe does not set
 
@@ -35,23 +46,38 @@ def check(recipe: Recipe) -> None:
     _parameters(recipe)
 
 
+def needs_inputs(recipe: Recipe) -> bool:
+    """True if the recipe's weight quantizer must see what the weights multiply."""
+    return QUANTIZERS[recipe.weights.name].inputs
+
+
 def _parameters(recipe: Recipe) -> dict[str, object]:
     name, given = recipe.weights.name, recipe.weights.parameters
-    return checked_parameters(QUANTIZERS[name], given, OWN_ARGUMENTS, f"weight quantizer {name}")
+    return checked_parameters(QUANTIZERS[name].function, given, OWN_ARGUMENTS, f"weight quantizer {name}")
 
 
 def quantize_tensors(
-    recipe: Recipe, tensors: Mapping[str, Tensor], specs: Mapping[str, QuantSpec], layouts: Mapping[str, Layout]
+    recipe: Recipe,
+    tensors: Mapping[str, Tensor],
+    specs: Mapping[str, QuantSpec],
+    layouts: Mapping[str, Layout],
+    grams: Mapping[str, Gram] | None = None,
 ) -> dict[str, Value]:
-    """Every tensor that has a spec becomes a QTensor; the rest stay as they are. SquamataErrors name the tensor."""
-    quantizer = QUANTIZERS[recipe.weights.name]
-    parameters = _parameters(recipe)
+    """Every tensor that has a spec becomes a QTensor; the rest stay as they are. SquamataErrors name the tensor.
+
+    ``grams``: by the weight's name, for a quantizer that asks for them.
+    """
+    chosen, parameters = QUANTIZERS[recipe.weights.name], _parameters(recipe)
     quantized: dict[str, Value] = {}
     for name, tensor in tensors.items():
         spec = specs.get(name)
         if spec is None or not torch.is_floating_point(tensor):
             quantized[name] = tensor
-        else:
-            with about(name):
-                quantized[name] = quantizer(tensor, spec, layouts[name], None, **parameters)
+            continue
+        gram = (grams or {}).get(name)
+        with about(name):
+            if chosen.inputs and gram is None:
+                quantized[name] = round_to_nearest(tensor, spec, layouts[name])
+            else:
+                quantized[name] = chosen.function(tensor, spec, layouts[name], gram, **parameters)
     return quantized

@@ -10,38 +10,39 @@ import torch
 from torch import Tensor
 
 from squamata import scales
+from squamata.kernels.codec import Grid
 from squamata.kernels.packing import pack_int4
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import encode
-from squamata.scales.statistics import Statistics
+from squamata.scales.gram import Gram
 from squamata.spec.quant import QuantSpec
 
 BLOCK = 2**24  # elements that are float32 at a time
 
 
-def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics: Statistics | None = None) -> QTensor:
+def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics: Gram | None = None) -> QTensor:
     """The nearest code of every element, with the scale that the spec's strategy finds in the tensor itself.
 
     Needs the int8 codes and a few float32 copies of ``BLOCK`` elements beside the weight; of a quantile over more
     than a row, copies of the whole.
     """
-    found = _scales(weight, spec, layout)
-    scale, zero = (None if part is None else Partition(spec.granularity, layout).expand(part) for part in found)
+    found = find_scales(weight, spec, layout)
+    scale, second = (None if part is None else Partition(spec.granularity, layout).expand(part) for part in found)
     assert scale is not None
     codes = torch.empty(weight.shape, dtype=torch.int8)
     for rows in _row_blocks(weight.shape):
         part = weight[rows].float()
         element = QTensor(part, _of_rows(scale, rows, len(weight)), spec).element_scale()
-        element_zero = None
-        if zero is not None:
-            element_zero = QTensor(part, _of_rows(zero, rows, len(weight)), spec).element_scale()
-        codes[rows] = encode(part, element, 1.0 / element, element_zero, spec).data
-    return pack(QTensor(codes, scale, spec, zero))
+        element_second = None
+        if second is not None:
+            element_second = QTensor(part, _of_rows(second, rows, len(weight)), spec).element_scale()
+        codes[rows] = encode(part, Grid.of(element, element_second), spec).data
+    return pack(QTensor(codes, scale, spec, second))
 
 
-def _scales(weight: Tensor, spec: QuantSpec, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point, stored form: a block of rows at a time where no scale serves two rows."""
+def find_scales(weight: Tensor, spec: QuantSpec, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """Scale and second number, stored form: a block of rows at a time where no scale serves two rows."""
     partition = Partition(spec.granularity, layout)
     varies = bool(spec.granularity.group) or partition.kept[0]
     if weight.ndim < 2 or not varies or "segment" in spec.granularity.axes:
@@ -51,8 +52,8 @@ def _scales(weight: Tensor, spec: QuantSpec, layout: Layout) -> tuple[Tensor, Te
         some = weight[rows]
         sizes = replace(layout, sizes=tuple(some.shape), segments=())
         parts.append(_scales_of_all(some, spec, Partition(spec.granularity, sizes)))
-    zeros = [zero for _, zero in parts if zero is not None]
-    return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None
+    seconds = [second for _, second in parts if second is not None]
+    return torch.cat([scale for scale, _ in parts]), torch.cat(seconds) if seconds else None
 
 
 def _scales_of_all(weight: Tensor, spec: QuantSpec, partition: Partition) -> tuple[Tensor, Tensor | None]:

@@ -141,6 +141,8 @@ def _layer(block: Block) -> LayerPlan:
         "rotation": _rotation(block.out_rotation),
     }
     if isinstance(block, Mamba1):
+        if "u_proj" in sites:
+            raise NotPlannableError("x_proj reads a site of its own")
         in_x, in_z = _linear(block.in_proj, sites["in"])
         x_proj_dt, x_proj_B, x_proj_C = _linear(block.scan.x_proj, sites["u"])
         (dt_proj,) = _linear(block.scan.dt_proj, sites["dt_low"])
@@ -226,7 +228,7 @@ def _linear(layer: Linear, site: Site) -> list[packing.PackedLinear]:
     bias = None if layer.bias is None else _floats(layer.bias)
     arguments: Mapping[str, Any] = {}
     if isinstance(weight, QTensor):
-        if weight.zero is not None or weight.simulated or not weight.spec.linear_grid:
+        if weight.second is not None or weight.simulated or not weight.spec.linear_grid:
             raise NotPlannableError(f"an asymmetric, simulated or non-linear weight that reads {site.name}")
         matrix = weight.codes().contiguous().numpy()
         group = weight.spec.granularity.group

@@ -196,6 +196,8 @@ class Planner:
             raise SquamataError("the GPU kernels want B and C both in float or both in int8")
         inputs = {name: self.read(sites[name]) for name in ("z", "dt")}
         inputs["BC"] = InputPlan(both[0].codes, torch.cat([part.scale for part in both]))
+        if "u_proj" in sites:
+            raise SquamataError("the GPU kernels let x_proj read u, which this recipe represents apart from 'u_proj'")
         x_proj = self.projection(scan.x_proj, sites["u"], (sites["dt_low"], sites["B"], sites["C"]))
         shape = (self.batch, inner, config.d_state)
         inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
@@ -313,7 +315,12 @@ class Planner:
         assert spec is not None
         low, high = (float(bound) for bound in spec.code_range)
         rounding = ROUNDINGS[spec.rounding]
-        if spec.dynamic and spec.symmetric and site.partition.kept == (*(True,) * (len(sizes) - 1), False):
+        if (
+            spec.dynamic
+            and spec.symmetric
+            and spec.linear_grid
+            and site.partition.kept == (*(True,) * (len(sizes) - 1), False)
+        ):
             scale = torch.ones(self.batch * prod(sizes[:-1]), device=self.device)
             return StatePlan(scale, scale, low, high, rounding, False, spec.span)
         check_static(site)
@@ -340,8 +347,8 @@ def row_site(site: Site) -> RowSite:
         return RowSite()
     spec = site.spec
     assert spec is not None
-    if not spec.symmetric:
-        raise SquamataError(f"{site.name}: the GPU kernels take symmetric sites only")
+    if not (spec.symmetric and spec.linear_grid):
+        raise SquamataError(f"{site.name}: the GPU kernels take symmetric int8 sites only, not {spec.describe()}")
     low, high = (float(bound) for bound in spec.code_range)
     rounding = ROUNDINGS[spec.rounding]
     if spec.dynamic:
@@ -355,10 +362,12 @@ def row_site(site: Site) -> RowSite:
 
 
 def check_static(site: Site) -> None:
-    """SquamataError unless the site has a static, symmetric scale."""
+    """SquamataError unless the site has a static, symmetric int8 grid."""
     assert site.spec is not None
-    if site.spec.dynamic or not site.spec.symmetric:
-        raise SquamataError(f"{site.name}: the GPU kernels take static symmetric scales here: {site.spec.describe()}")
+    if site.spec.dynamic or not (site.spec.symmetric and site.spec.linear_grid):
+        raise SquamataError(
+            f"{site.name}: the GPU kernels take static symmetric int8 grids here: {site.spec.describe()}"
+        )
 
 
 def landing_rounding(sites: list[Site]) -> int:

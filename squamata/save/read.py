@@ -20,7 +20,7 @@ from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig, parameter_shapes
 from squamata.models.lm import KINDS, model_layouts, model_sites
 from squamata.save.format import CONFIG, INDEX, VERSION, data_signature, scale_signature
-from squamata.spec.quant import QuantSpec
+from squamata.spec.quant import SITE_PARTS, QuantSpec
 from squamata.spec.recipe import Recipe
 
 _DTYPES = {
@@ -33,6 +33,7 @@ _DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
+ALIGNMENT = 64  # bytes: a cache line, and what torch gives its own tensors
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Signature = tuple[tuple[int, ...] | None, torch.dtype | None]  # shape, dtype; None: any shape, any float
@@ -126,7 +127,16 @@ def _signatures(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | No
 
 def _load(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The same values where a float product sums them in the order it uses for any other tensor.
+
+    A tensor of a mapped file begins where the one before it ends, and BLAS libraries choose their order of summation
+    by the address: the logits would differ in the last bits from those of the model that was saved.
+    """
+    return tensor.clone() if tensor.is_floating_point() and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Signature]:
@@ -138,11 +148,11 @@ def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Sig
         expected[name] = data_signature(full_shape, spec)
         if spec is not None:
             scale = scale_signature(spec, layouts[name])
-            expected |= _with_zero(name, spec, scale)
+            expected |= _with_second(name, spec, scale)
     for site in model_sites(config, specs):
         if site.spec is not None and not site.spec.dynamic:
             ragged = site.spec.granularity.ragged
-            expected |= _with_zero(site.name, site.spec, (None if ragged else site.partition.shape(), torch.float32))
+            expected |= _with_second(site.name, site.spec, (None if ragged else site.partition.shape(), torch.float32))
             expected |= {f"{site.name}.index": (None, torch.int64)} if ragged else {}
     return expected
 
@@ -158,9 +168,9 @@ def _left_by_transforms(config: ModelConfig, recipe: Recipe, stored: Mapping[str
     }
 
 
-def _with_zero(name: str, spec: QuantSpec, scale: Signature) -> dict[str, Signature]:
-    zero = {} if spec.symmetric else {f"{name}.zero": (scale[0], torch.float32)}
-    return {f"{name}.scale": scale} | zero
+def _with_second(name: str, spec: QuantSpec, scale: Signature) -> dict[str, Signature]:
+    second = {} if spec.second is None else {f"{name}.{spec.second}": (scale[0], torch.float32)}
+    return {f"{name}.scale": scale} | second
 
 
 def _check(folder: Path, stored: Mapping[str, Signature], expected: Mapping[str, Signature]) -> None:
@@ -182,9 +192,9 @@ def _quantized(
     name: str, raw: dict[str, Tensor], spec: QuantSpec, partition: Partition, shape: tuple[int, ...]
 ) -> QTensor:
     scale = partition.expand(raw[f"{name}.scale"].float())
-    zero = partition.expand(raw[f"{name}.zero"]) if f"{name}.zero" in raw else None
+    second = None if spec.second is None else partition.expand(raw[f"{name}.{spec.second}"])
     packed = raw[name].dtype == torch.uint8
-    return QTensor(raw[name], scale, spec, zero, shape[-1] if packed else None)
+    return QTensor(raw[name], scale, spec, second, shape[-1] if packed else None)
 
 
 def _refuse_bad_numbers(folder: Path, raw: Mapping[str, Tensor]) -> None:
@@ -204,7 +214,7 @@ def _check_ragged(folder: Path, config: ModelConfig, specs: Mapping[str, QuantSp
         if not shape or shape != site.layout.sizes[: len(shape)] or int(index.min()) < 0:
             raise SquamataError(f"{folder}: tensor '{site.name}.index' is no map of a site of {site.layout.sizes}")
         wanted = Partition(site.partition.granularity, site.layout, index).shape()
-        for name in (f"{site.name}.scale", f"{site.name}.zero"):
+        for name in (f"{site.name}.{part}" for part in SITE_PARTS if part != "index"):
             if name in raw and tuple(raw[name].shape) != wanted:
                 found = tuple(raw[name].shape)
                 raise SquamataError(f"{folder}: tensor '{name}' has shape {found} where {wanted} was expected")

@@ -1,4 +1,4 @@
-"""Write a checkpoint: shard by shard into a temporary folder beside the target, which is renamed at the end."""
+"""Write a checkpoint: part by part into a temporary folder beside the target, which is renamed at the end."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.models.lm import model_layouts
 from squamata.save.format import CONFIG, INDEX, TOKENIZER_FILES, describe
+from squamata.save.parts import PartFiles, read_progress
 
 SHARD_BYTES = 2**30
 LOCK = ".lock"  # in the temporary folder, held by its writer while it lives
@@ -33,22 +34,41 @@ LOCK = ".lock"  # in the temporary folder, held by its writer while it lives
 class CheckpointWriter:
     """Takes tensors as they become ready and publishes the folder only when all are there.
 
-    Use as a context manager and end with ``publish``: leaving it without removes the temporary folder. A killed
-    process leaves the old checkpoint or none; the next writer to the same place clears what it left (what no living
-    writer has locked), and puts an old checkpoint back that was being replaced. ``force`` replaces a checkpoint or an
-    empty folder, nothing else.
+    Use as a context manager and end with ``publish``: leaving it without removes the temporary folder, unless the user
+    interrupts it. A killed process leaves the old checkpoint or none; the next writer to the same place clears what it
+    left (what no living writer has locked), and puts an old checkpoint back that was being replaced. ``force`` replaces
+    a checkpoint or an empty folder, nothing else.
+
+    ``resume``: go on with the parts that a dead or interrupted writer of the same ``work`` finished (``parts.count`` of
+    them); without one, or for other work, it starts anew. ``work``: fingerprint of everything that decides the result.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        force: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        work: str = "",
+        resume: bool = False,
+    ) -> None:
         self.folder = folder.absolute()
-        self.force = force
-        own = secrets.token_hex(8)
-        self.partial, self.replaced = self._named("partial", own), self._named("replaced", own)
+        self.force, self.resume = force, resume
+        self.own = secrets.token_hex(8)
         self.layouts = model_layouts(config)
         self.shard_bytes = shard_bytes
+        self.parts = PartFiles(self.partial, work)
         self.pending: dict[str, Tensor] = {}
         self.shards: list[list[str]] = []
         self.bytes = 0
+
+    @property
+    def partial(self) -> Path:
+        return self._named("partial", self.own)
+
+    @property
+    def replaced(self) -> Path:
+        return self._named("replaced", self.own)
 
     def __enter__(self) -> CheckpointWriter:
         try:
@@ -56,12 +76,15 @@ class CheckpointWriter:
             with _alone_in(self.folder.parent):
                 self._clear_left_overs()
                 self._refuse_to_replace()
-                self.partial.mkdir()
+                self.partial.mkdir(exist_ok=True)
                 self.lock = os.open(self.partial / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
                 _try_lock(self.lock)
         except OSError as error:
             shutil.rmtree(self.partial, ignore_errors=True)
             raise SquamataError(f"cannot write to {self.folder.parent}: {_reason(error)}") from None
+        self.parts.folder = self.partial
+        if self.resume:
+            self.parts.recover()
         return self
 
     def _named(self, what: str, writer: str) -> Path:
@@ -71,6 +94,7 @@ class CheckpointWriter:
         """Put an old checkpoint back that a dead writer was replacing, and remove what else dead writers left."""
         pattern = re.compile(re.escape(f".{self.folder.name}.") + "(?:partial|replaced)-([0-9a-f]+)")
         writers = {match[1] for path in self.folder.parent.iterdir() if (match := pattern.fullmatch(path.name))}
+        furthest = 0
         for writer in sorted(writers):
             partial, replaced = self._named("partial", writer), self._named("replaced", writer)
             if _is_live(partial):
@@ -81,6 +105,9 @@ class CheckpointWriter:
                 except OSError:  # another user's: it stays where it is
                     continue
             shutil.rmtree(replaced, ignore_errors=True)
+            found = read_progress(partial) if self.resume else None
+            if found is not None and found["work"] == self.parts.work and found["parts"] > furthest:
+                furthest, partial, self.own = found["parts"], self.partial, writer
             shutil.rmtree(partial, ignore_errors=True)
 
     def _refuse_to_replace(self) -> None:
@@ -91,12 +118,20 @@ class CheckpointWriter:
                 f"{self.folder} is no checkpoint, and --force replaces nothing else; choose another folder"
             )
 
-    def add(self, tensors: Mapping[str, Value]) -> None:
-        """Queue tensors under their full names; full shards go to disk at once."""
+    def add(
+        self,
+        tensors: Mapping[str, Value],
+        state: Mapping[str, Tensor] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the next part: tensors under their full names, and what its maker needs to go on after it."""
+        stored: dict[str, Tensor] = {}
         for name, value in tensors.items():
-            self.pending |= self._stored(name, value)
-        if sum(tensor.nbytes for tensor in self.pending.values()) >= self.shard_bytes:
-            self._flush()
+            stored |= self._stored(name, value)
+        try:
+            self.parts.finish(stored, state or {}, record or {})
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SquamataError(f"cannot write {self.folder}: {_reason(error)}; nothing was changed") from None
 
     def _stored(self, name: str, value: Value) -> dict[str, Tensor]:
         if not isinstance(value, QTensor):
@@ -105,8 +140,9 @@ class CheckpointWriter:
         stored = {name: value.data.contiguous()}
         scale = value.scale.reshape(-1)[_representatives(partition)].reshape(partition.shape())
         stored[f"{name}.scale"] = scale.to(getattr(torch, value.spec.scale_dtype)).contiguous()
-        if value.zero is not None:
-            stored[f"{name}.zero"] = value.zero.reshape(-1)[_representatives(partition)].reshape(partition.shape())
+        if value.second is not None:
+            second = value.second.reshape(-1)[_representatives(partition)].reshape(partition.shape())
+            stored[f"{name}.{value.spec.second}"] = second
         return stored
 
     def _flush(self) -> None:
@@ -122,8 +158,7 @@ class CheckpointWriter:
 
     def publish(self, description: Mapping[str, Any], tokenizer_folder: Path | None) -> None:
         """Write config, index and tokenizer, and rename the folder into place."""
-        if self.pending or not self.shards:
-            self._flush()
+        self._join_parts()
         try:
             self._name_shards()
             (self.partial / CONFIG).write_text(json.dumps(description, indent=1) + "\n")
@@ -136,6 +171,15 @@ class CheckpointWriter:
             self._replace()
         except OSError as error:
             raise SquamataError(f"cannot write {self.folder}: {_reason(error)}; nothing was changed") from None
+
+    def _join_parts(self) -> None:
+        """Parts -> shards: a new one wherever ``shard_bytes`` are full."""
+        for tensors in self.parts.take():
+            self.pending |= tensors
+            if sum(tensor.nbytes for tensor in self.pending.values()) >= self.shard_bytes:
+                self._flush()
+        if self.pending or not self.shards:
+            self._flush()
 
     def _name_shards(self) -> None:
         count = len(self.shards)
@@ -168,15 +212,15 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self.lock)
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, force: bool = False) -> int:
     """Write a whole checkpoint at once; returns the bytes of its tensors."""
     with CheckpointWriter(folder, checkpoint.config, force) as writer:
-        writer.add(checkpoint.tensors)
-        writer.add(checkpoint.site_tensors)
+        writer.add({**checkpoint.tensors, **checkpoint.site_tensors})
         description = describe(checkpoint.config, checkpoint.recipe.to_mapping(), checkpoint.provenance)
         writer.publish(description, checkpoint.folder)
         return writer.bytes

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from squamata.errors import nearest
+from squamata.spec.formats import FORMATS, levels
 from squamata.spec.granularity import Granularity
+
+SITE_PARTS = ("scale", "zero", "coarse", "tail", "index")  # what may be stored beside a site: SITE.scale ...
 
 
 class Data(BaseModel):
@@ -42,16 +46,23 @@ class ScaleSpec(Data):
         return value
 
 
+def _known_codec(name: str) -> str:
+    if name != "uniform" and name not in FORMATS:
+        raise ValueError(f"no codec named '{name}'{nearest(name, ('uniform', *FORMATS))}")
+    return name
+
+
 class QuantSpec(Data):
     """How one tensor is represented.
 
-    ``full_range`` uses all 2^bits codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's
-    W4); otherwise codes are -Q..Q with Q = 2^(bits-1) - 1. ``dynamic`` takes the scale at run time instead of from
-    calibration. ``scale_dtype`` is how scales are stored, and therefore used.
+    ``bits``: what an element takes in storage. ``codec``: ``uniform`` or a format of ``spec.formats``. ``full_range``
+    uses all 2^bits codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
+    are -Q..Q with Q = 2^(bits-1) - 1. ``dynamic`` takes the scale at run time instead of from calibration.
+    ``scale_dtype`` is how scales are stored, and therefore used.
     """
 
-    bits: Annotated[int, Field(ge=2, le=8)]
-    codec: Literal["uniform"] = "uniform"  # names in kernels/codec.py; a product needs the uniform one
+    bits: Annotated[int, Field(ge=2, le=16)]
+    codec: Annotated[str, AfterValidator(_known_codec)] = "uniform"  # a product needs this one
     symmetric: bool = True
     full_range: bool = False
     granularity: GranularityField = Granularity()
@@ -60,20 +71,61 @@ class QuantSpec(Data):
     rounding: Literal["half-even", "half-away", "truncate"] = "half-even"
     scale_dtype: Literal["float32", "float16"] = "float32"
 
+    @model_validator(mode="after")
+    def _fits_its_codec(self) -> QuantSpec:
+        form = FORMATS.get(self.codec)
+        if form is None:
+            return self
+        if not form.fewest <= self.bits <= form.most:
+            raise ValueError(f"codec '{self.codec}' takes {form.fewest} to {form.most} bits, not {self.bits}")
+        if not self.symmetric or self.full_range:
+            raise ValueError(f"codec '{self.codec}' has a sign and a magnitude: leave 'symmetric' and 'full_range' out")
+        if self.dynamic and form.second is not None:
+            raise ValueError(f"codec '{self.codec}' needs a calibrated threshold: remove 'dynamic: true'")
+        return self
+
     @property
     def linear_grid(self) -> bool:
-        """True if a value is its code (less the zero point) times the scale, so that codes can enter a product."""
-        return self.codec == "uniform"
+        """True if a value is its int8 code (less the zero point) times the scale, so that codes can enter a product."""
+        return self.codec == "uniform" and self.bits <= 8
+
+    @property
+    def form(self) -> str:
+        """The number format in a word or two: ``int8``, ``5-bit dual-scale``."""
+        return f"int{self.bits}" if self.codec == "uniform" else f"{self.bits}-bit {self.codec}"
+
+    @property
+    def flagged(self) -> bool:
+        """True if the codes of an activation are packed in memory: four bits of value, and a plane of flags."""
+        return self.codec == "dual-scale" and self.bits == 5
+
+    @property
+    def carrier(self) -> str:
+        """The integer type that holds a code, where codes are not packed."""
+        low, high = self.code_range
+        return "int8" if low >= -128 and high <= 127 else "int16"
+
+    @property
+    def second(self) -> str | None:
+        """Name of the second number that a group has beside its scale, stored as ``SITE.NAME``; None if it has none."""
+        if self.codec in FORMATS:
+            return FORMATS[self.codec].second
+        return None if self.symmetric else "zero"
 
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest integer code."""
+        if self.codec in FORMATS:
+            largest = len(levels(self.codec, self.bits)[0]) - 1
+            return -largest, largest
         largest = 2 ** (self.bits - 1) - 1
         return (-largest - 1 if self.full_range or not self.symmetric else -largest), largest
 
     @property
     def span(self) -> float:
-        """Divisor that turns the largest magnitude into a scale."""
+        """Divisor that turns the largest magnitude, or the threshold of a format with a tail, into a scale."""
+        if self.codec in FORMATS:
+            return float(FORMATS[self.codec].span(self.bits))
         return 2 ** (self.bits - 1) - (0.5 if self.full_range else 1.0)
 
     def describe(self) -> str:
@@ -83,4 +135,4 @@ class QuantSpec(Data):
             how += "(" + ", ".join(f"{key}={value}" for key, value in self.scale.parameters.items()) + ")"
         where = "dynamic" if self.dynamic else how
         zero = "" if self.symmetric else " asymmetric"
-        return f"int{self.bits}{zero} per {self.granularity}, {where}"
+        return f"{self.form}{zero} per {self.granularity}, {where}"

@@ -15,8 +15,8 @@ YAML form::
       - {site: "*.mixer.u", spec: float, layers: [0, 11], architectures: [mamba2]}
       - {site: "*.mixer.*", spec: int8, kind: activation}
 
-``*.mixer.*`` without a ``kind`` (activation, state, weight or parameter) also matches the state, the weights and small
-parameters such as ``conv.weight``, ``A_log`` and ``dt_bias``.
+``layers``: by number, from the end if negative. ``*.mixer.*`` without a ``kind`` (activation, state, weight or
+parameter) also matches the state, the weights and small parameters such as ``conv.weight``, ``A_log`` and ``dt_bias``.
 
 A recipe that extends another has its own ``name`` and ``description``. Its rules come after the parent's, whose named
 specs it may use (a name that it gives again changes nothing in the parent's rules); of ``calibration`` it says only
@@ -34,6 +34,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from squamata.errors import SquamataError, nearest
+from squamata.spec.formats import FORMATS
 from squamata.spec.quant import Data, QuantSpec, ScaleSpec
 from squamata.spec.sites import BLOCKS, Kind, SiteInfo, all_sites
 
@@ -64,14 +65,20 @@ class Rule(Data):
     kind: Kind | None = None
 
     def names(self, site: str, info: SiteInfo) -> bool:
-        """True if glob and kind fit this full site name, in whatever layer and architecture."""
+        """True if glob and kind fit this full site name, in whatever layer and architecture.
+
+        A site that exists only on request (``SiteInfo.on_request``) must be named to its last word.
+        """
+        if info.on_request and self.site.rpartition(".")[2] != site.rpartition(".")[2]:
+            return False
         return self.kind in (None, info.kind) and fnmatchcase(site, self.site)
 
-    def matches(self, site: str, info: SiteInfo, architecture: str) -> bool:
-        """True if the rule speaks of this full site name in a layer of this architecture."""
-        if self.architectures is not None and architecture not in self.architectures:
+    def matches(self, site: str, info: SiteInfo, blocks: tuple[str, ...]) -> bool:
+        """True if the rule speaks of this full site name in a model whose layers are of these kinds."""
+        layer = int(site.split(".")[1]) if site.startswith("layers.") else None
+        if self.architectures is not None and blocks[layer or 0] not in self.architectures:
             return False
-        if self.layers is not None and (not site.startswith("layers.") or int(site.split(".")[1]) not in self.layers):
+        if self.layers is not None and (layer is None or not {layer, layer - len(blocks)} & set(self.layers)):
             return False
         return self.names(site, info)
 
@@ -103,6 +110,15 @@ class Named(Data):
 
 
 NamedField = Annotated[Named, BeforeValidator(_named_parameters)]
+
+
+_ROWS = {"granularity": "channel"}
+_GROUPS = {"granularity": "group(128)", "full_range": True, "scale_dtype": "float16"}
+TABLE_FORMATS: dict[str, dict[str, Any]] = {  # of the embedding, a row of which is read alone, and of the head
+    "float": {"embedding.weight": "float", "head.*": "float"},
+    "int8": {"embedding.weight": {"bits": 8} | _ROWS, "head.weight": {"bits": 8} | _ROWS},
+    "int4": {"embedding.weight": {"bits": 4} | _ROWS, "head.weight": {"bits": 4} | _GROUPS},
+}
 
 
 class Recipe(Data):
@@ -143,6 +159,17 @@ class Recipe(Data):
             raise SquamataError(f"calibration: {_first_problem(error)}") from None
         return self.model_copy(update={"calibration": changed})
 
+    def with_tables(self, embedding: str | None = None, head: str | None = None) -> Recipe:
+        """The same with another format (``TABLE_FORMATS``) for the embedding or the head; None: as it is."""
+        rules = []
+        for table, wanted in (("embedding", embedding), ("head", head)):
+            if wanted is not None and wanted not in TABLE_FORMATS:
+                raise SquamataError(f"no {table} format '{wanted}'{nearest(wanted, TABLE_FORMATS)}")
+            for site, spec in TABLE_FORMATS[wanted].items() if wanted else ():
+                if site.startswith(table):
+                    rules.append(Rule.model_validate({"site": site, "spec": spec}))
+        return self.model_copy(update={"rules": (*self.rules, *rules)})
+
     def to_mapping(self) -> dict[str, Any]:
         """The resolved recipe as plain data: what a checkpoint stores."""
         return self.model_dump(mode="json", exclude_defaults=True) | {"name": self.name}
@@ -155,18 +182,17 @@ class Recipe(Data):
         chosen: dict[str, QuantSpec] = {}
         infos = all_sites(blocks)
         for site, info in infos.items():
-            architecture = blocks[int(site.split(".")[1])] if site.startswith("layers.") else blocks[0]
-            matching = [rule for rule in self.rules if rule.matches(site, info, architecture)]
+            matching = [rule for rule in self.rules if rule.matches(site, info, blocks)]
             if matching and matching[-1].spec is not None:
                 chosen[site] = matching[-1].spec
         for site, spec in chosen.items():
-            refuse_illegal(site, spec, infos[site])
+            refuse_illegal(site, spec, infos[site].in_company(site, chosen))
         everywhere = [item for kind in BLOCKS for item in all_sites((kind,) * len(blocks)).items()]
         for rule in self.rules:
             if not any(rule.names(site, info) for site, info in everywhere):
                 what = f" and is of kind {rule.kind}" if rule.kind else ""
                 raise SquamataError(f"recipe {self.name}: no site matches '{rule.site}'{what}")
-            if beyond := [layer for layer in rule.layers or () if not 0 <= layer < len(blocks)]:
+            if beyond := [layer for layer in rule.layers or () if not -len(blocks) <= layer < len(blocks)]:
                 problem = f"the rule for '{rule.site}' speaks of layer {beyond[0]}"
                 raise SquamataError(f"recipe {self.name}: {problem}, the model has layers 0 to {len(blocks) - 1}")
         return chosen
@@ -190,8 +216,16 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
             f"{site}: a scale per {spec.granularity} cannot run: the product that reads it sums over "
             f"{' and '.join(info.summed)}; use 'tensor' or 'token'"
         )
-    if spec.codec != "uniform" and (info.summed or info.kind == "weight"):
-        raise SquamataError(f"{site}: codec '{spec.codec}' cannot run: a product needs one step size; use 'uniform'")
+    if info.summed or info.kind == "weight":
+        _refuse_in_product(site, spec, info)
+    if info.kind == "parameter" and spec.carrier != "int8":
+        raise SquamataError(
+            f"{site}: {spec.form} cannot be stored: parameters are int8; use a format of 8 bits at most"
+        )
+    if info.kind != "activation" and spec.codec in FORMATS and FORMATS[spec.codec].live:
+        raise SquamataError(
+            f"{site}: codec '{spec.codec}' takes a number from every token, which only activations have"
+        )
     if info.kind == "state" and "token" in spec.granularity.axes:
         raise SquamataError(f"{site}: a state has no axis 'token'; 'dynamic: true' alone gives each sequence its scale")
     if spec.granularity.group and axes & {"segment", "index"}:
@@ -213,6 +247,16 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         raise SquamataError(f"{site}: an index is for activations and states; use channel, segment or group(N)")
     if unknown := axes - _axis_words(info):
         raise SquamataError(f"{site}: has no axis '{sorted(unknown)[0]}' (its axes: {', '.join(info.axes)})")
+
+
+def _refuse_in_product(site: str, spec: QuantSpec, info: SiteInfo) -> None:
+    """What only holds where codes meet codes: one step size, of int8."""
+    instead = f", or give the product a site of its own: a rule for '{info.apart}'" if info.apart else ""
+    if spec.codec != "uniform":
+        problem = f"codec '{spec.codec}' cannot run: a product needs one step size"
+        raise SquamataError(f"{site}: {problem}; use 'uniform'{instead}")
+    if spec.bits > 8:
+        raise SquamataError(f"{site}: {spec.bits} bits cannot run: a product takes 8 at most; use fewer{instead}")
 
 
 def _axis_words(info: SiteInfo) -> set[str]:

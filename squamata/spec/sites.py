@@ -6,7 +6,8 @@ A site is written ``layers.7.mixer.u``; the tables give the part after the layer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["activation", "state", "weight", "parameter"]
@@ -18,22 +19,37 @@ class SiteInfo:
 
     ``axes``: feature axes (batch and length come before them). ``summed``: the site enters a product, which sums
     over these axes, so no scale may vary along them. ``kind``: weights are split in ``out`` x ``in``; parameters are
-    small tensors that are always dequantized before use.
+    small tensors that are always dequantized before use. ``reads``: the site whose tensor a weight multiplies.
+    ``apart``: the site, by its last word, from which the product reads instead once a recipe represents that one.
+    ``on_request``: such a site, absent unless a rule names it.
     """
 
     axes: tuple[str, ...]
     kind: Kind = "activation"
     summed: tuple[str, ...] = ()
+    reads: str = ""
+    apart: str | None = None
+    on_request: bool = False
+
+    def in_company(self, site: str, represented: Collection[str]) -> SiteInfo:
+        """What must be known of this site in a recipe that represents these others too."""
+        if self.apart is None or f"{site.rpartition('.')[0]}.{self.apart}" not in represented:
+            return self
+        return replace(self, summed=(), apart=None)
 
 
-_LINEAR = SiteInfo(("out", "in"), "weight")
+def _linear(reads: str) -> SiteInfo:
+    return SiteInfo(("out", "in"), "weight", reads=reads)
+
+
 _CONV = {"conv.weight": SiteInfo(("channel", "tap"), "parameter"), "conv.bias": SiteInfo(("channel",), "parameter")}
 
 MAMBA1 = {
     "mixer.in": SiteInfo(("channel",), summed=("channel",)),
     "mixer.x": SiteInfo(("channel",)),
     "mixer.z": SiteInfo(("channel",)),
-    "mixer.u": SiteInfo(("channel",), summed=("channel",)),
+    "mixer.u": SiteInfo(("channel",), summed=("channel",), apart="u_proj"),
+    "mixer.u_proj": SiteInfo(("channel",), summed=("channel",), on_request=True),
     "mixer.dt_low": SiteInfo(("channel",), summed=("channel",)),
     "mixer.B": SiteInfo(("state",)),
     "mixer.C": SiteInfo(("state",)),
@@ -41,10 +57,10 @@ MAMBA1 = {
     "mixer.state": SiteInfo(("channel", "state"), "state"),
     "mixer.y": SiteInfo(("channel",)),
     "mixer.out": SiteInfo(("channel",), summed=("channel",)),
-    "mixer.in_proj.weight": _LINEAR,
-    "mixer.x_proj.weight": _LINEAR,
-    "mixer.dt_proj.weight": _LINEAR,
-    "mixer.out_proj.weight": _LINEAR,
+    "mixer.in_proj.weight": _linear("mixer.in"),
+    "mixer.x_proj.weight": _linear("mixer.u"),
+    "mixer.dt_proj.weight": _linear("mixer.dt_low"),
+    "mixer.out_proj.weight": _linear("mixer.out"),
     **{f"mixer.{name}": info for name, info in _CONV.items()},
     "mixer.dt_bias": SiteInfo(("channel",), "parameter"),
     "mixer.A_log": SiteInfo(("channel", "state"), "parameter"),
@@ -64,8 +80,8 @@ MAMBA2 = {
     "mixer.state": SiteInfo(("head", "channel", "state"), "state"),
     "mixer.y": SiteInfo(("head", "channel")),
     "mixer.out": SiteInfo(("channel",), summed=("channel",)),
-    "mixer.in_proj.weight": _LINEAR,
-    "mixer.out_proj.weight": _LINEAR,
+    "mixer.in_proj.weight": _linear("mixer.in"),
+    "mixer.out_proj.weight": _linear("mixer.out"),
     **{f"mixer.{name}": info for name, info in _CONV.items()},
     "mixer.dt_bias": SiteInfo(("head",), "parameter"),
     "mixer.A_log": SiteInfo(("head",), "parameter"),
@@ -75,7 +91,7 @@ MAMBA2 = {
 MODEL = {
     "embedding.weight": SiteInfo(("out", "in"), "weight"),
     "head.in": SiteInfo(("channel",), summed=("channel",)),
-    "head.weight": _LINEAR,
+    "head.weight": _linear("head.in"),
 }
 
 BLOCKS: dict[str, dict[str, SiteInfo]] = {"mamba1": MAMBA1, "mamba2": MAMBA2}

@@ -1,8 +1,8 @@
 """Transforms: model -> equal model that is easier to quantize. One file each; adding one is one entry here.
 
-A transform changes one layer's tensors (names without ``layers.N.``) and leaves what must happen at run time as
-tensors of the layer, so that it survives save and load without code of its own: those that the layer's block reads
-(``Block.optional_tensors``), and ``mixer.SITE.index``, the map of a ragged site.
+A transform changes one layer's tensors (names without ``layers.N.``), the model's two ends if it must, and leaves
+what must happen at run time as tensors of the layer, so that it survives save and load without code of its own: those
+that the layer's block reads (``Block.optional_tensors``), and ``mixer.SITE.index``, the map of a ragged site.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Named, Recipe
 from squamata.spec.sites import BLOCKS
 from squamata.transform.hadamard import rotate_output
+from squamata.transform.observed import Observed as Observed
+from squamata.transform.reorder import reorder
+from squamata.transform.residual import fold_final_norm, fold_norm, rotate_ends, rotate_residual
 
 Tensors = dict[str, Tensor]
 
@@ -32,14 +35,23 @@ class Transform:
     """``function(config, kind, tensors, statistics, **parameters) -> tensors`` of one layer of a kind.
 
     ``needs``: sites (``mixer.u``) it wants observed before it runs; ``statistics`` holds those that the kind has,
-    smallest and largest value of every feature. A transform returns a kind that it does not know as it came.
+    each an ``Observed`` with a number a feature. A transform returns a kind that it does not know as it came.
+    ``ends``: ``(config, tensors) -> tensors`` of the model's two ends, called once with ``embedding.weight`` and once
+    with ``final_norm.weight`` and ``head.weight``. ``unties``: the head is no longer the embedding afterwards.
     """
 
     function: Callable[..., Tensors]
     needs: tuple[str, ...] = ()
+    ends: Callable[[ModelConfig, Mapping[str, Tensor]], Tensors] | None = None
+    unties: bool = False
 
 
-TRANSFORMS: dict[str, Transform] = {"hadamard": Transform(rotate_output)}
+TRANSFORMS: dict[str, Transform] = {
+    "reorder": Transform(reorder, needs=("mixer.u",)),
+    "fold_norm": Transform(fold_norm, ends=fold_final_norm, unties=True),
+    "rotate_residual": Transform(rotate_residual, ends=rotate_ends),
+    "hadamard": Transform(rotate_output),
+}
 
 
 def check(recipe: Recipe) -> None:
@@ -79,6 +91,20 @@ def apply(
         observed = {site: statistics[site] for site in transform.needs if site in statistics}
         changed = transform.function(config, kind, changed, observed, **_parameters(named))
     return changed
+
+
+def apply_ends(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensors:
+    """What the recipe's transforms make of the model's two ends, in order; the given mapping is not changed."""
+    changed = dict(tensors)
+    for named in recipe.transforms:
+        ends = TRANSFORMS[named.name].ends
+        changed = changed if ends is None else ends(config, changed)
+    return changed
+
+
+def unties(recipe: Recipe) -> bool:
+    """True if a head that was the embedding is a tensor of its own after the recipe's transforms."""
+    return any(TRANSFORMS[named.name].unties for named in recipe.transforms)
 
 
 def _parameters(named: Named) -> dict[str, object]:

@@ -12,6 +12,8 @@ from squamata.kernels.hadamard.ref import rotate
 from squamata.models.config import ModelConfig
 from squamata.scales.statistics import Statistics
 
+BLOCK = 2**22  # elements that are float64 at a time
+
 
 def rotate_output(
     config: ModelConfig, kind: str, tensors: Mapping[str, Tensor], statistics: Mapping[str, Statistics]
@@ -25,8 +27,16 @@ def rotate_output(
     if weight is None:
         return dict(tensors)
     rotation = Rotation.of_size(config.d_inner)
-    rotated = rotate(weight.double(), rotation).to(weight.dtype if weight.dtype == torch.float64 else torch.float32)
     return dict(tensors) | {
-        "mixer.out_proj.weight": rotated,
+        "mixer.out_proj.weight": rotate_weight(weight, rotation),
         "mixer.rotation": torch.tensor([rotation.size, rotation.block]),
     }
+
+
+def rotate_weight(weight: Tensor, rotation: Rotation) -> Tensor:
+    """W H^T, computed in float64 a block of rows at a time, kept in float32 (float64 stays)."""
+    rotated = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+    rows = max(1, BLOCK // weight.shape[-1])
+    for part, into in zip(weight.split(rows), rotated.split(rows), strict=True):
+        into.copy_(rotate(part.double(), rotation))
+    return rotated

@@ -206,7 +206,9 @@ def test_a_backend_without_the_op_leaves_it_to_the_reference(monkeypatch: pytest
 
 
 def test_codes_of_a_grid_that_is_not_linear_are_decoded_before_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    squares = Codec(lambda x, *_: x, lambda c, scale, dtype: (c.to(dtype) ** 2 * c.sign()) * scale.to(dtype))
+    squares = Codec(
+        lambda x, *_: x, lambda c, scale, second, spec, dtype: (c.to(dtype) ** 2 * c.sign()) * scale.to(dtype)
+    )
     monkeypatch.setitem(CODECS, "squares", squares)
     spec = QuantSpec.model_construct(**{**dict(QuantSpec(bits=8)), "codec": "squares"})
     x = QTensor(torch.tensor([[2, -3]], dtype=torch.int8), torch.tensor(0.5), spec)

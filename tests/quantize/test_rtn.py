@@ -61,8 +61,8 @@ def test_blocks_of_rows_give_the_same_bits(
         parts = round_to_nearest(weight, spec, layout)
         monkeypatch.undo()
         assert torch.equal(parts.data, whole.data) and torch.equal(parts.scale, whole.scale)
-        assert (parts.zero is None) == spec.symmetric
-        assert parts.zero is None or torch.equal(parts.zero, whole.zero)
+        assert (parts.second is None) == spec.symmetric
+        assert parts.second is None or torch.equal(parts.second, whole.second)
 
 
 def test_a_large_table_needs_no_float32_copy_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:

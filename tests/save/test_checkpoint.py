@@ -114,7 +114,13 @@ def checkpoint_size_stored(folder: Path) -> int:
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 def test_the_head_stays_tied_unless_it_is_represented_differently(kind: str, tmp_path: Path) -> None:
-    for recipe, tied in (("float", True), ("quamba-w8a8", True), ("embedding-only", False), ("head-only", False)):
+    for recipe, tied in (
+        ("float", True),
+        ("quamba-w8a8-tied", True),
+        ("quamba-w8a8", False),
+        ("embedding-only", False),
+        ("head-only", False),
+    ):
         checkpoint = tiny_checkpoint(kind, recipe)
         assert checkpoint.config.tie_embeddings == tied
         assert ("head.weight" in checkpoint.tensors) == (not tied)

@@ -36,5 +36,6 @@ def conv_selective_scan(  # type: ignore[empty-body]
 ) -> Value:
     """``causal_conv1d`` onto u; ``linear`` onto dt_low, B, C; ``linear`` onto dt; ``selective_scan`` onto y.
 
+    x_proj reads u, or what the convolution's output becomes on ``u_proj`` if that site has a spec.
     ``conv`` (B, E, K - 1) and ``state`` (B, E, N), in the storage of their sites, are updated in place.
     """

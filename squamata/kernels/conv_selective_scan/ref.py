@@ -18,11 +18,11 @@ OBSERVED_EVERY = 64  # tokens between two looks at the state while observing
 
 
 def run(x: Value, z: Value, layer: SelectiveScanLayer, conv: Value, state: Value, sites: Mapping[str, Site]) -> Value:
-    (u,) = causal_conv1d((x,), layer.conv_weight, layer.conv_bias, conv, (sites["u"],))
+    u, projected = _convolved(x, layer, conv, sites)
     if layer.bcdt_norm_epsilon is None:
-        dt_low, B, C = linear(u, layer.x_proj, (sites["dt_low"], sites["B"], sites["C"]))
+        dt_low, B, C = linear(projected, layer.x_proj, (sites["dt_low"], sites["B"], sites["C"]))
     else:
-        parts = linear(u, layer.x_proj, (None, None, None))
+        parts = linear(projected, layer.x_proj, (None, None, None))
         normed = (normalize(as_float(part), layer.bcdt_norm_epsilon) for part in parts)
         dt_low, B, C = (sites[name].land(part) for name, part in zip(("dt_low", "B", "C"), normed, strict=True))
     (dt,) = linear(dt_low, layer.dt_proj, (sites["dt"],))
@@ -39,11 +39,23 @@ def run(x: Value, z: Value, layer: SelectiveScanLayer, conv: Value, state: Value
     return ys[0] if len(ys) == 1 else torch.cat([as_float(y, layer.A.dtype) for y in ys], dim=1)
 
 
+def _convolved(x: Value, layer: SelectiveScanLayer, conv: Value, sites: Mapping[str, Site]) -> tuple[Value, Value]:
+    """u as the scan reads it and as x_proj does: one value, unless the recipe represents ``u_proj`` apart."""
+    site, apart = sites["u"], sites.get("u_proj")
+    if apart is None or apart.spec is None:
+        (u,) = causal_conv1d((x,), layer.conv_weight, layer.conv_bias, conv, (site,))
+        return u, u
+    (raw,) = causal_conv1d((x,), layer.conv_weight, layer.conv_bias, conv, (Site("", site.layout),))
+    assert not isinstance(raw, QTensor)
+    return site.land(raw), apart.land(raw)
+
+
 def tokens(value: Value, start: int, stop: int) -> Value:
     """Tokens start..stop of a value (B, L, C)."""
     if not isinstance(value, QTensor):
         return value[:, start:stop]
-    per_token = value.scale.ndim == 3
-    scale = value.scale[:, start:stop] if per_token else value.scale
-    zero = value.zero[:, start:stop] if per_token and value.zero is not None else value.zero
-    return QTensor(value.data[:, start:stop], scale, value.spec, zero)
+    scale, second = (
+        part[:, start:stop] if part is not None and part.ndim == 3 else part for part in (value.scale, value.second)
+    )
+    assert scale is not None
+    return QTensor(value.data[:, start:stop], scale, value.spec, second, value.length)

@@ -13,6 +13,6 @@ def run(ids: Tensor, weight: Value, dtype: torch.dtype) -> Tensor:
         return weight[ids].to(dtype)
     per_row = weight.scale.ndim > 0
     scale = weight.scale[ids.reshape(-1)] if per_row else weight.scale
-    zero = weight.zero if weight.zero is None or not per_row else weight.zero[ids.reshape(-1)]
-    rows = QTensor(weight.data[ids.reshape(-1)], scale, weight.spec, zero, weight.length)
+    second = weight.second if weight.second is None or not per_row else weight.second[ids.reshape(-1)]
+    rows = QTensor(weight.data[ids.reshape(-1)], scale, weight.spec, second, weight.length)
     return rows.dequantize(dtype).reshape(*ids.shape, -1)

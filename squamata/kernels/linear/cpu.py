@@ -39,7 +39,7 @@ def accepts(x: Value, layer: Linear, out: Sequence[Site | None]) -> bool:
     weight = layer.weight
     if not (readable(x) and plain(layer.bias) and isinstance(weight, QTensor) and readable(weight)) or 0 in x.shape:
         return False
-    if weight.zero is not None or not weight.spec.linear_grid or not _by_row_or_group(weight):
+    if weight.second is not None or not weight.spec.linear_grid or not _by_row_or_group(weight):
         return False
     if not isinstance(x, QTensor):
         return True

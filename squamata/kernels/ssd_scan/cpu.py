@@ -23,6 +23,7 @@ from squamata.kernels.ssd_scan.tile import LANES, ROWS, add_product
 
 CHUNK = 64  # tokens of a chunk
 FEW = 4  # tokens up to which the recurrence is used
+_ONE = np.float32(1.0)
 
 
 class _Arrays(NamedTuple):
@@ -47,7 +48,8 @@ class _Chunk(NamedTuple):
     """Working memory of a head, float32: l tokens by P channels (padded), but ``masked`` (l, l), ``state`` (N, P).
 
     ``u``: inputs; ``weighted``: dt' u, later decayed to the end of the chunk; ``steps``, ``log_decay`` (l,): dt' and
-    the sum of dt' A from before the chunk.
+    the sum of dt' A from before the chunk; ``rest`` (l,): what float32 leaves of that sum, which grows with the
+    chunk while only differences of it count.
     """
 
     state: NDArray[np.float32]
@@ -57,6 +59,7 @@ class _Chunk(NamedTuple):
     y: NDArray[np.float32]
     steps: NDArray[np.float32]
     log_decay: NDArray[np.float32]
+    rest: NDArray[np.float32]
 
 
 def accepts(
@@ -118,6 +121,7 @@ def _scan_head(u, dt, arrays, sample, head):  # type: ignore[no-untyped-def]
     work = _Chunk(
         np.zeros((states, width), np.float32), np.zeros((size, size), np.float32),
         rows[0], rows[1], rows[2], np.zeros(size, np.float32), np.zeros(size, np.float32),
+        np.zeros(size, np.float32),
     )  # fmt: skip
     old, new = arrays.before[sample, head], arrays.after[sample, head]
     for p in range(channels):
@@ -150,6 +154,7 @@ def _prepare(u, dt, arrays, work, sample, head, chunk):  # type: ignore[no-untyp
     for t in range(size):
         total += work.steps[t] * arrays.A[head]
         work.log_decay[t] = total
+        work.rest[t] = total - work.log_decay[t]
         _scaled(work.u[t], work.steps[t], work.weighted[t])
 
 
@@ -162,26 +167,27 @@ def _scaled(x, factor, out):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _mask(scores, work):  # type: ignore[no-untyped-def]
     """masked[t, s] = scores[t, s] exp(sum of dt' A over s < i <= t) for s <= t, else 0."""
-    log_decay = work.log_decay
+    log_decay, rest = work.log_decay, work.rest
     for t in range(log_decay.size):
-        row, out, own = scores[t], work.masked[t], log_decay[t]
+        row, out, own, own_rest = scores[t], work.masked[t], log_decay[t], rest[t]
         for s in range(t + 1):
-            out[s] = row[s] * simd.exp(own - log_decay[s])
+            out[s] = row[s] * simd.exp((own - log_decay[s]) + (own_rest - rest[s]))
 
 
 @njit(cache=True, nogil=True)
 def _advance(B, C, work):  # type: ignore[no-untyped-def]
     """y = decay (C state) + masked (dt' u), then the state after the chunk."""
-    size, log_decay = work.log_decay.size, work.log_decay
+    size, log_decay, rest = work.log_decay.size, work.log_decay, work.rest
     work.y[:] = types.float32(0.0)
     add_product(C, work.state, work.y, False, False)
     for t in range(size):
-        _scaled(work.y[t], simd.exp(log_decay[t]), work.y[t])
+        _scaled(work.y[t], simd.exp(log_decay[t]) * (_ONE + rest[t]), work.y[t])
     add_product(work.masked, work.weighted, work.y, False, True)
-    last = log_decay[size - 1]
+    last, last_rest = log_decay[size - 1], rest[size - 1]
     for t in range(size):
-        _scaled(work.weighted[t], simd.exp(last - log_decay[t]), work.weighted[t])
-    decay = simd.exp(last)
+        to_end = simd.exp((last - log_decay[t]) + (last_rest - rest[t]))
+        _scaled(work.weighted[t], to_end, work.weighted[t])
+    decay = simd.exp(last) * (_ONE + last_rest)
     for n in range(work.state.shape[0]):
         _scaled(work.state[n], decay, work.state[n])
     add_product(B, work.weighted, work.state, True, False)

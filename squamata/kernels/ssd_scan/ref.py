@@ -41,11 +41,15 @@ def _step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor)
 
 
 def _chunk(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk of l tokens: inside it as masked attention, the state before it by its decay (section 6)."""
+    """One chunk of l tokens: inside it as masked attention, the state before it by its decay (section 6).
+
+    Decays are differences of sums that grow with the chunk: in float32 their rounding would be the scan's largest
+    error by far.
+    """
     batch, length, heads, _ = u.shape
     groups = B.shape[2]
-    log_decay = (dt * A).cumsum(1).transpose(1, 2)  # (B, H, l), from before the chunk to token t
-    between = log_decay[..., :, None] - log_decay[..., None, :]  # (B, H, t, s)
+    log_decay = (dt * A).double().cumsum(1).transpose(1, 2)  # (B, H, l), from before the chunk to token t
+    between = (log_decay[..., :, None] - log_decay[..., None, :]).to(u.dtype)  # (B, H, t, s)
     causal = torch.ones(length, length, dtype=torch.bool, device=u.device).tril()
     between = torch.exp(between.masked_fill(~causal, -torch.inf))
     scores = torch.einsum("btgn,bsgn->bgts", C, B).repeat_interleave(heads // groups, dim=1)
@@ -53,8 +57,8 @@ def _chunk(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
     inside = (scores * between) @ weighted
     grouped = (batch, groups, heads // groups, *state.shape[2:])
     before = torch.einsum("btgn,bgrpn->bgrtp", C, state.reshape(grouped)).reshape(batch, heads, length, -1)
-    y = inside + torch.exp(log_decay)[..., None] * before
-    to_end = torch.exp(log_decay[..., -1:] - log_decay)[..., None] * weighted
+    y = inside + torch.exp(log_decay).to(u.dtype)[..., None] * before
+    to_end = torch.exp(log_decay[..., -1:] - log_decay).to(u.dtype)[..., None] * weighted
     added = torch.einsum("bgrsp,bsgn->bgrpn", to_end.reshape(batch, groups, heads // groups, length, -1), B)
-    state = torch.exp(log_decay[..., -1])[..., None, None] * state + added.reshape(state.shape)
+    state = torch.exp(log_decay[..., -1]).to(u.dtype)[..., None, None] * state + added.reshape(state.shape)
     return y.transpose(1, 2), state

@@ -1,0 +1,120 @@
+"""GPTQ: round a column, and let the columns not yet rounded make up for its error (arXiv 2210.17323, algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from squamata.errors import SquamataError
+from squamata.kernels.grid import Grid
+from squamata.kernels.partition import Layout, Partition
+from squamata.kernels.qtensor import QTensor
+from squamata.kernels.site import encode
+from squamata.quantize.rtn import find_scales, pack
+from squamata.scales.gram import Gram
+from squamata.spec.quant import QuantSpec
+
+Damping = Annotated[float, Field(gt=0, lt=1)]
+Block = Annotated[int, Field(ge=1)]
+ATTEMPTS = 8  # at a factorisation, each with twice the damping
+
+
+def gptq(
+    weight: Tensor,
+    spec: QuantSpec,
+    layout: Layout,
+    statistics: Gram | None,
+    damping: Damping = 0.01,
+    block: Block = 128,
+    act_order: bool = False,
+) -> QTensor:
+    """Codes that minimise ||W X - W' X||^2 greedily, a column at a time, with X X^T from ``statistics``.
+
+    ``damping``: fraction of the mean of its diagonal that is added to it. ``block``: columns between two updates of
+    all that follow. Scales of groups are found when their first column is due, from the weights as they are then;
+    with ``act_order`` (columns by falling diagonal) and at other granularities all are found beforehand. Deterministic.
+    Memory: the weight and its codes in float32, and three float64 matrices (K, K).
+    """
+    if statistics is None or statistics.count == 0:
+        raise SquamataError("gptq must see what the weight multiplies: give a text with --calibration FILE")
+    columns = weight.float().T.contiguous()  # (K, N): the loop below reads and writes whole columns
+    gram = statistics.gram
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(columns))
+    factor = inverse_factor(gram[order][:, order], damping).float()
+    group = 0 if act_order else spec.granularity.group or 0
+    grid = _Scales(weight, spec, layout, in_turn=group > 0)
+    codes = torch.empty(columns.shape, dtype=torch.int8)
+    columns = columns[order]
+    step = -(-block // group) * group if group else block
+    for start in range(0, len(columns), step):
+        end = min(start + step, len(columns))
+        errors = torch.empty(end - start, columns.shape[1])
+        for column in range(start, end):
+            if group and column % group == 0:
+                grid.fit(columns[column : min(column + group, end)].T, column // group)
+            place = int(order[column])
+            rounded = grid.round(columns[column], place)
+            codes[place] = rounded.data
+            error = (columns[column] - rounded.dequantize()) / factor[column, column]
+            columns[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
+            errors[column - start] = error
+        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return pack(QTensor(codes.T.contiguous(), *grid.parts()))
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """Upper triangular U, float64, with U^T U = (gram + damping mean(diag) I)^-1.
+
+    An input that was always zero counts as independent of the others. SquamataError if the matrix cannot be made
+    positive definite.
+    """
+    diagonal = gram.diagonal()
+    matrix = gram + torch.diag((diagonal == 0).double())
+    for attempt in range(ATTEMPTS):
+        damped = matrix + torch.eye(len(gram), dtype=torch.float64) * (damping * 2**attempt * float(diagonal.mean()))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    raise SquamataError("gptq: the inputs' second moments are not positive definite; raise 'damping'")
+
+
+class _Scales:
+    """The scales of one weight, known beforehand or found group by group (``in_turn``)."""
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, layout: Layout, in_turn: bool) -> None:
+        self.spec, self.layout = spec, layout
+        self.group = spec.granularity.group
+        partition = Partition(spec.granularity, layout)
+        if in_turn:
+            self.scale = torch.empty(partition.shape())
+            self.second = None if spec.symmetric else torch.empty(partition.shape())
+        else:
+            scale, second = find_scales(weight, spec, layout)
+            self.scale, self.second = partition.expand(scale), None if second is None else partition.expand(second)
+
+    def fit(self, part: Tensor, group: int) -> None:
+        """Scales of one group from its columns (N, columns) as they are now."""
+        layout = replace(self.layout, sizes=tuple(part.shape), segments=())
+        scale, second = find_scales(part, self.spec, layout)
+        self.scale[:, group] = scale[:, 0]
+        if self.second is not None and second is not None:
+            self.second[:, group] = second[:, 0]
+
+    def round(self, column: Tensor, place: int) -> QTensor:
+        """One column (N,) on its grid."""
+        scale = self._of_column(self.scale, place)
+        second = None if self.second is None else self._of_column(self.second, place)
+        return encode(column, Grid.of(scale, second), self.spec)
+
+    def _of_column(self, part: Tensor, place: int) -> Tensor:
+        if self.group:
+            return part[:, place // self.group]
+        return part[:, 0] if part.ndim else part
+
+    def parts(self) -> tuple[Tensor, QuantSpec, Tensor | None]:
+        """Scale, spec and second number of the whole weight, as a QTensor takes them."""
+        return self.scale, self.spec, self.second

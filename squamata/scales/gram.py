@@ -1,0 +1,24 @@
+"""Second moments of what a weight multiplies: all that layer-wise weight quantizers need to know of their data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Gram:
+    """``gram`` = sum of x x^T over ``count`` tokens, float64 (K, K), of the K inputs of a product.
+
+    Half the Hessian of ||W x - W' x||^2 with respect to a row of W' (GPTQ, arXiv 2210.17323, section 3).
+    Memory: 8 K^2 bytes, whatever the number of tokens.
+    """
+
+    def __init__(self, features: int) -> None:
+        self.gram = torch.zeros(features, features, dtype=torch.float64)
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        """Take in a tensor (..., K) of any float type."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.gram += rows.T @ rows
+        self.count += len(rows)
