@@ -89,9 +89,9 @@ def levels_of(site: Site) -> np.ndarray:
         return np.zeros(0)
     smallest, largest = site.spec.code_range
     codes = torch.arange(smallest, largest + 1, dtype=torch.float32)
-    zero = None if site.zero is None else site.zero.float().median()
-    values = QTensor(codes, site.scale.float().median(), site.spec, zero).dequantize()
-    return np.sort(values.numpy().astype(np.float64))
+    second = None if site.second is None else site.second.float().median()
+    values = QTensor(codes, site.scale.float().median(), site.spec, second).dequantize()
+    return np.unique(values.numpy().astype(np.float64))
 
 
 def _widen(ranges: dict[str, tuple[float, float]]) -> Callable[[Site, Tensor], None]:

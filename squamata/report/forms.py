@@ -16,6 +16,7 @@ from squamata.errors import SquamataError
 from squamata.evaluate.size import tensor_bytes
 from squamata.kernels.qtensor import Value
 from squamata.models.checkpoint import Checkpoint
+from squamata.report.reference import parameter_count
 from squamata.report.rules import rules_for
 from squamata.report.verbs import Verbs
 from squamata.run.model import Model
@@ -62,6 +63,7 @@ class Forms:
                 name: _make(model, recipe, calibration, verbs, Path(folder) / name) for name, recipe in wanted.items()
             }
         self._forms = {name: form for name, (form, _) in made.items()}
+        self.parameters = parameter_count(model)
         self._tokenizer = made[FLOAT][1].tokenizer
         self.tied = all(form.checkpoint.config.tie_embeddings for form in self._forms.values())
         self.config = self[FLOAT].checkpoint.config.model_copy(update={"tie_embeddings": self.tied})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from squamata.evaluate.size import bytes_by_part
 from squamata.memory import peak_rss_bytes
 from squamata.report.distributions import observe_distributions
 from squamata.report.plan import RowPlan
-from squamata.report.reference import References, beginning
+from squamata.report.reference import References, beginning, parameter_count
 from squamata.report.rows import Arrays, pack_sums
 from squamata.report.verbs import Verbs
 from squamata.run.model import Model
@@ -62,7 +61,7 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path) -> Outcome:
         )
     row = {"id": plan.id} | plan.labels | {"seed": plan.seed, "architecture": model.config.architecture}
     row |= {name: evaluations[0][name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
-    row |= {"bytes": bytes_by_part(model), "parameters": _parameters(model), "evaluations": evaluations}
+    row |= {"bytes": bytes_by_part(model), "parameters": parameter_count(plan.model), "evaluations": evaluations}
     if verbs.hardware is not None:
         row["hardware"] = dict(verbs.hardware(model.config, plan.recipe))
     provenance = {key: value for key, value in plan.description.items() if key not in ("labels", "seed", "recipe")}
@@ -89,7 +88,3 @@ def _judge(plan: RowPlan, verbs: Verbs, model: Model) -> tuple[list[dict[str, An
             details |= pack_sums(len(evaluations), judged.sums)
             evaluations.append({"text": label} | judged.to_dict())
     return evaluations, details
-
-
-def _parameters(model: Model) -> int:
-    return sum(prod(tensor.shape) for tensor in model.checkpoint.tensors.values())

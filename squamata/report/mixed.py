@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import Evaluation, difference_of_sums
@@ -211,7 +210,7 @@ def search_mixture(mixer: Mixer, measured: Sensitivity, plan: SearchPlan, progre
 
 def _judged(mixer: Mixer, chosen: Mapping[str, tuple[Choice, int]], plan: SearchPlan) -> Search:
     judged = {name: plan.final(mixer.forms.assemble(mixer.sites(choice))) for name, (choice, _) in chosen.items()}
-    parameters = _parameters(mixer.forms)
+    parameters = mixer.forms.parameters
     mixtures = []
     for name, (choice, runs) in chosen.items():
         stored = mixer.bytes(choice)
@@ -237,16 +236,12 @@ def _mixture(name: str, upgraded: list[str], size: tuple[int, int, int], judged:
     )
 
 
-def _parameters(forms: Forms) -> int:
-    return sum(prod(value.shape) for value in forms[FLOAT].checkpoint.tensors.values())
-
-
 def budget_in_bytes(forms: Forms, budget_bytes: int | None, budget_bits: float | None) -> int:
     """A budget in bytes, given so or as stored bits a parameter of the model."""
     if budget_bytes is not None:
         return budget_bytes
     assert budget_bits is not None
-    return int(budget_bits * _parameters(forms) / 8)
+    return int(budget_bits * forms.parameters / 8)
 
 
 def as_data(search: Search) -> dict[str, object]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
+from squamata.load.source import open_source
+from squamata.models.config import parameter_shapes
 from squamata.models.lm import Cache, LanguageModel
 from squamata.report.verbs import Verbs
 from squamata.text import read_documents
@@ -96,6 +99,11 @@ class References:
 def remembering(model: LanguageModel) -> LanguageModel:
     """The model, its logits kept; it only looks like one, so it is for ``against=`` alone."""
     return cast(LanguageModel, Remembering(model))
+
+
+def parameter_count(path: str) -> int:
+    """Parameters of the float model at this path; what transforms add and a tied head are not counted."""
+    return sum(map(prod, parameter_shapes(open_source(path).config).values()))
 
 
 def beginning(text: str | Path | Sequence[str], max_tokens: int | None) -> list[str]:

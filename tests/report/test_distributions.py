@@ -47,12 +47,14 @@ def test_every_value_is_counted_and_clipping_is_that_of_inspect(shipped: Callabl
         QuantSpec(bits=3, full_range=True),
         QuantSpec(bits=4, symmetric=False),
         QuantSpec(bits=2),
+        QuantSpec(bits=5, codec="dual-scale"),
+        QuantSpec(bits=9, codec="soft-edge"),
     ],
 )
 def test_levels_are_the_values_that_landing_gives(spec: QuantSpec) -> None:
-    zero = None if spec.symmetric else torch.tensor(-3.0)
-    site = Site("s", Layout(("channel",), (4,)), spec, torch.tensor(0.25), zero, mode="integer")
-    landed = as_float(site.land(torch.linspace(-9, 9, 4000).reshape(-1, 4)))
+    second = {None: None, "zero": torch.tensor(-3.0)}.get(spec.second, torch.tensor(4.0))
+    site = Site("s", Layout(("channel",), (4,)), spec, torch.tensor(0.25), second, mode="integer")
+    landed = as_float(site.land(torch.linspace(-120, 120, 40_000).reshape(-1, 4)))
     np.testing.assert_array_equal(levels_of(site), np.unique(landed.numpy()))
 
 

@@ -78,7 +78,8 @@ def test_units_cover_every_site_once(forms: Forms) -> None:
 def test_the_ranking_is_that_of_single_evaluations(forms: Forms, judge: Judge, verbs: Verbs) -> None:
     measured = measure_sensitivity(forms, "low", "layer", judge)
     kl = [row.kl for row in measured.rows]
-    assert kl == sorted(kl, reverse=True) and len(kl) == 10 and abs(measured.floor_kl) < 1e-6
+    assert kl == sorted(kl, reverse=True) and abs(measured.floor_kl) < 1e-6
+    assert {row.unit for row in measured.rows} == set(units_of(forms["low"].specs, "layer", forms.tied))
     first = measured.rows[0]
     sites = units_of(forms["low"].specs, "layer", forms.tied)[first.unit]
     alone = forms.assemble(dict.fromkeys(sites, "low"))
@@ -119,7 +120,7 @@ def test_search_stays_within_the_budget(forms: Forms, judge: Judge) -> None:
         search_mixture(mixer, measured, SearchPlan(mixer.base - 1, judge, judge))
     assert budget_in_bytes(forms, 5, None) == 5
     parameters = sum(value.numel() for value in squamata.load("bundled").checkpoint.tensors.values())
-    assert abs(budget_in_bytes(forms, None, 8.0) - parameters) <= 16  # the rotation leaves two numbers a layer
+    assert budget_in_bytes(forms, None, 8.0) == parameters
 
 
 COST = {name: 3 + 7 * place % 11 for place, name in enumerate("abcdefgh")}
