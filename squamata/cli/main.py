@@ -9,7 +9,22 @@ from typing import Annotated
 import typer
 
 from squamata import __version__
-from squamata.cli import chat, convert, demo, evaluate, generate, hardware, inspect, profile, quantize, recipes
+from squamata.cli import (
+    chat,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    hardware,
+    inspect,
+    outliers,
+    profile,
+    quantize,
+    recipes,
+    report,
+    sensitivity,
+    study,
+)
 from squamata.errors import SquamataError
 
 USER_ERROR = 2
@@ -31,7 +46,11 @@ app.command("inspect")(inspect.inspect)
 app.command("profile")(profile.profile)
 app.command("hardware")(hardware.hardware)
 app.command("demo")(demo.demo)
+app.command("sensitivity")(sensitivity.sensitivity)
+app.command("outliers")(outliers.outliers)
+app.command("report")(report.report)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(study.app, name="study")
 
 
 @app.callback(invoke_without_command=True)

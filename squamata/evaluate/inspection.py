@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from squamata.evaluate.size import tensor_bytes
-from squamata.evaluate.windows import Progress, Window, batches, cut, tokenizer_of
+from squamata.evaluate.windows import Progress, batches, cut, tokenizer_of
 from squamata.kernels.codec import CODECS
 from squamata.kernels.partition import Partition
 from squamata.kernels.qtensor import QTensor, as_float
@@ -25,7 +25,7 @@ from squamata.text import read_documents
 if TYPE_CHECKING:
     from squamata.models.lm import LanguageModel
 
-_WINDOW, _TOKENS = 512, 8192
+_WINDOW, _TOKENS, _ROWS = 512, 8192, 4
 
 
 @dataclass(frozen=True)
@@ -181,29 +181,41 @@ def clipped_fractions(
     ones differ from those that calibration saw. Documents run in windows of 512 tokens, each from a fresh state, and
     the state is looked at every 64 tokens, as in calibration. Sites with a dynamic scale are left out.
     """
-    corpus = cut(read_documents(text), tokenizer_of(model), _WINDOW, max_tokens)
     sites = [site for site in model.sites() if site.spec is not None and not site.spec.dynamic]
     counts = {site.name: [0, 0] for site in sites}
+    watch_text(
+        model, read_documents(text), sites, lambda site, x: _count(site, x, counts[site.name]), max_tokens, progress
+    )
+    return {name: beyond / seen for name, (beyond, seen) in counts.items() if seen}
+
+
+@torch.no_grad()
+def watch_text(
+    model: LanguageModel,
+    documents: Sequence[str],
+    sites: Iterable[Site],
+    callback: Callable[[Site, Tensor], None],
+    max_tokens: int | None = _TOKENS,
+    progress: Progress | None = None,
+) -> None:
+    """``callback(site, tensor)`` sees what lands on these sites while the model reads the documents, nothing rounded.
+
+    Windows of 512 tokens, each from a fresh state and of one document; the state is looked at every 64 tokens.
+    """
+    corpus = cut(documents, tokenizer_of(model), _WINDOW, max_tokens)
     modes = {site.name: site.mode for site in model.sites()}
     model.set_mode("observe")
+    done = 0
     try:
-        with observing(sites, lambda site, x: _count(site, x, counts[site.name])):
-            for done in _observed_windows(model, corpus.windows):
+        with observing(sites, callback):
+            for batch in batches(corpus.windows, lambda length: _ROWS, mixed_lengths=False):
+                model.forward(batch.ids, model.new_cache(len(batch.ids)), last_only=True)
+                done += batch.predicted
                 if progress is not None:
                     progress(done, corpus.tokens)
     finally:
         for site in model.sites():
             site.mode = modes[site.name]
-    return {name: beyond / seen for name, (beyond, seen) in counts.items() if seen}
-
-
-@torch.no_grad()
-def _observed_windows(model: LanguageModel, windows: Sequence[Window]) -> Iterator[int]:
-    done = 0
-    for batch in batches(windows, lambda length: 4, mixed_lengths=False):
-        model.forward(batch.ids, model.new_cache(len(batch.ids)), last_only=True)
-        done += batch.predicted
-        yield done
 
 
 def _count(site: Site, x: Tensor, count: list[int]) -> None:

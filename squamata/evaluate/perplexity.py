@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch
 from squamata.errors import SquamataError, nearest
 from squamata.evaluate.measure import Measured, measure, rows_that_fit
 from squamata.evaluate.result import Result
-from squamata.evaluate.uncertainty import Interval, ratio_interval
+from squamata.evaluate.uncertainty import FEWEST_UNITS, Interval, ratio_interval
 from squamata.evaluate.windows import Batch, Corpus, Progress, batches, cut, tokenizer_of
 from squamata.text import read_documents
 
@@ -27,7 +27,7 @@ _RECURRENT_ROWS = 32  # windows that step side by side
 
 @dataclass(frozen=True)
 class UnitSums:
-    """Sums over each resampling unit, float64 (n,): a document, or a window if the text is a single document."""
+    """Sums over each resampling unit, float64 (n,): a document, or a window if the text has few documents."""
 
     kind: str  # documents | windows
     tokens: np.ndarray
@@ -41,7 +41,7 @@ class Evaluation(Result):
     """A model on a text: ``perplexity`` and ``nats_per_token`` are of a token, ``bits_per_byte`` of a UTF-8 byte.
 
     ``kl`` (nats a token, KL(reference || model)) and ``top1_agreement`` are None without a reference. ``*_ci``:
-    bootstrap 95 % intervals over documents, or over the windows of a single document; None for a single unit.
+    bootstrap 95 % intervals over documents, or over windows if there are fewer than six; None for a single unit.
     """
 
     perplexity: float
@@ -161,7 +161,7 @@ def _unit_sums(corpus: Corpus, measurements: Iterator[tuple[torch.Tensor, Measur
         for total, values in zip(by_window, columns, strict=True):
             if values is not None:
                 total.index_add_(0, rows, values)
-    kind = "windows" if corpus.documents == 1 else "documents"
+    kind = "windows" if corpus.documents < FEWEST_UNITS else "documents"
     if kind == "documents":
         documents = torch.tensor([window.document for window in corpus.windows])
         _, unit = documents.unique(return_inverse=True)
@@ -201,7 +201,7 @@ def _mean_and_interval(sums: np.ndarray | None, tokens: np.ndarray) -> tuple[flo
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How many nats a token the second model needs more than the first, on the same text."""
+    """How many nats a token (of the text, or of KL) the second model has more than the first, on the same text."""
 
     nats_per_token: float
     ci: Interval | None
@@ -215,15 +215,22 @@ class PairedDifference:
 def paired_difference(first: Evaluation, second: Evaluation) -> PairedDifference:
     """The second model's nats a token minus the first's, resampling the same units of both.
 
-    Not significant if the 95 % interval holds zero, or if there is only one unit. SquamataError if the two were not
-    judged on the same units.
+    Not significant if the 95 % interval holds zero, or if there are fewer than six units. SquamataError if the two
+    were not judged on the same units.
     """
-    if not np.array_equal(first.sums.tokens, second.sums.tokens) or first.sums.kind != second.sums.kind:
+    return difference_of_sums(first.sums, second.sums)
+
+
+def difference_of_sums(first: UnitSums, second: UnitSums, measure: Literal["nats", "kl"] = "nats") -> PairedDifference:
+    """The same of the sums that evaluations keep; ``measure`` may be ``kl`` where both were judged beside a model."""
+    if not np.array_equal(first.tokens, second.tokens) or first.kind != second.kind:
         raise SquamataError("the two evaluations are of different texts or windows: judge both models on the same ones")
-    differences = second.sums.nats - first.sums.nats
-    interval = ratio_interval(differences, first.sums.tokens)
-    if interval is None or interval[0] <= 0 <= interval[1]:
+    one, other = getattr(first, measure), getattr(second, measure)
+    if one is None or other is None:
+        raise SquamataError("the two evaluations have no KL to compare: judge both models --against a third")
+    interval = ratio_interval(other - one, first.tokens)
+    if interval is None or len(first.tokens) < FEWEST_UNITS or interval[0] <= 0 <= interval[1]:
         verdict = "not significant"
     else:
         verdict = "worse" if interval[0] > 0 else "better"
-    return PairedDifference(float(differences.sum() / first.sums.tokens.sum()), interval, verdict)
+    return PairedDifference(float((other - one).sum() / first.tokens.sum()), interval, verdict)

@@ -9,6 +9,7 @@ import numpy as np
 
 RESAMPLES = 1000
 LEVEL = 0.95
+FEWEST_UNITS = 6  # fewer cannot show a difference at this level: all of five agree in sign with p = 2 / 2^5 > 0.05
 
 Interval = tuple[float, float]
 

@@ -10,6 +10,7 @@ from squamata.errors import SquamataError
 from squamata.evaluate import evaluate, paired_difference
 from squamata.evaluate import measure as measure_module
 from squamata.evaluate.measure import measure
+from squamata.evaluate.perplexity import UnitSums, difference_of_sums
 from squamata.evaluate.uncertainty import ratio_interval
 
 DOCUMENTS = [
@@ -17,6 +18,8 @@ DOCUMENTS = [
     "é漢 and more",
     "x",
     "A longer document, of several windows at small sizes.",
+    "The fifth.",
+    "And a sixth.",
 ]
 
 
@@ -41,7 +44,7 @@ def test_perplexity_and_bits_per_byte_are_the_closed_form(mode, window, batch, m
     nats = plain_nats(model, DOCUMENTS, window)
     tokens = sum(len(document.encode()) for document in DOCUMENTS)
     result = evaluate(model, DOCUMENTS, window=window, mode=mode, batch=batch)
-    assert (result.tokens, result.documents, result.mode, result.window) == (tokens, 4, mode, window)
+    assert (result.tokens, result.documents, result.mode, result.window) == (tokens, 6, mode, window)
     assert result.nats_per_token == pytest.approx(sum(nats) / tokens, rel=1e-12)
     assert result.perplexity == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-12)
     assert result.bits_per_byte == pytest.approx(sum(nats) / tokens / math.log(2), rel=1e-12)  # one token a byte
@@ -97,9 +100,12 @@ def test_max_tokens_keeps_the_first_tokens():
     assert cut.perplexity != pytest.approx(whole.perplexity)
 
 
-def test_units_are_documents_or_the_windows_of_a_single_one():
+def test_units_are_documents_or_the_windows_of_a_few():
     many = evaluate(random_model(), DOCUMENTS, window=5)
-    assert (many.sums.kind, len(many.sums.tokens)) == ("documents", 4)
+    assert (many.sums.kind, len(many.sums.tokens)) == ("documents", 6)
+    few = evaluate(random_model(), DOCUMENTS[:5], window=5)
+    assert few.sums.kind == "windows" and len(few.sums.tokens) == sum(-(-len(d.encode()) // 5) for d in DOCUMENTS[:5])
+    assert few.sums.tokens.sum() == few.tokens and few.sums.nats.sum() == pytest.approx(few.nats_per_token * few.tokens)
     single = evaluate(random_model(), [DOCUMENTS[3]], window=5)
     assert (single.sums.kind, single.sums.tokens.tolist()) == (
         "windows",
@@ -215,3 +221,20 @@ def test_paired_difference_needs_the_same_text():
     first, second = evaluate(random_model(), DOCUMENTS), evaluate(random_model(), DOCUMENTS[:3])
     with pytest.raises(SquamataError, match="different texts"):
         paired_difference(first, second)
+
+
+def test_five_units_show_no_difference_however_alike_they_are():
+    """All of five would agree in sign by chance more often than once in twenty."""
+    tokens = np.ones(6)
+    for units, verdict in ((5, "not significant"), (6, "worse")):
+        first, second = (UnitSums("windows", tokens[:units], nats * tokens[:units]) for nats in (2.0, 3.0))
+        assert difference_of_sums(first, second).verdict == verdict
+        assert difference_of_sums(first, second).nats_per_token == 1.0
+
+
+def test_differences_of_kl_need_a_reference():
+    ones = np.ones(8)
+    first, second = (UnitSums("documents", ones, ones, kl * ones) for kl in (0.5, 0.25))
+    assert difference_of_sums(first, second, "kl").verdict == "better"
+    with pytest.raises(SquamataError, match="no KL"):
+        difference_of_sums(first, UnitSums("documents", ones, ones), "kl")

@@ -1,0 +1,198 @@
+"""``squamata sensitivity``: which sites and layers suffer, and how to spend a budget of bytes on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from squamata.cli.evaluate import EvaluationMode
+from squamata.cli.output import (
+    JsonFile,
+    check_files,
+    check_json,
+    interval,
+    layer_ranges,
+    note,
+    progress,
+    say,
+    size,
+    table,
+    write_json,
+)
+from squamata.cli.quantize import calibration_of
+from squamata.cli.study import verbs
+from squamata.errors import SquamataError
+
+if TYPE_CHECKING:
+    from squamata.report.forms import Forms
+    from squamata.report.mixed import Mixer, Search
+    from squamata.report.sensitivity import Judge, Sensitivity
+
+SHOWN = 40  # rows that a person gets to see
+
+
+class Unit(StrEnum):
+    """What is quantized at a time."""
+
+    site = "site"
+    layer = "layer"
+    cell = "cell"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What mixed precision may cost and is made of; no budget if neither number is given."""
+
+    bytes: int | None
+    bits: float | None
+    upgrade: str
+    judge: Path | None
+    save: Path | None
+
+    @property
+    def given(self) -> bool:
+        return self.bytes is not None or self.bits is not None
+
+
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Float model: folder, hub name, or 'bundled'.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Text to judge on, .txt or .jsonl.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Its formats are tried.")] = "quamba-w8a8",
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="For static scales.")] = None,
+    per: Annotated[
+        Unit, typer.Option(help="A site of all layers, a layer, or a site of a layer (cell) at a time.")
+    ] = Unit.site,
+    max_tokens: Annotated[int | None, typer.Option(help="Judge on the first so many tokens only.")] = 16384,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    mode: Annotated[EvaluationMode, typer.Option(help="One pass, or token by token.")] = EvaluationMode.parallel,
+    samples: Annotated[int | None, typer.Option(help="Calibration documents; the recipe says how many.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each; the recipe says how many.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the calibration draw and the search.")] = 0,
+    budget_bytes: Annotated[int | None, typer.Option(help="Mix two recipes: stored bytes of the model.")] = None,
+    budget_bits: Annotated[float | None, typer.Option(help="The same, in stored bits a parameter.")] = None,
+    upgrade: Annotated[str, typer.Option(help="The recipe of the better form.")] = "float",
+    judge: Annotated[Path | None, typer.Option(metavar="FILE", help="Compare mixtures on this text.")] = None,
+    save_recipe: Annotated[Path | None, typer.Option(metavar="YAML", help="Write the best mixture here.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="HTML", help="Write the pictures here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Quantize one site or layer at a time and rank them; with a budget, choose which to leave in a better form."""
+    check_json(json_file)
+    check_files(text, calibration, judge)
+    budget = Budget(budget_bytes, budget_bits, upgrade, judge, save_recipe)
+    if budget_bytes is not None and budget_bits is not None:
+        raise SquamataError("two budgets: give --budget-bytes or --budget-bits")
+    if save_recipe is not None and not budget.given:
+        raise SquamataError("--save-recipe needs a budget: add --budget-bits or --budget-bytes")
+    from squamata.report.forms import CalibrationChoice
+    from squamata.report.page import check_out, write_page
+    from squamata.report.sensitivity import Judge, as_data, measure_sensitivity
+
+    check_out(out)
+    drawn = CalibrationChoice(calibration_of(model, calibration), samples, length, seed)
+    with progress("calibrating and quantizing") as advance:
+        advance(0, 1)
+        forms = _forms(model, recipe, budget, drawn)
+    judging = Judge.of(model, text, verbs(), window, max_tokens, mode.value)
+    with progress(f"one {per.value} at a time") as advance:
+        measured = measure_sensitivity(forms, "low", per.value, judging, advance)
+    _show(model, recipe, measured)
+    found: dict[str, Any] = as_data(measured, Path(model).name, recipe)
+    if budget.given:
+        found["search"] = _search(forms, measured, judging, budget, seed)
+    write_json(json_file, found)
+    if out is not None:
+        write_page(out, f"Sensitivity of {Path(model).name}", {}, [], [found])
+
+
+def _forms(model: str, recipe: str, budget: Budget, drawn: Any) -> Forms:
+    from squamata.report.forms import Forms
+    from squamata.spec.recipe import Recipe
+
+    recipes = {"low": Recipe.read(recipe)}
+    if not recipes["low"].rules:
+        raise SquamataError(f"recipe {recipe} quantizes nothing: choose another with --recipe")
+    if budget.given and (better := Recipe.read(budget.upgrade)).rules:
+        recipes["high"] = better
+    return Forms(model, recipes, drawn, verbs())
+
+
+def _show(model: str, recipe: str, measured: Sensitivity) -> None:
+    rows = [
+        (
+            row.unit,
+            row.sites,
+            f"{row.kl:.6f}",
+            interval(row.kl_ci, 6),
+            f"{row.perplexity:.3f}",
+            f"{100 * row.top1_agreement:.2f}",
+            row.verdict,
+            size(row.bytes_saved) if row.bytes_saved > 0 else "",
+        )
+        for row in measured.rows[:SHOWN]
+    ]
+    columns = ("<quantized alone", "sites", "KL", "95 %", "perplexity", "top-1, %", "<perplexity", "saves")
+    where = f"{measured.tokens} tokens, {measured.mode}, float perplexity {measured.float_perplexity:.3f}"
+    table(f"{model} by {recipe}: one {measured.per} at a time\n{where}", columns, rows)
+    alone = sum(row.kl for row in measured.rows)
+    say(
+        f"everything together: KL {measured.together_kl:.6f} ({interval(measured.together_kl_ci, 6)}), perplexity "
+        f"{measured.together_perplexity:.3f}; the sum of the parts is {alone:.6f}"
+    )
+    if len(measured.rows) > SHOWN:
+        note(f"{len(measured.rows) - SHOWN} more: all with --json FILE")
+    if measured.mode == "parallel" and any(row.unit.endswith("mixer.state") for row in measured.rows):
+        note("the state is rounded at every token only when decoding: judge it with --mode recurrent")
+
+
+def _search(forms: Forms, measured: Sensitivity, judging: Judge, budget: Budget, seed: int) -> dict[str, Any]:
+    from squamata.report.mixed import Mixer, SearchPlan, as_data, budget_in_bytes, search_mixture
+
+    mixer = Mixer(forms, "low", "high" if forms.has("high") else "float", measured.per)
+    final = judging if budget.judge is None else judging.on(budget.judge)
+    plan = SearchPlan(budget_in_bytes(forms, budget.bytes, budget.bits), judging, final, seed)
+    with progress("searching mixtures") as advance:
+        found = search_mixture(mixer, measured, plan, advance)
+    _show_search(found, budget, len(mixer.units))
+    if budget.judge is None:
+        note("chosen and compared on the same text, which flatters both searches: give another with --judge FILE")
+    if budget.save is not None:
+        _save(mixer, found, budget.save)
+    return as_data(found)
+
+
+def _show_search(found: Search, budget: Budget, units: int) -> None:
+    rows = [
+        (
+            mixture.name,
+            size(mixture.bytes),
+            f"{mixture.bits_per_parameter:.3f}",
+            f"{len(mixture.upgraded)} of {units}",
+            mixture.evaluations or "",
+            f"{mixture.kl:.6f}",
+            interval(mixture.kl_ci, 6),
+            f"{mixture.perplexity:.3f}",
+            interval(mixture.perplexity_ci, 3),
+        )
+        for mixture in found.mixtures
+    ]
+    columns = ("<", "bytes", "bits", "upgraded", "runs", "KL", "95 %", "perplexity", "95 %")
+    table(f"upgraded to {budget.upgrade} within {size(found.budget_bytes)}", columns, rows)
+    upgraded = found.mixture(found.best).upgraded
+    if upgraded and all(unit.startswith("layers.") and unit.count(".") == 1 for unit in upgraded):
+        upgraded = [f"layers {layer_ranges([int(unit.split('.')[1]) for unit in upgraded])}"]
+    say(f"KL of evolution beside greedy: {found.verdict}; lower KL: {found.best}, {', '.join(upgraded)}")
+
+
+def _save(mixer: Mixer, found: Search, path: Path) -> None:
+    recipe = mixer.recipe(frozenset(found.mixture(found.best).upgraded), path.stem)
+    try:
+        path.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False, width=120))
+    except OSError as error:
+        raise SquamataError(f"cannot write {path}: {error.strerror}") from None
+    note(f"recipe: {path}; next: squamata quantize ... --recipe {path}")

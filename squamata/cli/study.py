@@ -1,0 +1,101 @@
+"""``squamata study run``: a grid of recipes -> rows that survive whatever happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from squamata.cli.output import JsonFile, check_files, check_json, interval, note, progress, size, table, write_json
+from squamata.errors import SquamataError
+
+app = typer.Typer(no_args_is_help=True, help="Run a grid of models and recipes, and go on where it stopped.")
+
+Folder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the study's relative paths start.")]
+
+
+@app.callback()
+def study() -> None:
+    """Run a grid of models and recipes, and go on where it stopped."""
+
+
+@app.command("run")
+def run(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="models, recipes, overrides, seeds, text ...")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Rows go here; run again to go on.")],
+    workers: Annotated[int, typer.Option(help="Processes, of one thread each if there are several.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Measure on this Ray cluster ('auto': the one here).")
+    ] = None,
+    models: Folder = None,
+    data: Folder = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure every row of a study that DIR does not have yet; killed at any time, it goes on when run again."""
+    check_json(json_file)
+    check_files(file, models, data)
+    if workers < 1:
+        raise SquamataError(f"--workers must be at least 1, not {workers}")
+    from squamata.report.plan import Places, Study
+    from squamata.report.study import run_study
+
+    study = Study.read(file)
+    with progress(f"study {study.name}") as advance:
+        done = run_study(study, Places(file, models, data), out, verbs(), workers, ray, advance)
+    for line in done.notes:
+        note(line)
+    show_rows(study.model_dump(mode="json"), done.rows, out)
+    note(f"{done.measured} rows measured now, {len(done.rows)} in {out}; next: squamata report {out} --out report.html")
+    write_json(
+        json_file,
+        {"study": study.name, "out": out, "measured": done.measured, "failures": done.failures, "rows": done.rows},
+    )
+    if done.failures:
+        more = f" (and {len(done.failures) - 1} more rows)" if len(done.failures) > 1 else ""
+        raise SquamataError(f"{done.failures[0]}{more}; the other rows are kept")
+
+
+def verbs() -> Any:
+    """The pipeline's verbs, for the rooms that may not import it."""
+    from squamata import pipeline
+    from squamata.report.verbs import Verbs
+
+    return Verbs(pipeline.quantize, pipeline.load, pipeline.evaluate, pipeline.check)
+
+
+def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
+    """A line a row: size, perplexity and KL of the first evaluation, and whether it differs from the baseline."""
+    from squamata.report.compare import verdicts
+
+    against = verdicts(folder, study, rows)
+    lines = []
+    for row in rows:
+        first, compared = row["evaluations"][0], against[row["id"]]
+        lines.append(
+            (
+                row["model"],
+                row["recipe"],
+                row["override"],
+                row["seed"],
+                size(row["bytes"]["total"]),
+                f"{row['perplexity']:.3f}",
+                interval(first["perplexity_ci"], 3),
+                "" if row["kl"] is None else f"{row['kl']:.5f}",
+                interval(first["kl_ci"], 5),
+                compared.words,
+            )
+        )
+    columns = (
+        "<model",
+        "<recipe",
+        "<override",
+        "seed",
+        "bytes",
+        "perplexity",
+        "95 %",
+        "KL",
+        "95 %",
+        "<perplexity beside\nthe baseline",
+    )
+    table(f"{study.get('name', '')}: {len(rows)} rows", columns, lines)

@@ -1,0 +1,237 @@
+"""Pictures of a study, as plotly figures: fronts, differences with their intervals, heat maps."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from squamata.errors import SquamataError
+from squamata.evaluate.perplexity import UnitSums
+from squamata.report.compare import Comparison, Row, paired
+from squamata.report.plan import AS_IT_IS
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+INSTALL = "pip install 'squamata[studies]'"
+COLOURS = ("#2a7f62", "#c8792b", "#4a6fa5", "#9b4a75", "#7a8b3c", "#5b6770", "#b5493b", "#3f8f9f")
+FAINT, INK, GRID = "#9aa5ab", "#26323a", "#e6eaec"
+SCALE = [[0.0, "#f6f8f7"], [0.35, "#a9d1c1"], [0.7, "#2a7f62"], [1.0, "#12372a"]]
+CHIP = {  # figures of the hardware room that are costs
+    "sram_mm2": "SRAM for scales, mm²",
+    "energy_per_token_nj": "energy a token, nJ",
+    "dram_bytes_per_token": "DRAM bytes a token",
+}
+SMALLEST_KL = 1e-9  # below it lies only float noise
+
+
+def require_plotly() -> None:
+    """SquamataError if pictures cannot be made here."""
+    if importlib.util.find_spec("plotly") is None:
+        raise SquamataError(f"pictures need the library 'plotly': {INSTALL}")
+
+
+def figure(title: str, height: int = 420, **layout: Any) -> Figure:
+    """An empty figure in the house style."""
+    from plotly.graph_objects import Figure
+
+    made = Figure()
+    made.update_layout(
+        title={"text": title, "font": {"size": 15, "color": INK}, "x": 0, "xanchor": "left", "xref": "container"},
+        template="plotly_white",
+        colorway=COLOURS,
+        font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
+        height=height,
+        margin={"l": 70, "r": 20, "t": 50, "b": 55},
+        legend={"orientation": "h", "y": -0.18, "x": 0},
+        hoverlabel={"align": "left"},
+        **layout,
+    )
+    made.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, automargin=True)
+    made.update_yaxes(gridcolor=GRID, zerolinecolor=GRID, automargin=True)
+    return made
+
+
+def label(row: Row) -> str:
+    """Recipe and override, and the seed where it is not 0."""
+    name = row["recipe"] if row["override"] == AS_IT_IS else f"{row['recipe']}, {row['override']}"
+    return name if row["seed"] == 0 else f"{name}, seed {row['seed']}"
+
+
+def models_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in rows))
+
+
+def pareto(rows: Sequence[Row], cost: str, quality: str) -> Figure:
+    """Quality (``perplexity`` or ``kl``) against a cost, a colour a model; the line joins rows that no other beats.
+
+    ``cost``: ``bytes`` (in MB) or one of ``CHIP``. Rows without the figure are left out.
+    """
+    word = {"perplexity": "perplexity", "kl": "KL to the float model, nats a token"}[quality]
+    made = figure(f"{word} against {CHIP.get(cost, 'size')}", hovermode="closest")
+    for number, model in enumerate(models_of(rows)):
+        colour = COLOURS[number % len(COLOURS)]
+        points = [(_cost(row, cost), row) for row in rows if row["model"] == model and _known(row, cost, quality)]
+        if points:
+            _add_points(made, model, points, quality, colour)
+            _add_front(made, model, points, quality, colour)
+    made.update_xaxes(title="stored size, MB" if cost == "bytes" else CHIP[cost])
+    made.update_yaxes(title=word, type="log" if quality == "kl" else "linear", exponentformat="power")
+    return made
+
+
+def _known(row: Row, cost: str, quality: str) -> bool:
+    if quality == "kl" and (row["kl"] is None or row["kl"] <= SMALLEST_KL):
+        return False
+    return cost == "bytes" or cost in row.get("hardware", {})
+
+
+def _cost(row: Row, cost: str) -> float:
+    return float(row["bytes"]["total"] / 1e6 if cost == "bytes" else row["hardware"][cost])
+
+
+def _add_points(made: Figure, model: str, points: Sequence[tuple[float, Row]], quality: str, colour: str) -> None:
+    values = [row[quality] for _, row in points]
+    bounds = [row["evaluations"][0][f"{quality}_ci"] or (row[quality], row[quality]) for _, row in points]
+    made.add_scatter(
+        x=[cost for cost, _ in points],
+        y=values,
+        mode="markers",
+        name=model,
+        legendgroup=model,
+        marker={"size": 10, "color": colour, "line": {"width": 1, "color": "white"}},
+        error_y={
+            "type": "data",
+            "array": [high - value for (_, high), value in zip(bounds, values, strict=True)],
+            "arrayminus": [value - low for (low, _), value in zip(bounds, values, strict=True)],
+            "color": colour,
+            "thickness": 1,
+            "width": 3,
+        },
+        customdata=[[label(row)] for _, row in points],
+        hovertemplate="<b>%{customdata[0]}</b><br>%{x:.4g}, %{y:.5g}<extra>" + model + "</extra>",
+    )
+
+
+def _add_front(made: Figure, model: str, points: Sequence[tuple[float, Row]], quality: str, colour: str) -> None:
+    front = pareto_front([(cost, row[quality]) for cost, row in points])
+    made.add_scatter(
+        x=[points[place][0] for place in front],
+        y=[points[place][1][quality] for place in front],
+        mode="lines",
+        line={"color": colour, "dash": "dot", "width": 1.5, "shape": "hv"},
+        legendgroup=model,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    for place in front:
+        cost, row = points[place]
+        height = np.log10(row[quality]) if quality == "kl" else row[quality]
+        note(made, label(row), cost, float(height), colour)
+
+
+def note(made: Figure, text: str, x: float, y: float, colour: str) -> None:
+    """Words at the lower right of a point; a coordinate on a logarithmic axis is given as its decimal logarithm."""
+    place = {"xanchor": "left", "yanchor": "top", "xshift": 7, "yshift": -3, "showarrow": False}
+    made.add_annotation(x=x, y=y, text=text, font={"size": 11, "color": colour}, **place)
+
+
+def upright(made: Figure, x: float, text: str, colour: str, logarithmic: bool = False) -> None:
+    """A dotted line across the figure, named at its top."""
+    made.add_vline(x, line={"color": colour, "dash": "dot", "width": 1.5})
+    at = float(np.log10(x)) if logarithmic else x
+    style = {"yref": "paper", "yanchor": "bottom", "showarrow": False, "font": {"size": 11, "color": colour}}
+    made.add_annotation(x=at, y=1, text=text, **style)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the points that no other point equals or beats in both coordinates (smaller is better), by the first
+    coordinate; of equal points the first."""
+    front: list[int] = []
+    for place in sorted(range(len(points)), key=lambda place: (*points[place], place)):
+        if not front or points[place][1] < points[front[-1]][1]:
+            front.append(place)
+    return front
+
+
+def differences(rows: Sequence[Row], compared: Mapping[str, Comparison]) -> Figure:
+    """Perplexity of every row beside its baseline, in percent, with the paired interval; grey: not significant."""
+    shown = [row for row in rows if (found := compared[row["id"]].difference) is not None and found.ci is not None]
+    made = figure(
+        "perplexity beside the baseline, paired (grey: not significant)",
+        height=140 + 26 * len(shown),
+        showlegend=False,
+    )
+    several = len(models_of(rows)) > 1
+    for row in shown:
+        found = compared[row["id"]].difference
+        assert found is not None and found.ci is not None
+        middle, low, high = (100 * np.expm1(value) for value in (found.nats_per_token, *found.ci))
+        colour = {"better": COLOURS[0], "worse": COLOURS[6]}.get(found.verdict, FAINT)
+        name = f"{row['model']}: {label(row)}" if several else label(row)
+        made.add_scatter(
+            x=[middle],
+            y=[name],
+            mode="markers",
+            marker={"size": 9, "color": colour},
+            error_x={"type": "data", "array": [high - middle], "arrayminus": [middle - low], "color": colour},
+            hovertemplate=f"{middle:+.3f} % ({low:+.3f} .. {high:+.3f})<br>{found.verdict}<extra>{name}</extra>",
+        )
+    made.update_xaxes(title="difference in perplexity, %", zeroline=True, zerolinecolor=INK)
+    made.update_yaxes(autorange="reversed")
+    return made
+
+
+def pairs(rows: Sequence[Row], sums: Mapping[str, UnitSums | None]) -> Figure:
+    """Every row of a model beside every other: percent of perplexity, row less column; a dot where not significant."""
+    names = [label(row) for row in rows]
+    values = np.full((len(rows), len(rows)), np.nan)
+    words = [["" for _ in rows] for _ in rows]
+    for down, row in enumerate(rows):
+        for across, other in enumerate(rows):
+            found = None if down == across else paired(sums[other["id"]], sums[row["id"]])
+            if found is not None:
+                values[down, across] = 100 * (found.perplexity_ratio - 1)
+                quiet = found.verdict == "not significant"
+                words[down][across] = "·" if quiet else f"{values[down, across]:+.1f}"
+    made = figure(f"{rows[0]['model']}: row beside column, % of perplexity (· not significant)", 190 + 28 * len(rows))
+    bound = float(np.nanmax(np.abs(values), initial=1e-9))
+    made.add_heatmap(
+        z=np.clip(values, -bound, bound).tolist(),
+        x=names,
+        y=names,
+        text=words,
+        texttemplate="%{text}",
+        colorscale=[[0, COLOURS[0]], [0.5, "#ffffff"], [1, COLOURS[6]]],
+        zmin=-min(bound, 10.0),
+        zmax=min(bound, 10.0),
+        xgap=1,
+        ygap=1,
+        colorbar={"title": "%", "thickness": 12},
+        hovertemplate="%{y}<br>beside %{x}<br>%{z:+.3f} %<extra></extra>",
+    )
+    made.update_yaxes(autorange="reversed")
+    return made
+
+
+def seed_spread(rows: Sequence[Row]) -> list[tuple[str, str, float, float, int]]:
+    """Model, recipe and override, mean and standard deviation of perplexity, seeds: of those with several seeds."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        name = row["recipe"] if row["override"] == AS_IT_IS else f"{row['recipe']}, {row['override']}"
+        groups.setdefault((row["model"], name), []).append(row["perplexity"])
+    return [
+        (model, name, float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
+        for (model, name), values in groups.items()
+        if len(values) > 1
+    ]
+
+
+def steps(levels: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest distance between neighbouring levels."""
+    gaps = [second - first for first, second in pairwise(levels.tolist())]
+    return min(gaps), max(gaps)

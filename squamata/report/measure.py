@@ -1,0 +1,90 @@
+"""One row of a study: quantize, judge, look at distributions."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from squamata import __version__
+from squamata.errors import SquamataError, about
+from squamata.evaluate.size import bytes_by_part
+from squamata.memory import peak_rss_bytes
+from squamata.report.distributions import observe_distributions
+from squamata.report.plan import RowPlan
+from squamata.report.reference import References, beginning, parameter_count
+from squamata.report.rows import Arrays, pack_sums
+from squamata.report.verbs import Verbs
+from squamata.run.model import Model
+
+DISTRIBUTION_TOKENS = 2048
+
+_references = References()  # of this process
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row and its details; or, in ``error``, the line that says why there is none."""
+
+    plan: RowPlan
+    row: dict[str, Any] = field(default_factory=dict)
+    details: Arrays = field(default_factory=dict)
+    error: str | None = None
+
+
+def measure_row(plan: RowPlan, verbs: Verbs, scratch: Path | None = None) -> Outcome:
+    """Measure a row. ``scratch``: where the checkpoint lives meanwhile; the system's folder for such unless given.
+
+    What a user can put right becomes the outcome's ``error``: the other rows are still worth measuring.
+    """
+    try:
+        with about(plan.name), tempfile.TemporaryDirectory(dir=scratch) as folder:
+            return _measure(plan, verbs, Path(folder) / "checkpoint")
+    except SquamataError as error:
+        return Outcome(plan, error=str(error))
+
+
+def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path) -> Outcome:
+    started = time.perf_counter()
+    done = verbs.quantize(plan.model, plan.recipe, checkpoint, plan.calibration, seed=plan.seed)
+    model = verbs.load(checkpoint)
+    quantized = time.perf_counter()
+    evaluations, details = _judge(plan, verbs, model)
+    judged = time.perf_counter()
+    distributions = plan.description["distributions"]
+    if distributions:
+        first = next(iter(plan.texts.values()))
+        details |= observe_distributions(
+            model, beginning(first, DISTRIBUTION_TOKENS), distributions, DISTRIBUTION_TOKENS
+        )
+    row = {"id": plan.id} | plan.labels | {"seed": plan.seed, "architecture": model.config.architecture}
+    row |= {name: evaluations[0][name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
+    row |= {"bytes": bytes_by_part(model), "parameters": parameter_count(plan.model), "evaluations": evaluations}
+    if verbs.hardware is not None:
+        row["hardware"] = dict(verbs.hardware(model.config, plan.recipe))
+    provenance = {key: value for key, value in plan.description.items() if key not in ("labels", "seed", "recipe")}
+    row |= {
+        "resolved_recipe": plan.recipe.to_mapping(),
+        "provenance": provenance | {"squamata_version": __version__, "calibration_drawn": done.calibration},
+        "quantize_seconds": quantized - started,
+        "evaluate_seconds": judged - quantized,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    return Outcome(plan, row, details)
+
+
+def _judge(plan: RowPlan, verbs: Verbs, model: Model) -> tuple[list[dict[str, Any]], Arrays]:
+    """Every text in every mode."""
+    reference = _references.get(plan.model, verbs)
+    max_tokens, window = plan.description["max_tokens"], plan.description["window"]
+    evaluations: list[dict[str, Any]] = []
+    details: Arrays = {}
+    for label, path in plan.texts.items():
+        documents = beginning(path, max_tokens)
+        for mode in plan.description["modes"]:
+            judged = verbs.evaluate(model, documents, reference, window, max_tokens, mode)
+            details |= pack_sums(len(evaluations), judged.sums)
+            evaluations.append({"text": label} | judged.to_dict())
+    return evaluations, details

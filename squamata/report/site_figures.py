@@ -1,0 +1,225 @@
+"""Pictures of sites: sensitivity, distributions with the grid over them, outlier channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from squamata.report.distributions import Distribution
+from squamata.report.figures import COLOURS, FAINT, INK, SCALE, figure, steps, upright
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+SHOWN = 40  # bars of a ranking
+FAINTEST = 1e-7  # a KL that is drawn as nothing
+RUG = 1024  # levels that are drawn one by one
+
+
+def split_cell(unit: str) -> tuple[int | None, str]:
+    """``layers.3.mixer.u`` -> 3 and ``mixer.u``; what is in no layer -> None and itself."""
+    parts = unit.split(".", 2)
+    return (int(parts[1]), parts[2]) if len(parts) == 3 and parts[0] == "layers" else (None, unit)
+
+
+def sensitivity(found: Mapping[str, Any]) -> Figure:
+    """A heat map of layers x sites if single cells were toggled, else a ranking."""
+    return _heat(found) if found["per"] == "cell" else _ranking(found)
+
+
+def _title(found: Mapping[str, Any]) -> str:
+    return f"{found['model']} by {found['recipe']}: KL of one {found['per']} quantized alone ({found['mode']})"
+
+
+def _heat(found: Mapping[str, Any]) -> Figure:
+    cells = {split_cell(row["unit"]): row for row in found["rows"]}
+    parts = list(dict.fromkeys(part for layer, part in sorted(cells, key=_place(found)) if layer is not None))
+    layers = sorted({layer for layer, _ in cells if layer is not None})
+    floor = max(found["floor_kl"], FAINTEST)
+    kl = [[_kl(cells.get((layer, part))) for layer in layers] for part in parts]
+    logs = [[None if value is None else float(np.log10(max(value, floor))) for value in line] for line in kl]
+    made = figure(_title(found), 150 + 24 * len(parts))
+    made.add_heatmap(
+        z=logs,
+        x=[str(layer) for layer in layers],
+        y=[part.removeprefix("mixer.") for part in parts],
+        customdata=kl,
+        colorscale=SCALE,
+        xgap=2,
+        ygap=2,
+        colorbar={"title": "log10 KL", "thickness": 12},
+        hovertemplate="layer %{x}, %{y}<br>KL %{customdata:.3g}<extra></extra>",
+    )
+    made.update_xaxes(title="layer", type="category", showgrid=False)
+    made.update_yaxes(autorange="reversed", showgrid=False)
+    return made
+
+
+def _place(found: Mapping[str, Any]) -> Any:
+    """Sort key: the site with the largest mean KL comes first."""
+    totals: dict[str, list[float]] = {}
+    for row in found["rows"]:
+        totals.setdefault(split_cell(row["unit"])[1], []).append(row["kl"])
+    return lambda cell: (-float(np.mean(totals[cell[1]])), cell[1], cell[0] or 0)
+
+
+def _kl(row: Mapping[str, Any] | None) -> float | None:
+    return None if row is None else float(row["kl"])
+
+
+def _ranking(found: Mapping[str, Any]) -> Figure:
+    rows = list(found["rows"][:SHOWN])
+    values = [row["kl"] for row in rows]
+    bounds = [row["kl_ci"] or (row["kl"], row["kl"]) for row in rows]
+    made = figure(_title(found), 150 + 22 * len(rows), showlegend=False)
+    made.add_scatter(
+        x=values,
+        y=[row["unit"] for row in rows],
+        mode="markers",
+        marker={"size": 9, "color": [FAINT if row["verdict"] == "not significant" else COLOURS[0] for row in rows]},
+        error_x={
+            "type": "data",
+            "array": [high - value for (_, high), value in zip(bounds, values, strict=True)],
+            "arrayminus": [value - low for (low, _), value in zip(bounds, values, strict=True)],
+            "color": FAINT,
+        },
+        customdata=[[row["perplexity"], row["verdict"]] for row in rows],
+        hovertemplate="<b>%{y}</b><br>KL %{x:.3g}<br>perplexity %{customdata[0]:.4f}, %{customdata[1]}<extra></extra>",
+    )
+    upright(made, found["together_kl"], "all together", COLOURS[6], logarithmic=True)
+    title = "KL to float, nats a token (grey: perplexity not significantly changed)"
+    made.update_xaxes(title=title, type="log", exponentformat="power", dtick=1)
+    made.update_yaxes(autorange="reversed")
+    return made
+
+
+def search(found: Mapping[str, Any]) -> Figure:
+    """Mixtures of two recipes: KL against size, with intervals, and the budget."""
+    made = figure(f"{found['model']}: mixed precision under a budget")
+    mixtures = found["search"]["mixtures"]
+    for number, mixture in enumerate(mixtures):
+        low, high = mixture["kl_ci"] or (mixture["kl"], mixture["kl"])
+        colour = COLOURS[number % len(COLOURS)]
+        made.add_scatter(
+            x=[mixture["bytes"] / 1e6],
+            y=[mixture["kl"]],
+            name=mixture["name"],
+            mode="markers",
+            marker={"size": 11, "color": colour, "symbol": number},
+            error_y={"type": "data", "array": [high - mixture["kl"]], "arrayminus": [mixture["kl"] - low]},
+            hovertext="<br>".join(mixture["upgraded"][:20]) or "nothing upgraded",
+        )
+    upright(made, found["search"]["budget_bytes"] / 1e6, "budget", FAINT)
+    made.update_xaxes(title="stored size, MB")
+    made.update_yaxes(title="KL to float, nats a token")
+    return made
+
+
+def distribution(found: Distribution, title: str) -> Figure:
+    """A histogram on a logarithmic axis, the format's levels as a rug below it, what is clipped shaded."""
+    edges = np.linspace(found.low, found.high, len(found.counts) + 1)
+    share = found.counts / max(1.0, found.counts.sum())
+    made = figure(f"{title}<br><sub>{_grid_words(found)}</sub>", 340, showlegend=False, bargap=0)
+    made.add_bar(
+        x=((edges[1:] + edges[:-1]) / 2).tolist(),
+        y=[value if value > 0 else None for value in share.tolist()],
+        marker={"color": COLOURS[2], "line": {"width": 0}},
+        hovertemplate="%{x:.4g}: %{y:.2e} of the values<extra></extra>",
+    )
+    made.update_yaxes(type="log", title="share of values", exponentformat="power")
+    made.update_xaxes(title="value")
+    if found.levels.size:
+        _draw_grid(made, found, float(share[share > 0].min()))
+    return made
+
+
+def _draw_grid(made: Figure, found: Distribution, smallest: float) -> None:
+    low, high = float(found.levels[0]), float(found.levels[-1])
+    rug = found.levels[:: max(1, len(found.levels) // RUG)]
+    made.add_scatter(
+        x=rug.tolist(),
+        y=[smallest / 2] * len(rug),
+        mode="markers",
+        marker={"symbol": "line-ns-open", "size": 9, "color": COLOURS[6], "line": {"width": 1}},
+        hovertemplate="level %{x:.5g}<extra></extra>",
+    )
+    for edge, beyond in ((low, found.low), (high, found.high)):
+        made.add_vline(edge, line={"color": COLOURS[6], "width": 1.5})
+        if abs(beyond) > abs(edge):
+            made.add_vrect(min(edge, beyond), max(edge, beyond), fillcolor=COLOURS[6], opacity=0.12, line_width=0)
+
+
+def _grid_words(found: Distribution) -> str:
+    if not found.levels.size:
+        return "float, or a scale taken at run time"
+    smallest, largest = steps(found.levels)
+    step = f"step {smallest:.3g}" if largest < 1.001 * smallest else f"steps {smallest:.3g} to {largest:.3g}"
+    of = "" if found.scales <= 1 else f", median of {found.scales} scales"
+    return f"{len(found.levels)} levels, {step}{of}; beyond them {found.clipped:.1e} of the values"
+
+
+def outlier_channels(found: Mapping[str, Any]) -> Figure:
+    """Which channels of which layer: a column of marks is a channel that persists over the layers."""
+    made = figure(f"{found['model']}: channels beyond {found['sigmas']:g} sigma", 460)
+    parts = list(dict.fromkeys(row["part"] for row in found["rows"] if row["outliers"]))
+    for number, part in enumerate(parts):
+        marks = [(channel, row["layer"]) for row in found["rows"] if row["part"] == part for channel in row["outliers"]]
+        made.add_scatter(
+            x=[channel for channel, _ in marks],
+            y=[layer for _, layer in marks],
+            mode="markers",
+            name=part.removeprefix("mixer."),
+            marker={"size": 9, "symbol": number, "color": COLOURS[number % len(COLOURS)], "opacity": 0.85},
+            hovertemplate=f"{part}<br>channel %{{x}}, layer %{{y}}<extra></extra>",
+        )
+    made.update_xaxes(title="channel")
+    made.update_yaxes(title="layer", dtick=1)
+    return made
+
+
+def outlier_peaks(found: Mapping[str, Any]) -> Figure:
+    """Layers x sites: the largest magnitude over the mean of the channels' largest."""
+    cells = {(row["layer"], row["part"]): row for row in found["rows"] if row["layer"] >= 0}
+    parts = list(dict.fromkeys(part for _, part in cells))
+    layers = sorted({layer for layer, _ in cells})
+    values = [[_largest(cells.get((layer, part))) for layer in layers] for part in parts]
+    counts = [[_count(cells.get((layer, part))) for layer in layers] for part in parts]
+    title = f"{found['model']}: largest channel over the mean (numbers: channels beyond {found['sigmas']:g} sigma)"
+    made = figure(title, 150 + 26 * len(parts))
+    made.add_heatmap(
+        z=values,
+        x=[str(layer) for layer in layers],
+        y=[part.removeprefix("mixer.") for part in parts],
+        text=counts,
+        texttemplate="%{text}",
+        colorscale=SCALE,
+        xgap=2,
+        ygap=2,
+        colorbar={"title": "times", "thickness": 12},
+        hovertemplate="layer %{x}, %{y}<br>%{z:.3g} times the mean<extra></extra>",
+    )
+    made.update_xaxes(title="layer", type="category", showgrid=False)
+    made.update_yaxes(autorange="reversed", showgrid=False)
+    return made
+
+
+def _largest(row: Mapping[str, Any] | None) -> float | None:
+    return None if row is None else float(row["largest"])
+
+
+def _count(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None or not row["outliers"] else str(len(row["outliers"]))
+
+
+def zeroed(found: Mapping[str, Any]) -> Figure:
+    """KL after zeroing outlier channels, beside as many channels drawn at random."""
+    rows: Sequence[Mapping[str, Any]] = found["zeroed"]
+    names = [f"{row['part'].removeprefix('mixer.')} ({row['channels']})" for row in rows]
+    made = figure(f"{found['model']}: channels set to zero, KL to the model as it is", 380, barmode="group")
+    made.add_bar(x=names, y=[row["kl"] for row in rows], name="outlier channels", marker={"color": COLOURS[6]})
+    made.add_bar(x=names, y=[row["random_kl"] for row in rows], name="as many at random", marker={"color": FAINT})
+    made.update_xaxes(title="site (channels zeroed in all layers)", color=INK)
+    made.update_yaxes(title="KL, nats a token", type="log", exponentformat="power", dtick=1)
+    return made

@@ -1,0 +1,70 @@
+"""Run a study: plan its rows, skip those that are written, measure the rest, write each as it is ready."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from squamata.report.measure import Outcome
+from squamata.report.plan import Places, Study, plan_rows
+from squamata.report.rows import append_row, locked, read_rows, read_study, write_parquet, write_plan
+from squamata.report.verbs import Verbs
+from squamata.report.workers import measure_all
+
+SCRATCH = "scratch"  # checkpoints while they are judged
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """What a run did: the study's ``rows`` in its order, how many of them this run measured, one line a failure, and
+    notes on what the grid leaves out."""
+
+    rows: list[dict[str, Any]]
+    measured: int
+    failures: list[str]
+    notes: list[str]
+
+
+def run_study(
+    study: Study,
+    places: Places,
+    out: Path,
+    verbs: Verbs,
+    workers: int = 1,
+    ray_address: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> StudyRun:
+    """Measure the rows of a study that ``out`` does not have yet. SquamataError before any work if a row cannot run.
+
+    A run that was killed goes on where it was, and only the rows in flight are measured again. Rows that fail are
+    tried again by the next run.
+    """
+    plans, notes = plan_rows(study, places, verbs)
+    with locked(out):
+        write_plan(out, study.model_dump(mode="json"), [plan.id for plan in plans])
+        finished = {row["id"] for row in read_rows(out)}
+        waiting = [plan for plan in plans if plan.id not in finished]
+        scratch = out / SCRATCH
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        scratch.mkdir()
+        failures: list[str] = []
+        try:
+            for number, outcome in enumerate(measure_all(waiting, verbs, workers, ray_address, scratch), start=1):
+                _keep(out, outcome, failures)
+                if progress is not None:
+                    progress(len(plans) - len(waiting) + number, len(plans))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        rows = read_study(out)[1]
+        write_parquet(out, rows)
+    return StudyRun(rows, len(waiting) - len(failures), failures, notes)
+
+
+def _keep(out: Path, outcome: Outcome, failures: list[str]) -> None:
+    if outcome.error is None:
+        append_row(out, outcome.row, outcome.details)
+    else:
+        failures.append(outcome.error)

@@ -1,0 +1,75 @@
+"""``squamata study run``, ``report``, ``sensitivity`` and ``outliers``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from squamata.load.hub import bundled
+
+EXCERPT = bundled() / "excerpt.jsonl"
+QUICK = ("--max-tokens", 64, "--window", 16, "--samples", 2, "--length", 32)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path = tmp_path / "study.yaml"
+    content = {"name": "quick", "models": "bundled", "recipes": ["float", "w4a16"], "text": "excerpt.jsonl"}
+    path.write_text(yaml.safe_dump(content | {"max_tokens": 64, "window": 16}))
+    return path
+
+
+def test_from_a_study_to_a_page(
+    succeed: Callable[..., dict[str, Any]], command: Callable[..., Any], study: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("plotly")
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    found = succeed("study", "run", study, "--out", out, "--data", EXCERPT.parent)
+    assert (found["study"], found["measured"], found["failures"]) == ("quick", 2, [])
+    assert [row["recipe"] for row in found["rows"]] == ["float", "w4a16"] and found["rows"][0]["kl"] == 0
+    again = command("study", "run", study, "--out", out, "--data", EXCERPT.parent)
+    assert "0 rows measured now, 2 in" in again.err and "baseline" in again.out and "w4a16" in again.out
+    reported = succeed("report", out, "--out", page)
+    assert reported["bytes"] == page.stat().st_size > 1e6
+    assert reported["rows"][0]["verdict"] == "baseline"
+
+
+def test_sensitivity_ranks_and_searches(succeed: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    recipe = tmp_path / "mixed.yaml"
+    options = ("--recipe", "w4a16", "--per", "layer", "--budget-bits", 8.5, "--save-recipe", recipe)
+    found = succeed("sensitivity", "bundled", "--text", EXCERPT, *QUICK, *options)
+    assert found["kind"] == "sensitivity" and found["model"] == "bundled" and len(found["rows"]) == 8
+    assert [mixture["name"] for mixture in found["search"]["mixtures"]][1:3] == ["greedy", "evolution"]
+    made = succeed("quantize", "bundled", "--recipe", recipe, "--out", tmp_path / "made")
+    best = next(some for some in found["search"]["mixtures"] if some["name"] == found["search"]["best"])
+    assert made["bytes_quantized"] == pytest.approx(best["bytes"], rel=0.01)
+    assert made["bytes_quantized"] <= found["search"]["budget_bytes"]
+
+
+def test_outliers(succeed: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    page = tmp_path / "page.html"
+    options = ("--sites", "*.mixer.x", "--max-tokens", 64, "--window", 16, "--out", page)
+    found = succeed("outliers", "bundled", "--text", EXCERPT, *options)
+    assert found["kind"] == "outliers" and len(found["rows"]) == 8 and page.stat().st_size > 1e6
+
+
+def test_what_is_refused(refuse: Callable[..., str], study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "no such file" in refuse("study", "run", tmp_path / "none.yaml", "--out", out)
+    assert "--data FOLDER" in refuse("study", "run", study, "--out", out)
+    assert "--workers" in refuse("study", "run", study, "--out", out, "--workers", 0)
+    study.write_text(study.read_text().replace("recipes", "recipies"))
+    assert "did you mean 'recipes'" in refuse("study", "run", study, "--out", out, "--data", EXCERPT.parent)
+    assert not out.exists()
+    assert "no such file" in refuse("report", tmp_path / "none", "--out", tmp_path / "x.html")
+    assert "holds no rows" in refuse("report", tmp_path, "--out", tmp_path / "x.html")
+    assert "quantizes nothing" in refuse("sensitivity", "bundled", "--text", EXCERPT, "--recipe", "float")
+    budgets = ("--budget-bits", 4, "--budget-bytes", 5)
+    assert "two budgets" in refuse("sensitivity", "bundled", "--text", EXCERPT, *budgets)
+    assert "needs a budget" in refuse("sensitivity", "bundled", "--text", EXCERPT, "--save-recipe", tmp_path / "r.yaml")
+    assert "no such file" in refuse("outliers", "bundled", "--text", tmp_path / "none.txt")

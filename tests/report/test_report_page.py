@@ -1,0 +1,197 @@
+"""The page: figures say what the rows say, and a browser draws all of it without a network."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from squamata.errors import SquamataError
+from squamata.evaluate.perplexity import UnitSums
+from squamata.report.compare import baseline_of, verdicts
+from squamata.report.figures import pareto_front, seed_spread
+from squamata.report.page import check_out, read_others, write_page
+from squamata.report.rows import append_row, locked, pack_sums, read_study, write_plan
+
+pytest.importorskip("plotly", reason="the library 'plotly' is not installed")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NEEDS_BROWSER = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome here to draw the page")
+DOCUMENTS = 40
+
+
+def row_of(recipe: str, shift: float, **fields: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A made-up row: ``shift`` nats a token more than the float row, give or take."""
+    draw = np.random.default_rng(len(recipe))
+    tokens = np.random.default_rng(0).integers(50, 100, DOCUMENTS).astype(float)
+    base = tokens * np.random.default_rng(1).uniform(2, 4, DOCUMENTS)
+    nats = base + tokens * (shift + (0.01 * draw.standard_normal(DOCUMENTS) if shift else 0.0))
+    perplexity = float(np.exp(nats.sum() / tokens.sum()))
+    first = {"text": "some <text>", "mode": "parallel", "perplexity": perplexity, "kl": abs(shift), "window": 64}
+    first |= {"perplexity_ci": [perplexity - 1, perplexity + 1], "kl_ci": [0.9 * abs(shift), 1.1 * abs(shift)]}
+    first |= {"top1_agreement": 0.97, "top1_agreement_ci": [0.96, 0.98], "bits_per_byte": 1.2}
+    first |= {"tokens": int(tokens.sum()), "documents": DOCUMENTS}
+    row = {"id": f"{recipe}{shift}", "model": "m</script><1>", "recipe": recipe, "override": "as it is", "seed": 0}
+    row |= {name: first[name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
+    row |= {"bytes": {"total": 1_000_000 * len(recipe)}, "parameters": 1_000_000, "evaluations": [first, first]}
+    row |= {"provenance": {"squamata_version": "0.1.0"}, "resolved_recipe": {"name": recipe}, "peak_rss_bytes": 5}
+    return row | {"quantize_seconds": 1.0, "evaluate_seconds": 2.0} | fields, pack_sums(
+        0, UnitSums("documents", tokens, nats)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A study of four rows with everything that a page can show."""
+    out = tmp_path / "study"
+    with locked(out):
+        made = [
+            row_of("float", 0.0, hardware={"sram_mm2": 4.0}),
+            row_of("w8a8", 0.001, hardware={"sram_mm2": 2.0}),
+            row_of("w4a8-bad", 0.05, hardware={"sram_mm2": 1.0}),
+            row_of("w4a8-bad", 0.06, seed=1),
+        ]
+        for row, details in made:
+            levels = np.arange(-7, 8) / 4
+            details |= {
+                "distribution.layers.0.mixer.u.counts": np.arange(241.0),
+                "distribution.layers.0.mixer.u.range": np.array([-2.0, 3.0]),
+                "distribution.layers.0.mixer.u.levels": levels if row["recipe"] != "float" else np.zeros(0),
+                "distribution.layers.0.mixer.u.scales": np.array(1),
+            }
+            append_row(out, row, details)
+        write_plan(out, {"name": "made up", "description": "a <b>test</b>"}, [row["id"] for row, _ in made])
+    (out / "cells.json").write_text(json.dumps(sensitivity("cell")))
+    (out / "layers.json").write_text(json.dumps(sensitivity("layer")))
+    (out / "outliers.json").write_text(json.dumps(OUTLIERS))
+    (out / "numbers.json").write_text('{"kind": "something else"}')
+    return out
+
+
+def sensitivity(per: str) -> dict[str, Any]:
+    units = ["layers.0", "layers.1"] if per == "layer" else [f"layers.{n}.mixer.{s}" for n in (0, 1) for s in "ux"]
+    rows = [
+        {"unit": unit, "kl": 0.01 / (place + 1), "kl_ci": [0.001, 0.02], "perplexity": 9.0, "verdict": "worse"}
+        for place, unit in enumerate(units)
+    ]
+    mixtures = [
+        {"name": name, "bytes": 5e6, "kl": 0.1, "kl_ci": [0.09, 0.12], "upgraded": ["layers.0"]}
+        for name in ("greedy", "evolution")
+    ]
+    found = {"kind": "sensitivity", "model": "m", "recipe": "r", "per": per, "mode": "parallel", "rows": rows}
+    return found | {"floor_kl": 1e-9, "together_kl": 0.03, "search": {"budget_bytes": 6e6, "mixtures": mixtures}}
+
+
+OUTLIERS: dict[str, Any] = {
+    "kind": "outliers",
+    "model": "m",
+    "sigmas": 6.0,
+    "rows": [{"layer": n, "part": "mixer.x", "outliers": [3] if n else [], "largest": 4.0} for n in (0, 1)],
+    "zeroed": [{"part": "mixer.x", "channels": 1, "kl": 0.2, "random_kl": 0.01}],
+}
+
+
+def page_of(folder: Path, out: Path) -> str:
+    study, rows = read_study(folder)
+    write_page(out, study["name"], study, rows, read_others(folder), folder)
+    return out.read_text()
+
+
+def outside_scripts(page: str) -> str:
+    return re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+
+
+def test_verdicts_say_what_is_significant(folder: Path) -> None:
+    study, rows = read_study(folder)
+    found = verdicts(folder, study, rows)
+    words = [found[row["id"]].words for row in rows]
+    assert words[0] == "baseline" and words[1].endswith("not significant") and words[2].endswith(", worse")
+    assert words[2][:4] in ("+4.9", "+5.0", "+5.1", "+5.2", "+5.3")
+    beside_bad = verdicts(folder, {"baseline": {"recipe": "w4a8-bad"}}, rows)
+    assert beside_bad[rows[0]["id"]].words.endswith(", better")
+    assert baseline_of(rows[3], rows, {"recipe": "w4a8-bad"})["seed"] == 1  # of its own seed
+    assert baseline_of(rows[3], rows, {"recipe": "w8a8"}) is rows[0]  # none of its seed: the model's first row
+
+
+def test_the_page_is_whole_and_names_are_escaped(folder: Path, tmp_path: Path) -> None:
+    page = page_of(folder, tmp_path / "page.html")
+    visible = outside_scripts(page)
+    assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page[: page.index("<body>")] + visible)
+    assert "m&lt;/script&gt;&lt;1&gt;" in visible and "m</script><1>" not in visible and "a &lt;b&gt;test" in visible
+    assert visible.count("not significant") >= 1 and "SRAM for scales" in visible
+    assert page == page_of(folder, tmp_path / "again.html")  # same rows, same page
+
+
+def test_nothing_but_sensitivity_is_a_page_too(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", "s", {}, [], [sensitivity("cell")])
+    assert "sensitivity-1" in (tmp_path / "page.html").read_text()
+
+
+def test_bad_places_and_files(tmp_path: Path, folder: Path) -> None:
+    check_out(tmp_path / "new.html")
+    check_out(None)
+    for out in (tmp_path, tmp_path / "none" / "page.html"):
+        with pytest.raises(SquamataError, match="--out"):
+            check_out(out)
+    (folder / "torn.json").write_text("{")
+    with pytest.raises(SquamataError, match=r"torn\.json"):
+        read_others(folder)
+
+
+def test_pareto_front_by_brute_force() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        points = [(draw.randint(0, 6), draw.randint(0, 6)) for _ in range(draw.randint(1, 12))]
+        front = {points[place] for place in pareto_front(points)}
+        undominated = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+        assert front == undominated and len(pareto_front(points)) == len(front)
+
+
+def test_spread_over_seeds(folder: Path) -> None:
+    rows = read_study(folder)[1]
+    ((model, name, mean, deviation, seeds),) = seed_spread(rows)
+    values = [row["perplexity"] for row in rows[2:]]
+    assert (model, name, seeds) == ("m</script><1>", "w4a8-bad", 2) and mean == pytest.approx(sum(values) / 2)
+    assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def draw(page: Path, *options: str) -> str:
+    """What the browser makes of a page; no name can be looked up, so whatever is loaded from elsewhere fails."""
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += [f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=20000", "--window-size=1200,900"]
+    done = subprocess.run([*command, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@NEEDS_BROWSER
+def test_a_browser_draws_every_plot(folder: Path, tmp_path: Path) -> None:
+    page = page_of(folder, tmp_path / "page.html")
+    drawn = draw(tmp_path / "page.html", "--dump-dom")
+    expected = page.count("Plotly.newPlot(") - page.count('"Plotly.newPlot(')
+    plots = re.findall(r'<div id="([a-z]+-\d+)" class="plotly-graph-div js-plotly-plot"', drawn)
+    assert len(set(plots)) == len(re.findall(r'<div id="[a-z]+-\d+" class="plotly-graph-div"', page)) >= 12
+    assert expected >= len(plots)
+    for name in plots:
+        part = drawn[drawn.index(f'id="{name}"') :][:4_000_000]
+        assert 'class="main-svg"' in part[: part.index("</svg>") + 6]
+    assert 'id="failures"' not in drawn
+    assert "not significant" in drawn and "heatmaplayer" in drawn and "barlayer" in drawn
+
+
+@NEEDS_BROWSER
+def test_a_browser_tells_what_could_not_be_drawn(folder: Path, tmp_path: Path) -> None:
+    """The check itself works: a page with a broken figure and a missing file says so."""
+    page = page_of(folder, tmp_path / "page.html")
+    broken = page.replace("</main>", "<script>Plotly.newPlot(nothing)</script><img src='missing.png'></main>")
+    (tmp_path / "page.html").write_text(broken)
+    drawn = draw(tmp_path / "page.html", "--dump-dom")
+    told = drawn[drawn.index('id="failures"') :]
+    assert "nothing is not defined" in told and "missing.png" in told[: told.index("</p>")]
