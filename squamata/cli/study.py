@@ -9,6 +9,8 @@ import typer
 
 from squamata.cli.output import JsonFile, check_files, check_json, interval, note, progress, size, table, write_json
 from squamata.errors import SquamataError
+from squamata.models.config import ModelConfig
+from squamata.spec.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Run a grid of models and recipes, and go on where it stopped.")
 
@@ -61,7 +63,15 @@ def verbs() -> Any:
     from squamata import pipeline
     from squamata.report.verbs import Verbs
 
-    return Verbs(pipeline.quantize, pipeline.load, pipeline.evaluate, pipeline.check)
+    return Verbs(pipeline.quantize, pipeline.load, pipeline.evaluate, pipeline.check, chip_figures)
+
+
+def chip_figures(config: ModelConfig, recipe: Recipe) -> dict[str, float]:
+    """Costs on the default technology, as columns of a study."""
+    from squamata.hardware import estimate
+
+    found = estimate(config, recipe)
+    return {name: float(getattr(found, name)) for name in ("sram_mm2", "energy_per_token_nj", "dram_bytes_per_token")}
 
 
 def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
