@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from squamata.kernels.memory import address, call_address, view_float32, view_int8, view_int32
+from squamata.kernels.memory import address, call_address, slice_float32, view_int8, view_int32
 from squamata.kernels.packing import LINE_BYTES, ROWS, UNROLL, Kind, PackedLinear
 from squamata.kernels.simd import FLOAT, INT32, constant, emit_fma, has_vnni
 
@@ -265,14 +265,13 @@ def sum_groups(x, group, groups, sums):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def scale_rows(out, scale, bias, x_scale, start, stop):  # type: ignore[no-untyped-def]
     """In place ``out[n] = out[n] * (x_scale * scale[n]) + bias[n]`` at addresses; no bias if its address is 0."""
-    y = view_float32(out, stop)
-    s = view_float32(scale, stop)
+    y, s = slice_float32(out, start, stop), slice_float32(scale, start, stop)
     if bias == 0:
-        for n in range(start, stop):
+        for n in range(y.size):
             y[n] = y[n] * (x_scale * s[n])
     else:
-        b = view_float32(bias, stop)
-        for n in range(start, stop):
+        b = slice_float32(bias, start, stop)
+        for n in range(y.size):
             y[n] = y[n] * (x_scale * s[n]) + b[n]
 
 

@@ -23,7 +23,7 @@ from squamata.kernels.lanes import (
     largest_magnitude,
     sum_of_squares,
 )
-from squamata.kernels.memory import call_address, pointer, record_address, view_float32, view_int8
+from squamata.kernels.memory import call_address, pointer, record_address, slice_float32, view_float32, view_int8
 from squamata.kernels.simd import clamp, divide, exp, rint, round_away, silu, softplus, sqrt, truncate
 
 _ONE = np.float32(1.0)
@@ -114,14 +114,13 @@ def rms_factor(row, count, epsilon):
 @njit(cache=True)
 def normalize(source, target, weight, start, stop, factor):
     """target = source * factor, times weight unless that address is 0."""
-    x = view_float32(source, stop)
-    y = view_float32(target, stop)
+    x, y = slice_float32(source, start, stop), slice_float32(target, start, stop)
     if weight == 0:
-        for i in range(start, stop):
+        for i in range(x.size):
             y[i] = x[i] * factor
     else:
-        w = view_float32(weight, stop)
-        for i in range(start, stop):
+        w = slice_float32(weight, start, stop)
+        for i in range(x.size):
             y[i] = (x[i] * factor) * w[i]
 
 
@@ -157,8 +156,8 @@ def project_and_convolve(layer_record, shared_record, private_record, thread, th
     )
     prepare_sums(layer.in_x, private.codes, private.sums)
     start, stop = project(layer.in_z, layer.z, private, x_scale, shared.z, thread, threads)
-    z = view_float32(shared.z, stop)
-    for i in range(start, stop):
+    z = slice_float32(shared.z, start, stop)
+    for i in range(z.size):
         z[i] = silu(z[i])
     start, stop = project(layer.in_x, layer.x, private, x_scale, shared.x, thread, threads)
     if start < stop:
@@ -216,21 +215,35 @@ def scan_selective(layer_record, shared_record, private_record, thread, threads)
     prepare_sums(layer.dt_proj, private.low_codes, private.sums)
     multiply(layer.dt_proj, private.low, private.low_codes, layer.dt_low.value, private.sums, shared.dt, first, last)
     land(layer.dt, shared.dt, 0, start, stop)
-    dt, u, y = view_float32(shared.dt, stop), view_float32(shared.u, stop), view_float32(shared.y, stop)
-    bias, skip, gate = view_float32(layer.dt_bias, stop), view_float32(layer.skip, stop), view_float32(shared.z, stop)
-    for e in range(start, stop):
-        dt[e] = softplus(dt[e] + bias[e])
-    for e in range(start, stop):
-        y[e] = dt[e] * u[e]
+    enter_scan(layer.dt_bias, shared.dt, shared.u, shared.y, start, stop)
     weights, lines = ahead(layer.out_proj, thread, threads, stop - start)
     a, rates = layer.A + start * layer.states * 4, shared.dt + 4 * start
     update_rows(
         layer.state, start, stop, layer.states, private.state, a, private.B, private.C, rates, 4, shared.y,
         weights, lines, True,
     )  # fmt: skip
-    for e in range(start, stop):
-        y[e] = (y[e] + skip[e] * u[e]) * gate[e]
+    leave_scan(layer.skip, shared.u, shared.z, shared.y, start, stop)
     land(layer.y, shared.y, 0, start, stop)
+
+
+@njit(cache=True)
+def enter_scan(bias, dt, u, drive, start, stop):
+    """dt = softplus(dt + bias) and drive = dt u, of channels start..stop."""
+    b, step = slice_float32(bias, start, stop), slice_float32(dt, start, stop)
+    x, out = slice_float32(u, start, stop), slice_float32(drive, start, stop)
+    for e in range(step.size):
+        step[e] = softplus(step[e] + b[e])
+    for e in range(step.size):
+        out[e] = step[e] * x[e]
+
+
+@njit(cache=True)
+def leave_scan(skip, u, gate, y, start, stop):
+    """y = (y + skip u) gate, of channels start..stop."""
+    through, x = slice_float32(skip, start, stop), slice_float32(u, start, stop)
+    z, out = slice_float32(gate, start, stop), slice_float32(y, start, stop)
+    for e in range(out.size):
+        out[e] = (out[e] + through[e] * x[e]) * z[e]
 
 
 def scan_heads(layer_record, shared_record, private_record, thread, threads):
@@ -240,7 +253,7 @@ def scan_heads(layer_record, shared_record, private_record, thread, threads):
     private = carray(pointer(private_record), (1,), PRIVATE)[0]
     rows, head_dim, states = layer.inner, layer.head_dim, layer.states
     start, stop = rows * thread // threads, rows * (thread + 1) // threads
-    dt, u, y = view_float32(shared.dt, layer.heads), view_float32(shared.u, stop), view_float32(shared.y, stop)
+    dt = view_float32(shared.dt, layer.heads)
     bias, A, skip = view_float32(layer.dt_bias, layer.heads), view_float32(layer.A, layer.heads), layer.skip
     per_group = layer.heads // layer.groups
     weights, lines = ahead(layer.out_proj, thread, threads, stop - start)
@@ -251,14 +264,15 @@ def scan_heads(layer_record, shared_record, private_record, thread, threads):
         through = view_float32(skip, layer.heads)[head]
         group = head // per_group * states * 4
         first, last = max(start, head * head_dim), min(stop, (head + 1) * head_dim)
-        for row in range(first, last):
+        u, y = slice_float32(shared.u, first, last), slice_float32(shared.y, first, last)
+        for row in range(y.size):
             y[row] = step * u[row]
         view_float32(private.low, 1)[0] = decay
         update_rows(
             layer.state, first, last, states, private.state, 0, B + group, C + group, private.low, 0, shared.y,
             weights + (first - start) * lines * 64, lines, False,
         )  # fmt: skip
-        for row in range(first, last):
+        for row in range(y.size):
             y[row] = y[row] + through * u[row]
 
 
