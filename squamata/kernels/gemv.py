@@ -78,6 +78,15 @@ def _dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: 
     return total
 
 
+def _nibble_values(builder: ir.IRBuilder, index: ir.Value) -> ir.Value:
+    """The low nibble of each lane minus 8, as float: one look-up in a register, exact."""
+    name = "llvm.x86.avx512.permvar.sf.512"
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS, _INTS]), name)
+    return builder.call(function, (ir.Constant(_FLOATS, [nibble - 8.0 for nibble in range(16)]), index))
+
+
 def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]:
     """Function that adds one line of weights times its activations (read at address x) to an accumulator."""
 
@@ -108,6 +117,13 @@ def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Val
         return total
 
     def int4(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        for k in range(8):
+            low = 8 * (k % 4) + 4 * (k // 4)
+            index = builder.lshr(line, constant(_INTS, low)) if low else line
+            total = emit_fma(builder, _nibble_values(builder, index), broadcast_float(builder, x, k), total)
+        return total
+
+    def int4_portable(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
         line = builder.xor(line, constant(_INTS, 0x88888888))  # value + 8 -> two's complement
         for k in range(8):
             low = 8 * (k % 4) + 4 * (k // 4)
@@ -124,7 +140,7 @@ def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Val
         total = _dot_unsigned_signed(builder, vnni, total, low, broadcast_quad(builder, x, 0))
         return _dot_unsigned_signed(builder, vnni, total, high, broadcast_quad(builder, x, 4))
 
-    return (float32, bfloat16, int8, int4, int8_int8, int4_int8)[kind]
+    return (float32, bfloat16, int8, int4 if vnni else int4_portable, int8_int8, int4_int8)[kind]
 
 
 def _tile_product(kind: Kind, vnni: bool) -> Any:
@@ -192,6 +208,7 @@ _int8 = _tile_product(Kind.INT8, _VNNI)
 _int4 = _tile_product(Kind.INT4, _VNNI)
 _int8_int8 = _tile_product(Kind.INT8_INT8, _VNNI)
 _int4_int8 = _tile_product(Kind.INT4_INT8, _VNNI)
+_int4_portable = _tile_product(Kind.INT4, False)
 _int8_int8_portable = _tile_product(Kind.INT8_INT8, False)
 _int4_int8_portable = _tile_product(Kind.INT4_INT8, False)
 
@@ -220,6 +237,10 @@ def _rows_int4_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
     _int4_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
 
 
+def _rows_int4_portable(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int4_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
 def _rows_int8_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
     _int8_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
 
@@ -229,13 +250,17 @@ def _rows_int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, fir
 
 
 _ROWS = (_rows_float32, _rows_bfloat16, _rows_int8, _rows_int4, _rows_int8_int8, _rows_int4_int8)
-_PORTABLE_ROWS = {Kind.INT8_INT8: _rows_int8_int8_portable, Kind.INT4_INT8: _rows_int4_int8_portable}
+_PORTABLE_ROWS = {
+    Kind.INT4: _rows_int4_portable,
+    Kind.INT8_INT8: _rows_int8_int8_portable,
+    Kind.INT4_INT8: _rows_int4_int8_portable,
+}
 
 
 @cache
 def product_address(kind: Kind, portable: bool = False) -> int:
     """Address of the compiled ``void(9 x int64)`` of one kind, compiled on first use; see ``_tile_product``."""
-    rows = _PORTABLE_ROWS[kind] if portable else _ROWS[kind]
+    rows = _PORTABLE_ROWS.get(kind, _ROWS[kind]) if portable else _ROWS[kind]
     compiled = cfunc(types.void(*[types.int64] * 9), cache=True)(rows)
     _COMPILED.append(compiled)
     assert compiled.address is not None
@@ -278,7 +303,7 @@ def scale_rows(out, scale, bias, x_scale, start, stop):  # type: ignore[no-untyp
 def gemv(packed: PackedLinear, x: NDArray, x_scale: float = 1.0, portable: bool = False) -> NDArray[np.float32]:
     """One product on one thread: x (K,) int8 or float32, as the kind wants -> y (N,) float32.
 
-    ``portable`` avoids the int8 dot-product instruction (integer kinds only), to test one against the other.
+    ``portable`` avoids the instructions of AVX-512 VNNI where the kind uses them, to test one against the other.
     """
     dtype = np.int8 if packed.kind.integer_activations else np.float32
     if x.dtype != dtype or x.shape != (packed.columns,):

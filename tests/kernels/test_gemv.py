@@ -52,9 +52,11 @@ def test_int4_with_a_scale_per_row(rows: int, columns: int) -> None:
     assert np.array_equal(gemv(packing.tile_int4(q, scale), x, 0.3), exact * (np.float32(0.3) * scale))
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("kind", "portable"), [("float32", False), ("bfloat16", False), ("int8", False), ("int4", False), ("int4", True)]
+)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_float_activations(rows: int, columns: int, kind: str) -> None:
+def test_float_activations(rows: int, columns: int, kind: str, portable: bool) -> None:
     q, _, scale, bias = random_case(rows, columns)
     x = RNG.standard_normal(columns).astype(np.float32)
     if kind == "float32":
@@ -69,7 +71,7 @@ def test_float_activations(rows: int, columns: int, kind: str) -> None:
         q = q >> 4
         weight, packed = q * scale[:, None], packing.tile_int4(q, scale, bias, integer_activations=False)
     exact = weight.astype(np.float64) @ x + bias
-    np.testing.assert_allclose(gemv(packed, x), exact, rtol=1e-5, atol=1e-5 * np.abs(weight).max() * columns**0.5)
+    np.testing.assert_allclose(gemv(packed, x, portable=portable), exact, rtol=1e-5, atol=1e-5 * np.abs(weight).max() * columns**0.5)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 128])
