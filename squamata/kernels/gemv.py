@@ -58,7 +58,7 @@ def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = ROWS) -> ir.Value
     return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), constant(ir.VectorType(INT32, lanes), 0))
 
 
-def _dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+def dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
     """``total[lane] += sum of four uint8 x int8 products``; all arguments are <16 x i32>."""
     if vnni:
         name = "llvm.x86.avx512.vpdpbusd.512"
@@ -132,13 +132,13 @@ def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Val
 
     def int8_int8(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
         shifted = builder.xor(load(builder, x, INT32, 4), INT32(-0x7F7F7F80))  # x + 128, unsigned
-        return _dot_unsigned_signed(builder, vnni, total, splat(builder, shifted), line)
+        return dot_unsigned_signed(builder, vnni, total, splat(builder, shifted), line)
 
     def int4_int8(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
         nibbles = constant(_INTS, 0x0F0F0F0F)
         low, high = builder.and_(line, nibbles), builder.and_(builder.lshr(line, constant(_INTS, 4)), nibbles)
-        total = _dot_unsigned_signed(builder, vnni, total, low, broadcast_quad(builder, x, 0))
-        return _dot_unsigned_signed(builder, vnni, total, high, broadcast_quad(builder, x, 4))
+        total = dot_unsigned_signed(builder, vnni, total, low, broadcast_quad(builder, x, 0))
+        return dot_unsigned_signed(builder, vnni, total, high, broadcast_quad(builder, x, 4))
 
     return (float32, bfloat16, int8, int4 if vnni else int4_portable, int8_int8, int4_int8)[kind]
 

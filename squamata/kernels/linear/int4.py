@@ -1,0 +1,217 @@
+"""int8 activations by int4 weights in groups of 128: the product of many rows, straight from the packed nibbles.
+
+Sixteen rows of the weight stand side by side in the lanes of a register, as in ``packing``; a 32-bit word of the
+canonical layout is eight columns of a row, even ones in the low nibbles, so the activations' columns are put in that
+order instead of the weights'. Integers are exact; groups are added in increasing order as float32(sum) * scale, each
+multiplied and added with its own rounding, as in the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from squamata.kernels.gemv import dot_unsigned_signed, load, offset, splat, store
+from squamata.kernels.simd import FLOAT, INT32, constant, has_vnni
+
+GROUP = 128
+TILES, LANES = 4, 16  # tiles of sixteen rows that one task computes together
+ROWS = TILES * LANES
+TOKENS = 4  # activation rows a task takes at once: 16 sums in registers
+LINES = GROUP // 8  # lines of 64 bytes of a tile in a group
+_FLOATS, _INTS, _INT64 = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES), ir.IntType(64)
+_VNNI = has_vnni()
+
+
+@intrinsic
+def _transpose_words(_typing, words, row_bytes, out):  # type: ignore[no-untyped-def]
+    """16 rows by 16 uint32 at an address, rows ``row_bytes`` apart -> 16 lines of a tile, nibbles as value + 8."""
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        words, row_bytes, out = arguments
+        lines = []
+        for row in range(LANES):
+            line = load(builder, builder.add(words, builder.mul(row_bytes, _INT64(row))), _INTS, 1)
+            lines.append(builder.xor(line, constant(_INTS, 0x88888888)))
+        width = LANES // 2
+        while width:
+            for i in (i for i in range(LANES) if not i & width):
+                a, b = lines[i], lines[i + width]
+                low = [LANES + lane - width if lane & width else lane for lane in range(LANES)]
+                high = [LANES + lane if lane & width else lane + width for lane in range(LANES)]
+                lines[i] = builder.shuffle_vector(a, b, ir.Constant(_INTS, low))
+                lines[i + width] = builder.shuffle_vector(a, b, ir.Constant(_INTS, high))
+            width //= 2
+        for number, line in enumerate(lines):
+            store(builder, line, builder.add(out, _INT64(64 * number)), 4)
+        return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def _sum_group(_typing, codes):  # type: ignore[no-untyped-def]
+    """8 * the sum of 128 int8 at an address, int32."""
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        total = constant(_INTS, 0)
+        for half in range(GROUP // 64):
+            line = load(builder, builder.add(arguments[0], _INT64(64 * half)), _INTS, 1)
+            total = dot_unsigned_signed(builder, _VNNI, total, constant(_INTS, 0x08080808), line)
+        name = f"llvm.vector.reduce.add.v{LANES}i32"
+        function = builder.module.globals.get(name)
+        if function is None:
+            function = ir.Function(builder.module, ir.FunctionType(INT32, [_INTS]), name)
+        return builder.call(function, (total,))
+
+    return types.int32(types.int64), codegen
+
+
+def _product(tokens: int) -> Any:
+    """Numba intrinsic: so many activation rows by 64 weight rows.
+
+    Arguments, int64: addresses of the activations (columns reordered), the tiles (4, groups * 16 lines), their scales
+    float32 (groups, row), ``sums`` int32 (row, groups), the output float32; bytes from one row of each to the next
+    for activations, scales and output; groups.
+    """
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        x, tiles, scales, sums, out, x_row, scale_row, out_row, groups = arguments
+        cells = [(token, tile) for token in range(tokens) for tile in range(TILES)]
+        totals = {cell: cgutils.alloca_once(builder, _INTS) for cell in cells}
+        tile_bytes = builder.mul(groups, _INT64(64 * LINES))
+        with cgutils.for_range(builder, groups) as group:
+            for slot in totals.values():
+                builder.store(constant(_INTS, 0), slot)
+            with cgutils.for_range(builder, _INT64(LINES)) as loop:
+                line = builder.add(builder.mul(group.index, _INT64(LINES)), loop.index)
+                for nibble in (0, 1):
+                    quads = []
+                    for token in range(tokens):
+                        where = offset(builder, builder.add(x, builder.mul(x_row, _INT64(token))), line, 8, 4 * nibble)
+                        quads.append(splat(builder, load(builder, where, INT32, 4)))
+                    for tile in range(TILES):
+                        where = offset(builder, builder.add(tiles, builder.mul(tile_bytes, _INT64(tile))), line, 64)
+                        data = load(builder, where, _INTS, 64)
+                        data = builder.lshr(data, constant(_INTS, 4)) if nibble else data
+                        data = builder.and_(data, constant(_INTS, 0x0F0F0F0F))
+                        for token in range(tokens):
+                            slot = totals[token, tile]
+                            total = dot_unsigned_signed(builder, _VNNI, builder.load(slot), data, quads[token])
+                            builder.store(total, slot)
+            own = builder.add(scales, builder.mul(scale_row, group.index))
+            for (token, tile), slot in totals.items():
+                at = builder.add(builder.mul(groups, _INT64(token)), group.index)
+                bias = splat(builder, load(builder, offset(builder, sums, at, 4), INT32, 4))
+                value = builder.sitofp(builder.sub(builder.load(slot), bias), _FLOATS)
+                value = builder.fmul(value, load(builder, builder.add(own, _INT64(64 * tile)), _FLOATS, 4))
+                where = builder.add(builder.add(out, builder.mul(out_row, _INT64(token))), _INT64(64 * tile))
+                store(builder, builder.fadd(load(builder, where, _FLOATS, 4), value), where, 4)
+        return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+    def typed(_typing, x, tiles, scales, sums, out, x_row, scale_row, out_row, groups):  # type: ignore[no-untyped-def]
+        return types.void(*[types.int64] * 9), codegen
+
+    return intrinsic(typed)
+
+
+_some_rows, _one_row = _product(TOKENS), _product(1)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def reorder(codes, out, sums):  # type: ignore[no-untyped-def]
+    """Even columns of every eight before odd ones, and 8 * the sum of every 128: int8 rows as uint64 (M, K / 8)."""
+    rows, words = codes.shape
+    for row in prange(rows):
+        source, target = codes[row], out[row]
+        for j in range(words):
+            target[j] = _bytes_apart(source[j]) | (_bytes_apart(source[j] >> np.uint64(8)) << np.uint64(32))
+        where = types.int64(source.ctypes.data)
+        for group in range(words // LINES):
+            sums[row, group] = _sum_group(types.int64(where + group * GROUP))
+
+
+@njit(cache=True, nogil=True)
+def _bytes_apart(word):  # type: ignore[no-untyped-def]
+    """Bytes 0, 2, 4, 6 of a uint64 as its low half."""
+    word = word & np.uint64(0x00FF00FF00FF00FF)
+    word = (word | (word >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
+    return (word | (word >> np.uint64(16))) & np.uint64(0x00000000FFFFFFFF)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def multiply(x, sums, weight, scales, out):  # type: ignore[no-untyped-def]
+    """``x`` uint64 (M, K / 8) and ``sums`` (M, groups) from ``reorder``, ``weight`` canonical uint8 (N, K / 2),
+    ``scales`` float32 (groups, N padded to 64) -> ``out`` float32 (M, N padded to 64)."""
+    for block in prange(out.shape[1] // ROWS):
+        tiles = np.empty(TILES * weight.shape[1] * LANES + 64, np.uint8)
+        where = (types.int64(tiles.ctypes.data) + 63) // 64 * 64
+        _fill_tiles(weight, block * ROWS, where)
+        _multiply_block(x, sums, scales, out, block * ROWS, where)
+
+
+@njit(cache=True, nogil=True)
+def _fill_tiles(weight, first, where):  # type: ignore[no-untyped-def]
+    """Rows ``first`` .. of the weight as tiles at an address; those beyond its end hold anything."""
+    rows, row_bytes = weight.shape
+    for tile in range(TILES):
+        start = first + tile * LANES
+        into = where + tile * row_bytes * LANES
+        if start + LANES <= rows:
+            _fill_tile(types.int64(weight.ctypes.data + start * row_bytes), row_bytes, into)
+        elif start < rows:
+            spare = np.zeros((LANES, row_bytes), np.uint8)
+            spare[: rows - start] = weight[start:]
+            _fill_tile(types.int64(spare.ctypes.data), row_bytes, into)
+
+
+@njit(cache=True, nogil=True)
+def _fill_tile(source, row_bytes, into):  # type: ignore[no-untyped-def]
+    """Sixteen rows at an address as one tile at another."""
+    for group in range(row_bytes // (4 * LINES)):
+        shift = group * 4 * LINES
+        _transpose_words(types.int64(source + shift), types.int64(row_bytes), types.int64(into + LANES * shift))
+
+
+@njit(cache=True, nogil=True)
+def _multiply_block(x, sums, scales, out, first, tiles):  # type: ignore[no-untyped-def]
+    """All activation rows by the 64 weight rows from ``first`` on."""
+    rows, groups = sums.shape
+    x_row, scale_row, out_row = types.int64(8 * x.shape[1]), types.int64(4 * scales.shape[1]), types.int64(4 * out.shape[1])
+    scale = types.int64(scales.ctypes.data + 4 * first)
+    row = 0
+    while row < rows:
+        together = row + TOKENS <= rows
+        stop = row + TOKENS if together else row + 1
+        out[row:stop, first : first + ROWS] = types.float32(0.0)
+        source, into = types.int64(x.ctypes.data + x_row * row), types.int64(out.ctypes.data + out_row * row + 4 * first)
+        bias = types.int64(sums.ctypes.data + 4 * groups * row)
+        if together:
+            _some_rows(source, tiles, scale, bias, into, x_row, scale_row, out_row, types.int64(groups))
+        else:
+            _one_row(source, tiles, scale, bias, into, x_row, scale_row, out_row, types.int64(groups))
+        row = stop
+
+
+def grouped_product(
+    codes: NDArray[np.int8], weight: NDArray[np.uint8], scales: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Sum over groups of float32(x_g . w_g) * scale: codes (M, K) by canonical int4 (N, K / 2), K a multiple of 128,
+    scales (N, K / 128) -> float32 (M, N), a view of rows padded to 64."""
+    rows, groups = len(codes), codes.shape[1] // GROUP
+    padded = -(-len(weight) // ROWS) * ROWS
+    columns = np.zeros((groups, padded), np.float32)
+    columns[:, : len(weight)] = scales.T
+    words = codes.view(np.uint64)
+    reordered, sums = np.empty_like(words), np.empty((rows, groups), np.int32)
+    reorder(words, reordered, sums)
+    out = np.empty((rows, padded), np.float32)
+    multiply(reordered, sums, weight, columns, out)
+    return out[:, : len(weight)]
