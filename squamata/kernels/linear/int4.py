@@ -22,9 +22,9 @@ from squamata.kernels.gemv import dot_unsigned_signed, load, offset, splat, stor
 from squamata.kernels.simd import FLOAT, INT32, constant, has_vnni
 
 GROUP = 128
-TILES, LANES = 4, 16  # tiles of sixteen rows that one task computes together
+TILES, LANES = 2, 16  # tiles of sixteen rows that one task computes together
 ROWS = TILES * LANES
-TOKENS = 4  # activation rows a task takes at once: 16 sums in registers
+TOKENS = 8  # activation rows a task takes at once: 16 sums in registers, and 36 KiB in use for K = 1536
 LINES = GROUP // 8  # lines of 64 bytes of a tile in a group
 _FLOATS, _INTS, _INT64 = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES), ir.IntType(64)
 _VNNI = has_vnni()
@@ -74,17 +74,18 @@ def _sum_group(_typing, codes):  # type: ignore[no-untyped-def]
     return types.int32(types.int64), codegen
 
 
-def _product(tokens: int) -> Any:
-    """Numba intrinsic: so many activation rows by 64 weight rows.
+@intrinsic
+def _multiply_tile(_typing, x, tiles, scales, sums, out, x_row, scale_row, out_row, groups):  # type: ignore[no-untyped-def]
+    """``TOKENS`` activation rows by ``ROWS`` weight rows, added to the output.
 
-    Arguments, int64: addresses of the activations (columns reordered), the tiles (4, groups * 16 lines), their scales
-    float32 (groups, row), ``sums`` int32 (row, groups), the output float32; bytes from one row of each to the next
-    for activations, scales and output; groups.
+    Arguments, int64: addresses of the activations (columns reordered), the tiles (TILES, groups * 16 lines), their
+    scales float32 (groups, row), ``sums`` int32 (row, groups), the output float32; bytes from one row of each to the
+    next for activations, scales and output; groups.
     """
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         x, tiles, scales, sums, out, x_row, scale_row, out_row, groups = arguments
-        cells = [(token, tile) for token in range(tokens) for tile in range(TILES)]
+        cells = [(token, tile) for token in range(TOKENS) for tile in range(TILES)]
         totals = {cell: cgutils.alloca_once(builder, _INTS) for cell in cells}
         tile_bytes = builder.mul(groups, _INT64(64 * LINES))
         with cgutils.for_range(builder, groups) as group:
@@ -94,7 +95,7 @@ def _product(tokens: int) -> Any:
                 line = builder.add(builder.mul(group.index, _INT64(LINES)), loop.index)
                 for nibble in (0, 1):
                     quads = []
-                    for token in range(tokens):
+                    for token in range(TOKENS):
                         where = offset(builder, builder.add(x, builder.mul(x_row, _INT64(token))), line, 8, 4 * nibble)
                         quads.append(splat(builder, load(builder, where, INT32, 4)))
                     for tile in range(TILES):
@@ -102,7 +103,7 @@ def _product(tokens: int) -> Any:
                         data = load(builder, where, _INTS, 64)
                         data = builder.lshr(data, constant(_INTS, 4)) if nibble else data
                         data = builder.and_(data, constant(_INTS, 0x0F0F0F0F))
-                        for token in range(tokens):
+                        for token in range(TOKENS):
                             slot = totals[token, tile]
                             total = dot_unsigned_signed(builder, _VNNI, builder.load(slot), data, quads[token])
                             builder.store(total, slot)
@@ -116,13 +117,7 @@ def _product(tokens: int) -> Any:
                 store(builder, builder.fadd(load(builder, where, _FLOATS, 4), value), where, 4)
         return ir.Constant(ir.IntType(8).as_pointer(), None)
 
-    def typed(_typing, x, tiles, scales, sums, out, x_row, scale_row, out_row, groups):  # type: ignore[no-untyped-def]
-        return types.void(*[types.int64] * 9), codegen
-
-    return intrinsic(typed)
-
-
-_some_rows, _one_row = _product(TOKENS), _product(1)
+    return types.void(*[types.int64] * 9), codegen
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -149,7 +144,7 @@ def _bytes_apart(word):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, parallel=True)
 def multiply(x, sums, weight, scales, out):  # type: ignore[no-untyped-def]
     """``x`` uint64 (M, K / 8) and ``sums`` (M, groups) from ``reorder``, ``weight`` canonical uint8 (N, K / 2),
-    ``scales`` float32 (groups, N padded to 64) -> ``out`` float32 (M, N padded to 64)."""
+    ``scales`` float32 (groups, N) -> ``out`` float32 (M, N); here M and N are padded to TOKENS and ROWS."""
     for block in prange(out.shape[1] // ROWS):
         tiles = np.empty(TILES * weight.shape[1] * LANES + 64, np.uint8)
         where = (types.int64(tiles.ctypes.data) + 63) // 64 * 64
@@ -182,36 +177,31 @@ def _fill_tile(source, row_bytes, into):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _multiply_block(x, sums, scales, out, first, tiles):  # type: ignore[no-untyped-def]
-    """All activation rows by the 64 weight rows from ``first`` on."""
+    """All activation rows by the weight rows from ``first`` on."""
     rows, groups = sums.shape
-    x_row, scale_row, out_row = types.int64(8 * x.shape[1]), types.int64(4 * scales.shape[1]), types.int64(4 * out.shape[1])
+    x_row, scale_row = types.int64(8 * x.shape[1]), types.int64(4 * scales.shape[1])
+    out_row = types.int64(4 * out.shape[1])
     scale = types.int64(scales.ctypes.data + 4 * first)
-    row = 0
-    while row < rows:
-        together = row + TOKENS <= rows
-        stop = row + TOKENS if together else row + 1
-        out[row:stop, first : first + ROWS] = types.float32(0.0)
+    for row in range(0, rows, TOKENS):
+        out[row : row + TOKENS, first : first + ROWS] = types.float32(0.0)
         source, into = types.int64(x.ctypes.data + x_row * row), types.int64(out.ctypes.data + out_row * row + 4 * first)
         bias = types.int64(sums.ctypes.data + 4 * groups * row)
-        if together:
-            _some_rows(source, tiles, scale, bias, into, x_row, scale_row, out_row, types.int64(groups))
-        else:
-            _one_row(source, tiles, scale, bias, into, x_row, scale_row, out_row, types.int64(groups))
-        row = stop
+        _multiply_tile(source, tiles, scale, bias, into, x_row, scale_row, out_row, types.int64(groups))
 
 
 def grouped_product(
     codes: NDArray[np.int8], weight: NDArray[np.uint8], scales: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Sum over groups of float32(x_g . w_g) * scale: codes (M, K) by canonical int4 (N, K / 2), K a multiple of 128,
-    scales (N, K / 128) -> float32 (M, N), a view of rows padded to 64."""
+    scales (N, K / 128) -> float32 (M, N), part of a padded array."""
     rows, groups = len(codes), codes.shape[1] // GROUP
-    padded = -(-len(weight) // ROWS) * ROWS
-    columns = np.zeros((groups, padded), np.float32)
+    padded_rows, padded_columns = -(-rows // TOKENS) * TOKENS, -(-len(weight) // ROWS) * ROWS
+    columns = np.zeros((groups, padded_columns), np.float32)
     columns[:, : len(weight)] = scales.T
     words = codes.view(np.uint64)
-    reordered, sums = np.empty_like(words), np.empty((rows, groups), np.int32)
+    reordered, sums = np.empty((padded_rows, words.shape[1]), np.uint64), np.empty((padded_rows, groups), np.int32)
+    reordered[rows:], sums[rows:] = 0, 0
     reorder(words, reordered, sums)
-    out = np.empty((rows, padded), np.float32)
+    out = np.empty((padded_rows, padded_columns), np.float32)
     multiply(reordered, sums, weight, columns, out)
-    return out[:, : len(weight)]
+    return out[:rows, : len(weight)]
