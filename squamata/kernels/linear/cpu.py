@@ -22,7 +22,6 @@ from torch.nn.functional import linear as matmul_transposed
 from squamata.kernels.landing import FLOAT, Landing, array, landing, plain, readable, uniform, vector, write_whole_row
 from squamata.kernels.linear import Linear, int4, integer_product
 from squamata.kernels.qtensor import QTensor, Value
-from squamata.kernels.simd import has_vnni
 from squamata.kernels.site import Site
 
 ACCUMULATOR_BYTES = 4 << 20  # rows are taken in tiles whose accumulators fit in this
@@ -76,12 +75,14 @@ def run(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...
     )
     tile = min(rows, max(SMALLEST_TILE, ACCUMULATOR_BYTES // (4 * len(weight))))
     acc = torch.empty(0 if packed else tile, len(weight), dtype=torch.int32)
+    if packed:
+        scales = array(layer.weight.scale.float().expand(len(weight), -1))
+        product = int4.GroupedProduct(array(weight), scales, tile)
     for start in range(0, rows, tile):
         part = codes[start : start + tile]
         room = acc[: len(part)]
         if packed:
-            scales = layer.weight.scale.float().expand(len(weight), -1)
-            _land(int4.grouped_product(part.numpy(), array(weight), array(scales)), start, factors, wheres)
+            _land(product(part.numpy()), start, factors, wheres)
         elif grouped:
             _land(_grouped_product(part, weight, layer.weight, room).numpy(), start, factors, wheres)
         else:
@@ -109,7 +110,7 @@ def _land(acc: NDArray, start: int, factors: _Factors, wheres: Sequence[Landing]
 def _nibbles_in_groups(weight: QTensor) -> bool:
     """True if ``int4.grouped_product`` takes this weight and the CPU has the instruction that makes it worth while."""
     whole = weight.shape[1] % int4.GROUP == 0 and weight.spec.granularity.group == int4.GROUP
-    return whole and weight.length is not None and has_vnni()
+    return whole and weight.length is not None and int4.VNNI
 
 
 def _grouped_product(x: Tensor, weight: Tensor, quantized: QTensor, acc: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
@@ -25,9 +27,10 @@ GROUP = 128
 TILES, LANES = 2, 16  # tiles of sixteen rows that one task computes together
 ROWS = TILES * LANES
 TOKENS = 8  # activation rows a task takes at once: 16 sums in registers, and 36 KiB in use for K = 1536
+MANY = 128  # activation rows from which threads share them instead of the weight's
 LINES = GROUP // 8  # lines of 64 bytes of a tile in a group
 _FLOATS, _INTS, _INT64 = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES), ir.IntType(64)
-_VNNI = has_vnni()
+VNNI = has_vnni()
 
 
 @intrinsic
@@ -64,7 +67,7 @@ def _sum_group(_typing, codes):  # type: ignore[no-untyped-def]
         total = constant(_INTS, 0)
         for half in range(GROUP // 64):
             line = load(builder, builder.add(arguments[0], _INT64(64 * half)), _INTS, 1)
-            total = dot_unsigned_signed(builder, _VNNI, total, constant(_INTS, 0x08080808), line)
+            total = dot_unsigned_signed(builder, VNNI, total, constant(_INTS, 0x08080808), line)
         name = f"llvm.vector.reduce.add.v{LANES}i32"
         function = builder.module.globals.get(name)
         if function is None:
@@ -105,7 +108,7 @@ def _multiply_tile(_typing, x, tiles, scales, sums, out, x_row, scale_row, out_r
                         data = builder.and_(data, constant(_INTS, 0x0F0F0F0F))
                         for token in range(TOKENS):
                             slot = totals[token, tile]
-                            total = dot_unsigned_signed(builder, _VNNI, builder.load(slot), data, quads[token])
+                            total = dot_unsigned_signed(builder, VNNI, builder.load(slot), data, quads[token])
                             builder.store(total, slot)
             own = builder.add(scales, builder.mul(scale_row, group.index))
             for (token, tile), slot in totals.items():
@@ -142,14 +145,20 @@ def _bytes_apart(word):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def multiply(x, sums, weight, scales, out):  # type: ignore[no-untyped-def]
+def multiply(x, sums, weight, scales, out, parts):  # type: ignore[no-untyped-def]
     """``x`` uint64 (M, K / 8) and ``sums`` (M, groups) from ``reorder``, ``weight`` canonical uint8 (N, K / 2),
-    ``scales`` float32 (groups, N) -> ``out`` float32 (M, N); here M and N are padded to TOKENS and ROWS."""
-    for block in prange(out.shape[1] // ROWS):
+    ``scales`` float32 (groups, N) -> ``out`` float32 (M, N); here M and N are padded to TOKENS and ROWS.
+
+    Each of ``parts`` of the rows of x by itself: a thread's rows stay in its own cache for what lands them.
+    """
+    blocks, steps = out.shape[1] // ROWS, out.shape[0] // TOKENS
+    for task in prange(parts * blocks):
+        part, first = task // blocks, task % blocks * ROWS
         tiles = np.empty(TILES * weight.shape[1] * LANES + 64, np.uint8)
         where = (types.int64(tiles.ctypes.data) + 63) // 64 * 64
-        _fill_tiles(weight, block * ROWS, where)
-        _multiply_block(x, sums, scales, out, block * ROWS, where)
+        _fill_tiles(weight, first, where)
+        start, stop = part * steps // parts * TOKENS, (part + 1) * steps // parts * TOKENS
+        _multiply_block(x[start:stop], sums[start:stop], scales, out[start:stop], first, where)
 
 
 @njit(cache=True, nogil=True)
@@ -189,19 +198,25 @@ def _multiply_block(x, sums, scales, out, first, tiles):  # type: ignore[no-unty
         _multiply_tile(source, tiles, scale, bias, into, x_row, scale_row, out_row, types.int64(groups))
 
 
-def grouped_product(
-    codes: NDArray[np.int8], weight: NDArray[np.uint8], scales: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Sum over groups of float32(x_g . w_g) * scale: codes (M, K) by canonical int4 (N, K / 2), K a multiple of 128,
-    scales (N, K / 128) -> float32 (M, N), part of a padded array."""
-    rows, groups = len(codes), codes.shape[1] // GROUP
-    padded_rows, padded_columns = -(-rows // TOKENS) * TOKENS, -(-len(weight) // ROWS) * ROWS
-    columns = np.zeros((groups, padded_columns), np.float32)
-    columns[:, : len(weight)] = scales.T
-    words = codes.view(np.uint64)
-    reordered, sums = np.empty((padded_rows, words.shape[1]), np.uint64), np.empty((padded_rows, groups), np.int32)
-    reordered[rows:], sums[rows:] = 0, 0
-    reorder(words, reordered, sums)
-    out = np.empty((padded_rows, padded_columns), np.float32)
-    multiply(reordered, sums, weight, columns, out)
-    return out[:rows, : len(weight)]
+class GroupedProduct:
+    """Sum over groups of float32(x_g . w_g) * scale for one weight: canonical int4 (N, K / 2), K a multiple of 128,
+    scales (N, K / 128); up to ``most`` activation rows a call. Each call overwrites what the one before returned."""
+
+    def __init__(self, weight: NDArray[np.uint8], scales: NDArray[np.float32], most: int) -> None:
+        self.weight, self.groups = weight, scales.shape[1]
+        padded_rows, padded_columns = -(-most // TOKENS) * TOKENS, -(-len(weight) // ROWS) * ROWS
+        self._scales = np.zeros((self.groups, padded_columns), np.float32)
+        self._scales[:, : len(weight)] = scales.T
+        # torch's memory: numpy asks for huge pages, which are zeroed anew at every call
+        self._out = torch.empty(padded_rows, padded_columns, dtype=torch.float32).numpy()
+
+    def __call__(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
+        """int8 (M, K) -> float32 (M, N)."""
+        rows, words = len(codes), codes.view(np.uint64)
+        padded = -(-rows // TOKENS) * TOKENS
+        reordered, sums = np.empty((padded, words.shape[1]), np.uint64), np.empty((padded, self.groups), np.int32)
+        reordered[rows:], sums[rows:] = 0, 0
+        reorder(words, reordered, sums)
+        out = self._out[:padded]
+        multiply(reordered, sums, self.weight, self._scales, out, numba.get_num_threads() if rows >= MANY else 1)
+        return out[:rows, : len(self.weight)]
