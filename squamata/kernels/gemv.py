@@ -32,6 +32,7 @@ _INTS = ir.VectorType(INT32, ROWS)
 _BYTES = ir.VectorType(ir.IntType(8), 4 * ROWS)
 _PAIRS = ir.VectorType(ir.IntType(16), 2 * ROWS)
 _INT64 = ir.IntType(64)
+PREFETCH_BYTES = 8 << 10  # ahead of the line in use: further than the hardware goes by itself
 
 
 def load(builder: ir.IRBuilder, where: ir.Value, kind: ir.Type, align: int) -> ir.Value:
@@ -49,6 +50,16 @@ def store(builder: ir.IRBuilder, value: ir.Value, where: ir.Value, align: int) -
 def offset(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, size: int, extra: int = 0) -> ir.Value:
     """``base + index * size + extra``."""
     return builder.add(builder.add(base, builder.mul(index, _INT64(size))), _INT64(extra))
+
+
+def emit_prefetch(builder: ir.IRBuilder, where: ir.Value, level: int = 3) -> None:
+    """Ask for the cache line at an address, which need not be valid, into the first (3) or second (2) level."""
+    pointer = ir.IntType(8).as_pointer()
+    signature = ir.FunctionType(ir.VoidType(), [pointer, INT32, INT32, INT32])
+    name = "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
+    read, data = INT32(0), INT32(1)
+    builder.call(function, (builder.inttoptr(where, pointer), read, INT32(level), data))
 
 
 def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = ROWS) -> ir.Value:
@@ -183,7 +194,9 @@ def _tile_product(kind: Kind, vnni: bool) -> Any:
                 with cgutils.for_range(builder, steps) as loop:
                     line = builder.add(start, builder.mul(loop.index, _INT64(UNROLL)))
                     for step, part in enumerate(parts):
-                        data = load(builder, offset(builder, weights, line, LINE_BYTES, step * LINE_BYTES), _INTS, 64)
+                        place = offset(builder, weights, line, LINE_BYTES, step * LINE_BYTES)
+                        emit_prefetch(builder, builder.add(place, _INT64(PREFETCH_BYTES)))
+                        data = load(builder, place, _INTS, 64)
                         where = offset(builder, x, line, lane_bytes, step * lane_bytes)
                         builder.store(advance(builder, builder.load(part), data, where), part)
                 a, b, c, d = (builder.load(part) for part in parts)

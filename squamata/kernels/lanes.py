@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from squamata.kernels.gemv import load, offset, splat, store
+from squamata.kernels.gemv import emit_prefetch, load, offset, splat, store
 from squamata.kernels.simd import FLOAT, INT32, call, constant, emit_clamp, emit_exp, emit_round_away
 
 LANES = 16
@@ -245,24 +245,18 @@ def close_row(_typing, scratch, row, blocks, inverse, low, high, rounding):  # t
     return types.none(*[types.int64] * 3, *[types.float32] * 3, types.int64), codegen
 
 
-def emit_prefetch(builder: ir.IRBuilder, where: ir.Value, lines: ir.Value) -> None:
+def emit_prefetch_lines(builder: ir.IRBuilder, where: ir.Value, lines: ir.Value) -> None:
     """Ask for ``lines`` cache lines of 64 bytes from ``where`` on to be brought into the second-level cache."""
-    pointer = ir.IntType(8).as_pointer()
-    signature = ir.FunctionType(ir.VoidType(), [pointer, INT32, INT32, INT32])
-    name = "llvm.prefetch.p0"
-    function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
-    read, second_level, data = INT32(0), INT32(2), INT32(1)
     with cgutils.for_range(builder, lines) as loop:
-        address = builder.inttoptr(offset(builder, where, loop.index, 64), pointer)
-        builder.call(function, (address, read, second_level, data))
+        emit_prefetch(builder, offset(builder, where, loop.index, 64), level=2)
 
 
 @intrinsic
 def prefetch_lines(_typing, where, lines):  # type: ignore[no-untyped-def]
-    """See :func:`emit_prefetch`."""
+    """See :func:`emit_prefetch_lines`."""
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        emit_prefetch(builder, *arguments)
+        emit_prefetch_lines(builder, *arguments)
         return ir.Constant(ir.IntType(8).as_pointer(), None)
 
     return types.none(types.int64, types.int64), codegen

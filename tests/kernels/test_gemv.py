@@ -71,7 +71,9 @@ def test_float_activations(rows: int, columns: int, kind: str, portable: bool) -
         q = q >> 4
         weight, packed = q * scale[:, None], packing.tile_int4(q, scale, bias, integer_activations=False)
     exact = weight.astype(np.float64) @ x + bias
-    np.testing.assert_allclose(gemv(packed, x, portable=portable), exact, rtol=1e-5, atol=1e-5 * np.abs(weight).max() * columns**0.5)
+    np.testing.assert_allclose(
+        gemv(packed, x, portable=portable), exact, rtol=1e-5, atol=1e-5 * np.abs(weight).max() * columns**0.5
+    )
 
 
 @pytest.mark.parametrize("columns", [1, 7, 128])

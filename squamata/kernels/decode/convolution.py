@@ -50,11 +50,10 @@ def _four_taps(integer: bool) -> Any:
                 total = term if total is None else builder.fadd(total, term)
             store(builder, total, offset(builder, out, loop.index, 64), 4)
             entering = builder.trunc(builder.fptosi(new, INTS), row) if integer else new
-            spread = list(range(LANES)) + [0] * (_PAST - 1) * LANES
-            entering = builder.shuffle_vector(
-                entering, ir.Constant(row, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), _PAST * LANES), spread)
-            )
-            picks = ir.Constant(ir.VectorType(ir.IntType(32), _PAST * LANES), _MOVED_ON)
+            both = ir.VectorType(ir.IntType(32), _PAST * LANES)
+            spread = ir.Constant(both, [*range(LANES), *[0] * (_PAST - 1) * LANES])
+            entering = builder.shuffle_vector(entering, ir.Constant(row, ir.Undefined), spread)
+            picks = ir.Constant(both, _MOVED_ON)
             store(builder, builder.shuffle_vector(past, entering, picks), where, 1)
         return ir.Constant(ir.IntType(8).as_pointer(), None)
 

@@ -337,5 +337,7 @@ class DecodePlan:
         self._logits = logits[: head.rows]
         self._shared[0]["h"], self._shared[0]["logits"] = address(self._h), address(logits)
         private = dict.fromkeys(("residual", "row", "codes"), width) | dict.fromkeys(("low", "low_codes"), low)
-        private |= dict.fromkeys(("inner", "mixed", "inner_codes"), inner) | state | {"sums": sums, "state": ROWS * small}
+        private |= (
+            dict.fromkeys(("inner", "mixed", "inner_codes"), inner) | state | {"sums": sums, "state": ROWS * small}
+        )
         self._privates = np.concatenate([record(PRIVATE, private) for _ in range(numba.config.NUMBA_NUM_THREADS)])  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from squamata.kernels.gemv import load, offset, splat, store
-from squamata.kernels.lanes import BYTES, FLOATS, INTS, LANES, emit_prefetch, emit_rounded
+from squamata.kernels.lanes import BYTES, FLOATS, INTS, LANES, emit_prefetch_lines, emit_rounded
 from squamata.kernels.simd import FLOAT, call, constant, emit_exp
 
 ROWS = 16
@@ -81,7 +81,9 @@ def _sixteen(per_state_decay: bool, integer: bool) -> Any:
         float_bytes = builder.mul(blocks, _INT64(4 * LANES))
         with cgutils.for_range(builder, _INT64(ROWS)) as rows:
             row = rows.index
-            emit_prefetch(builder, builder.add(soon, builder.mul(builder.mul(row, soon_lines), _INT64(64))), soon_lines)
+            emit_prefetch_lines(
+                builder, builder.add(soon, builder.mul(builder.mul(row, soon_lines), _INT64(64))), soon_lines
+            )
             state_row = builder.add(data, builder.mul(row, row_bytes))
             here = builder.mul(row, float_bytes)
             rate = splat(builder, load(builder, builder.add(decays, builder.mul(row, decay_step)), FLOAT, 4))

@@ -193,7 +193,10 @@ def _multiply_block(x, sums, scales, out, first, tiles):  # type: ignore[no-unty
     scale = types.int64(scales.ctypes.data + 4 * first)
     for row in range(0, rows, TOKENS):
         out[row : row + TOKENS, first : first + ROWS] = types.float32(0.0)
-        source, into = types.int64(x.ctypes.data + x_row * row), types.int64(out.ctypes.data + out_row * row + 4 * first)
+        source, into = (
+            types.int64(x.ctypes.data + x_row * row),
+            types.int64(out.ctypes.data + out_row * row + 4 * first),
+        )
         bias = types.int64(sums.ctypes.data + 4 * groups * row)
         _multiply_tile(source, tiles, scale, bias, into, x_row, scale_row, out_row, types.int64(groups))
 
