@@ -108,7 +108,7 @@ class _Arena:
         size = count * np.dtype(dtype).itemsize
         if self.next + size > self.end:
             return None
-        array = np.frombuffer(self.memory, dtype, count, self.next)
+        array: NDArray = np.frombuffer(self.memory, dtype, count, self.next)
         self.next += -(-size // PAGE) * PAGE
         return array
 

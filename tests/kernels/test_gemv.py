@@ -88,3 +88,12 @@ def test_what_does_not_fit_is_refused() -> None:
         packing.tile_int4(np.zeros((4, 48), np.int8), np.ones((4, 3), np.float32), group=16)
     with pytest.raises(ValueError, match="int8"):
         gemv(packing.tile_int8(np.zeros((4, 8), np.int8)), np.zeros(8, np.float32))
+
+
+def test_memory_is_zeroed_aligned_and_apart() -> None:
+    arrays = [packing.allocate(count, np.uint32) for count in (1, 5000, 3, packing.ARENA_BYTES // 4, 7)]
+    for array in arrays:
+        assert not array.any() and array.ctypes.data % packing.PAGE == 0
+        array[:] = 1 + id(array) % 1000
+    for array in arrays:
+        assert (array == 1 + id(array) % 1000).all()

@@ -8,7 +8,7 @@ one tree of shuffles adds sixteen rows and one division serves them all. Values 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -22,6 +22,28 @@ from squamata.kernels.simd import FLOAT, call, constant, emit_exp
 ROWS = 16
 _INT64 = ir.IntType(64)
 Combine = Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
+
+
+class _Arguments(NamedTuple):
+    """Of the intrinsics, see ``_sixteen``."""
+
+    data: ir.Value
+    scratch: ir.Value
+    scales: ir.Value
+    a: ir.Value
+    b: ir.Value
+    c: ir.Value
+    decays: ir.Value
+    drives: ir.Value
+    blocks: ir.Value
+    decay_step: ir.Value
+    soon: ir.Value
+    soon_lines: ir.Value
+    span: ir.Value
+    least: ir.Value
+    low: ir.Value
+    high: ir.Value
+    rounding: ir.Value
 
 
 def _larger(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
@@ -73,57 +95,21 @@ def _sixteen(per_state_decay: bool, integer: bool) -> Any:
     """
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        data, scratch, scales, a, b, c, decays, drives, blocks, decay_step, soon, soon_lines = arguments[:12]
-        span, least, low, high, rounding = arguments[12:]
+        given = _Arguments(*arguments)
         totals = cgutils.alloca_once(builder, FLOATS, size=ROWS)
         mosts = cgutils.alloca_once(builder, FLOATS, size=ROWS)
-        row_bytes = builder.mul(blocks, _INT64(LANES if integer else 4 * LANES))
-        float_bytes = builder.mul(blocks, _INT64(4 * LANES))
+        row_bytes = builder.mul(given.blocks, _INT64(LANES if integer else 4 * LANES))
         with cgutils.for_range(builder, _INT64(ROWS)) as rows:
-            row = rows.index
-            emit_prefetch_lines(
-                builder, builder.add(soon, builder.mul(builder.mul(row, soon_lines), _INT64(64))), soon_lines
-            )
-            state_row = builder.add(data, builder.mul(row, row_bytes))
-            here = builder.mul(row, float_bytes)
-            rate = splat(builder, load(builder, builder.add(decays, builder.mul(row, decay_step)), FLOAT, 4))
-            drive = splat(builder, load(builder, offset(builder, drives, row, 4), FLOAT, 4))
-            scale = splat(builder, load(builder, offset(builder, scales, row, 4), FLOAT, 4)) if integer else None
-            total = cgutils.alloca_once_value(builder, constant(FLOATS, 0.0))
-            most = cgutils.alloca_once_value(builder, constant(FLOATS, 0.0))
-            with cgutils.for_range(builder, blocks) as loop:
-
-                def at(base: ir.Value, index: ir.Value = loop.index) -> ir.Value:
-                    return load(builder, offset(builder, base, index, 64), FLOATS, 4)
-
-                if integer:
-                    codes = load(builder, offset(builder, state_row, loop.index, LANES), BYTES, 1)
-                    state = builder.fmul(builder.sitofp(builder.sext(codes, INTS), FLOATS), scale)
-                else:
-                    state = at(state_row)
-                factor = emit_exp(builder, builder.fmul(rate, at(builder.add(a, here)))) if per_state_decay else rate
-                state = builder.fadd(builder.fmul(factor, state), builder.fmul(drive, at(b)))
-                builder.store(builder.fadd(builder.load(total), builder.fmul(state, at(c))), total)
-                into = builder.add(scratch, here) if integer else state_row
-                store(builder, state, offset(builder, into, loop.index, 64), 4)
-                if integer:
-                    builder.store(_larger(builder, builder.load(most), call(builder, "fabs", (state,))), most)
-            builder.store(builder.load(total), builder.gep(totals, [row]))
-            builder.store(builder.load(most), builder.gep(mosts, [row]))
-
-        def gathered(table: ir.Value, combine: Combine) -> ir.Value:
-            vectors = [builder.load(builder.gep(table, [_INT64(r)])) for r in range(ROWS)]
-            return _across(builder, vectors, combine)
-
-        store(builder, gathered(totals, _add), drives, 4)
+            total, most = _advance_row(builder, given, rows.index, row_bytes, per_state_decay, integer)
+            builder.store(total, builder.gep(totals, [rows.index]))
+            builder.store(most, builder.gep(mosts, [rows.index]))
+        store(builder, _gathered(builder, totals, _add), given.drives, 4)
         if integer:
-            scale = builder.fdiv(gathered(mosts, _larger), splat(builder, span))
-            scale = _larger(builder, splat(builder, least), scale)
-            store(builder, scale, scales, 4)
-            inverse = builder.fdiv(constant(FLOATS, 1.0), scale)
-            builder.store(inverse, totals)
-            inverses = builder.ptrtoint(totals, _INT64)
-            _close(builder, (scratch, data, inverses, blocks, row_bytes, low, high, rounding))
+            scale = builder.fdiv(_gathered(builder, mosts, _larger), splat(builder, given.span))
+            scale = _larger(builder, splat(builder, given.least), scale)
+            store(builder, scale, given.scales, 4)
+            builder.store(builder.fdiv(constant(FLOATS, 1.0), scale), totals)
+            _close(builder, given, builder.ptrtoint(totals, _INT64), row_bytes)
         return ir.Constant(ir.IntType(8).as_pointer(), None)
 
     def typed(  # type: ignore[no-untyped-def]
@@ -135,16 +121,54 @@ def _sixteen(per_state_decay: bool, integer: bool) -> Any:
     return intrinsic(typed)
 
 
-def _close(builder: ir.IRBuilder, arguments: Sequence[ir.Value]) -> None:
-    """Sixteen rows of scratch become codes."""
-    scratch, data, inverses, blocks, row_bytes, low, high, rounding = arguments
-    low, high = splat(builder, low), splat(builder, high)
+def _advance_row(
+    builder: ir.IRBuilder, given: _Arguments, row: ir.Value, row_bytes: ir.Value, per_state_decay: bool, integer: bool
+) -> tuple[ir.Value, ir.Value]:
+    """One of the sixteen; returns the partial sums of its product with C, and its largest magnitudes."""
+    soon = builder.add(given.soon, builder.mul(builder.mul(row, given.soon_lines), _INT64(64)))
+    emit_prefetch_lines(builder, soon, given.soon_lines)
+    state_row = builder.add(given.data, builder.mul(row, row_bytes))
+    here = builder.mul(row, builder.mul(given.blocks, _INT64(4 * LANES)))
+    rate = splat(builder, load(builder, builder.add(given.decays, builder.mul(row, given.decay_step)), FLOAT, 4))
+    drive = splat(builder, load(builder, offset(builder, given.drives, row, 4), FLOAT, 4))
+    scale = splat(builder, load(builder, offset(builder, given.scales, row, 4), FLOAT, 4)) if integer else None
+    total = cgutils.alloca_once_value(builder, constant(FLOATS, 0.0))
+    most = cgutils.alloca_once_value(builder, constant(FLOATS, 0.0))
+    into = builder.add(given.scratch, here) if integer else state_row
+    with cgutils.for_range(builder, given.blocks) as loop:
+
+        def at(base: ir.Value) -> ir.Value:
+            return load(builder, offset(builder, base, loop.index, 64), FLOATS, 4)
+
+        if integer:
+            codes = load(builder, offset(builder, state_row, loop.index, LANES), BYTES, 1)
+            state = builder.fmul(builder.sitofp(builder.sext(codes, INTS), FLOATS), scale)
+        else:
+            state = at(state_row)
+        factor = emit_exp(builder, builder.fmul(rate, at(builder.add(given.a, here)))) if per_state_decay else rate
+        state = builder.fadd(builder.fmul(factor, state), builder.fmul(drive, at(given.b)))
+        builder.store(builder.fadd(builder.load(total), builder.fmul(state, at(given.c))), total)
+        store(builder, state, offset(builder, into, loop.index, 64), 4)
+        if integer:
+            builder.store(_larger(builder, builder.load(most), call(builder, "fabs", (state,))), most)
+    return builder.load(total), builder.load(most)
+
+
+def _gathered(builder: ir.IRBuilder, table: ir.Value, combine: Combine) -> ir.Value:
+    vectors = [builder.load(builder.gep(table, [_INT64(row)])) for row in range(ROWS)]
+    return _across(builder, vectors, combine)
+
+
+def _close(builder: ir.IRBuilder, given: _Arguments, inverses: ir.Value, row_bytes: ir.Value) -> None:
+    """Sixteen rows of scratch become codes; ``inverses``: address of the reciprocals of their scales."""
+    blocks, rounding = given.blocks, given.rounding
+    low, high = splat(builder, given.low), splat(builder, given.high)
 
     def rows_with(half_even: bool) -> None:
         with cgutils.for_range(builder, _INT64(ROWS)) as rows:
             inverse = splat(builder, load(builder, offset(builder, inverses, rows.index, 4), FLOAT, 4))
-            source = builder.add(scratch, builder.mul(rows.index, builder.mul(blocks, _INT64(4 * LANES))))
-            into = builder.add(data, builder.mul(rows.index, row_bytes))
+            source = builder.add(given.scratch, builder.mul(rows.index, builder.mul(blocks, _INT64(4 * LANES))))
+            into = builder.add(given.data, builder.mul(rows.index, row_bytes))
             with cgutils.for_range(builder, blocks) as loop:
                 scaled = builder.fmul(load(builder, offset(builder, source, loop.index, 64), FLOATS, 4), inverse)
                 code = emit_rounded(builder, scaled, low, high, None if half_even else rounding)
