@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from squamata.kernels.memory import address, call_address, view_float32, view_int8, view_int32
+from squamata.kernels.memory import address, call_address, slice_float32, view_int8, view_int32
 from squamata.kernels.packing import LINE_BYTES, ROWS, UNROLL, Kind, PackedLinear
 from squamata.kernels.simd import FLOAT, INT32, constant, emit_fma, has_vnni
 
@@ -32,6 +32,7 @@ _INTS = ir.VectorType(INT32, ROWS)
 _BYTES = ir.VectorType(ir.IntType(8), 4 * ROWS)
 _PAIRS = ir.VectorType(ir.IntType(16), 2 * ROWS)
 _INT64 = ir.IntType(64)
+PREFETCH_BYTES = 8 << 10  # ahead of the line in use: further than the hardware goes by itself
 
 
 def load(builder: ir.IRBuilder, where: ir.Value, kind: ir.Type, align: int) -> ir.Value:
@@ -51,6 +52,16 @@ def offset(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, size: int, ex
     return builder.add(builder.add(base, builder.mul(index, _INT64(size))), _INT64(extra))
 
 
+def emit_prefetch(builder: ir.IRBuilder, where: ir.Value, level: int = 3) -> None:
+    """Ask for the cache line at an address, which need not be valid, into the first (3) or second (2) level."""
+    pointer = ir.IntType(8).as_pointer()
+    signature = ir.FunctionType(ir.VoidType(), [pointer, INT32, INT32, INT32])
+    name = "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
+    read, data = INT32(0), INT32(1)
+    builder.call(function, (builder.inttoptr(where, pointer), read, INT32(level), data))
+
+
 def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = ROWS) -> ir.Value:
     """The same scalar in every lane."""
     kind = ir.VectorType(value.type, lanes)
@@ -58,7 +69,7 @@ def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = ROWS) -> ir.Value
     return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), constant(ir.VectorType(INT32, lanes), 0))
 
 
-def _dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+def dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
     """``total[lane] += sum of four uint8 x int8 products``; all arguments are <16 x i32>."""
     if vnni:
         name = "llvm.x86.avx512.vpdpbusd.512"
@@ -76,6 +87,15 @@ def _dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: 
             picks = ir.Constant(_INTS, [2 * lane + first for lane in range(ROWS)])
             total = builder.add(total, builder.shuffle_vector(product, ir.Constant(wide, ir.Undefined), picks))
     return total
+
+
+def _nibble_values(builder: ir.IRBuilder, index: ir.Value) -> ir.Value:
+    """The low nibble of each lane minus 8, as float: one look-up in a register, exact."""
+    name = "llvm.x86.avx512.permvar.sf.512"
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS, _INTS]), name)
+    return builder.call(function, (ir.Constant(_FLOATS, [nibble - 8.0 for nibble in range(16)]), index))
 
 
 def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]:
@@ -108,6 +128,13 @@ def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Val
         return total
 
     def int4(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        for k in range(8):
+            low = 8 * (k % 4) + 4 * (k // 4)
+            index = builder.lshr(line, constant(_INTS, low)) if low else line
+            total = emit_fma(builder, _nibble_values(builder, index), broadcast_float(builder, x, k), total)
+        return total
+
+    def int4_portable(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
         line = builder.xor(line, constant(_INTS, 0x88888888))  # value + 8 -> two's complement
         for k in range(8):
             low = 8 * (k % 4) + 4 * (k // 4)
@@ -116,15 +143,15 @@ def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Val
 
     def int8_int8(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
         shifted = builder.xor(load(builder, x, INT32, 4), INT32(-0x7F7F7F80))  # x + 128, unsigned
-        return _dot_unsigned_signed(builder, vnni, total, splat(builder, shifted), line)
+        return dot_unsigned_signed(builder, vnni, total, splat(builder, shifted), line)
 
     def int4_int8(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
         nibbles = constant(_INTS, 0x0F0F0F0F)
         low, high = builder.and_(line, nibbles), builder.and_(builder.lshr(line, constant(_INTS, 4)), nibbles)
-        total = _dot_unsigned_signed(builder, vnni, total, low, broadcast_quad(builder, x, 0))
-        return _dot_unsigned_signed(builder, vnni, total, high, broadcast_quad(builder, x, 4))
+        total = dot_unsigned_signed(builder, vnni, total, low, broadcast_quad(builder, x, 0))
+        return dot_unsigned_signed(builder, vnni, total, high, broadcast_quad(builder, x, 4))
 
-    return (float32, bfloat16, int8, int4, int8_int8, int4_int8)[kind]
+    return (float32, bfloat16, int8, int4 if vnni else int4_portable, int8_int8, int4_int8)[kind]
 
 
 def _tile_product(kind: Kind, vnni: bool) -> Any:
@@ -167,7 +194,9 @@ def _tile_product(kind: Kind, vnni: bool) -> Any:
                 with cgutils.for_range(builder, steps) as loop:
                     line = builder.add(start, builder.mul(loop.index, _INT64(UNROLL)))
                     for step, part in enumerate(parts):
-                        data = load(builder, offset(builder, weights, line, LINE_BYTES, step * LINE_BYTES), _INTS, 64)
+                        place = offset(builder, weights, line, LINE_BYTES, step * LINE_BYTES)
+                        emit_prefetch(builder, builder.add(place, _INT64(PREFETCH_BYTES)))
+                        data = load(builder, place, _INTS, 64)
                         where = offset(builder, x, line, lane_bytes, step * lane_bytes)
                         builder.store(advance(builder, builder.load(part), data, where), part)
                 a, b, c, d = (builder.load(part) for part in parts)
@@ -192,6 +221,7 @@ _int8 = _tile_product(Kind.INT8, _VNNI)
 _int4 = _tile_product(Kind.INT4, _VNNI)
 _int8_int8 = _tile_product(Kind.INT8_INT8, _VNNI)
 _int4_int8 = _tile_product(Kind.INT4_INT8, _VNNI)
+_int4_portable = _tile_product(Kind.INT4, False)
 _int8_int8_portable = _tile_product(Kind.INT8_INT8, False)
 _int4_int8_portable = _tile_product(Kind.INT4_INT8, False)
 
@@ -220,6 +250,10 @@ def _rows_int4_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
     _int4_int8(out, x, tiles, extra, sums, lines, group_lines, first, last)
 
 
+def _rows_int4_portable(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int4_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
 def _rows_int8_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
     _int8_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
 
@@ -229,13 +263,17 @@ def _rows_int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, fir
 
 
 _ROWS = (_rows_float32, _rows_bfloat16, _rows_int8, _rows_int4, _rows_int8_int8, _rows_int4_int8)
-_PORTABLE_ROWS = {Kind.INT8_INT8: _rows_int8_int8_portable, Kind.INT4_INT8: _rows_int4_int8_portable}
+_PORTABLE_ROWS = {
+    Kind.INT4: _rows_int4_portable,
+    Kind.INT8_INT8: _rows_int8_int8_portable,
+    Kind.INT4_INT8: _rows_int4_int8_portable,
+}
 
 
 @cache
 def product_address(kind: Kind, portable: bool = False) -> int:
     """Address of the compiled ``void(9 x int64)`` of one kind, compiled on first use; see ``_tile_product``."""
-    rows = _PORTABLE_ROWS[kind] if portable else _ROWS[kind]
+    rows = _PORTABLE_ROWS.get(kind, _ROWS[kind]) if portable else _ROWS[kind]
     compiled = cfunc(types.void(*[types.int64] * 9), cache=True)(rows)
     _COMPILED.append(compiled)
     assert compiled.address is not None
@@ -265,21 +303,20 @@ def sum_groups(x, group, groups, sums):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def scale_rows(out, scale, bias, x_scale, start, stop):  # type: ignore[no-untyped-def]
     """In place ``out[n] = out[n] * (x_scale * scale[n]) + bias[n]`` at addresses; no bias if its address is 0."""
-    y = view_float32(out, stop)
-    s = view_float32(scale, stop)
+    y, s = slice_float32(out, start, stop), slice_float32(scale, start, stop)
     if bias == 0:
-        for n in range(start, stop):
+        for n in range(y.size):
             y[n] = y[n] * (x_scale * s[n])
     else:
-        b = view_float32(bias, stop)
-        for n in range(start, stop):
+        b = slice_float32(bias, start, stop)
+        for n in range(y.size):
             y[n] = y[n] * (x_scale * s[n]) + b[n]
 
 
 def gemv(packed: PackedLinear, x: NDArray, x_scale: float = 1.0, portable: bool = False) -> NDArray[np.float32]:
     """One product on one thread: x (K,) int8 or float32, as the kind wants -> y (N,) float32.
 
-    ``portable`` avoids the int8 dot-product instruction (integer kinds only), to test one against the other.
+    ``portable`` avoids the instructions of AVX-512 VNNI where the kind uses them, to test one against the other.
     """
     dtype = np.int8 if packed.kind.integer_activations else np.float32
     if x.dtype != dtype or x.shape != (packed.columns,):

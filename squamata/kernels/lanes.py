@@ -1,4 +1,4 @@
-"""Row kernels emitted as sixteen-lane LLVM IR: reductions, the state update, the in-register butterfly.
+"""Row kernels emitted as sixteen-lane LLVM IR: reductions, landing on a grid, the update of one row of the state.
 
 LLVM keeps the order of a float sum and therefore does not vectorize one; these loops say which order they use
 (sixteen interleaved partial sums, then pairwise). Lengths are in blocks of sixteen; callers do the rest one by one.
@@ -15,13 +15,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from squamata.kernels.gemv import load, offset, splat, store
+from squamata.kernels.gemv import emit_prefetch, load, offset, splat, store
 from squamata.kernels.simd import FLOAT, INT32, call, constant, emit_clamp, emit_exp, emit_round_away
 
 LANES = 16
-_FLOATS = ir.VectorType(FLOAT, LANES)
-_INTS = ir.VectorType(INT32, LANES)
-_BYTES = ir.VectorType(ir.IntType(8), LANES)
+FLOATS = ir.VectorType(FLOAT, LANES)
+INTS = ir.VectorType(INT32, LANES)
+BYTES = ir.VectorType(ir.IntType(8), LANES)
 _INT64 = ir.IntType(64)
 
 
@@ -47,9 +47,9 @@ def sum_of_squares(_typing, row, blocks):  # type: ignore[no-untyped-def]
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         row, blocks = arguments
-        total = cgutils.alloca_once_value(builder, constant(_FLOATS, 0.0))
+        total = cgutils.alloca_once_value(builder, constant(FLOATS, 0.0))
         with cgutils.for_range(builder, blocks) as loop:
-            x = load(builder, offset(builder, row, loop.index, 64), _FLOATS, 4)
+            x = load(builder, offset(builder, row, loop.index, 64), FLOATS, 4)
             builder.store(builder.fadd(builder.load(total), builder.fmul(x, x)), total)
         return _horizontal(builder, builder.load(total))
 
@@ -62,9 +62,9 @@ def largest_magnitude(_typing, row, blocks):  # type: ignore[no-untyped-def]
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         row, blocks = arguments
-        most = cgutils.alloca_once_value(builder, constant(_FLOATS, 0.0))
+        most = cgutils.alloca_once_value(builder, constant(FLOATS, 0.0))
         with cgutils.for_range(builder, blocks) as loop:
-            x = call(builder, "fabs", (load(builder, offset(builder, row, loop.index, 64), _FLOATS, 4),))
+            x = call(builder, "fabs", (load(builder, offset(builder, row, loop.index, 64), FLOATS, 4),))
             so_far = builder.load(most)
             builder.store(builder.select(builder.fcmp_ordered(">", x, so_far), x, so_far), most)
         return _horizontal(builder, builder.load(most), maximum=True)
@@ -72,23 +72,64 @@ def largest_magnitude(_typing, row, blocks):  # type: ignore[no-untyped-def]
     return types.float32(types.int64, types.int64), codegen
 
 
-@intrinsic
-def butterfly_16(_typing, row, blocks):  # type: ignore[no-untyped-def]
-    """Walsh-Hadamard transform, not normalized, of every block of sixteen float32, in place."""
+def emit_rounded(
+    builder: ir.IRBuilder, scaled: ir.Value, low: ir.Value, high: ir.Value, rounding: ir.Value | None
+) -> ir.Value:
+    """Codes within low..high as int32: ``rounding`` 1 half-away, 2 towards zero, None half-even (one instruction)."""
+    if rounding is None:
+        code = call(builder, "rint", (scaled,))
+    else:
+        away = builder.icmp_signed("==", rounding, rounding.type(1))
+        code = builder.select(away, emit_round_away(builder, scaled), call(builder, "trunc", (scaled,)))
+    return builder.fptosi(emit_clamp(builder, code, low, high), INTS)
+
+
+def _land(one_scale: bool) -> Any:
+    """Numba intrinsic: values on a grid in place, v = code * scale, code = clamp(round(v * inverse)), codes kept.
+
+    Arguments: addresses of the values (16 * blocks,) and of the codes int8 (0: not kept); blocks; inverse and scale,
+    as addresses of one a value, or as float32 if ``one_scale``; low, high (float32); rounding (0 half-even, 1
+    half-away, 2 towards zero).
+    """
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        row, blocks = arguments
-        with cgutils.for_range(builder, blocks) as loop:
-            where = offset(builder, row, loop.index, 64)
-            x = load(builder, where, _FLOATS, 4)
-            for width in (1, 2, 4, 8):
-                signs = ir.Constant(_FLOATS, [-1.0 if lane & width else 1.0 for lane in range(LANES)])
-                swapped = _shuffle(builder, x, [lane ^ width for lane in range(LANES)])
-                x = builder.fadd(swapped, builder.fmul(x, signs))
-            store(builder, x, where, 4)
+        values, codes, blocks, inverse, scale, low, high, rounding = arguments
+        low, high = splat(builder, low), splat(builder, high)
+        if one_scale:
+            inverse, scale = splat(builder, inverse), splat(builder, scale)
+        kept = builder.icmp_signed("!=", codes, codes.type(0))
+
+        def loop_with(rounding: ir.Value | None) -> None:
+            with cgutils.for_range(builder, blocks) as loop:
+
+                def factor(base: ir.Value) -> ir.Value:
+                    return base if one_scale else load(builder, offset(builder, base, loop.index, 64), FLOATS, 4)
+
+                where = offset(builder, values, loop.index, 64)
+                scaled = builder.fmul(load(builder, where, FLOATS, 4), factor(inverse))
+                code = emit_rounded(builder, scaled, low, high, rounding)
+                with builder.if_then(kept):
+                    store(builder, builder.trunc(code, BYTES), offset(builder, codes, loop.index, LANES), 1)
+                store(builder, builder.fmul(builder.sitofp(code, FLOATS), factor(scale)), where, 4)
+
+        with builder.if_else(builder.icmp_signed("==", rounding, rounding.type(0))) as (even, others):
+            with even:
+                loop_with(None)
+            with others:
+                loop_with(rounding)
         return ir.Constant(ir.IntType(8).as_pointer(), None)
 
-    return types.none(types.int64, types.int64), codegen
+    factor_type = types.float32 if one_scale else types.int64
+
+    def typed(_typing, values, codes, blocks, inverse, scale, low, high, rounding):  # type: ignore[no-untyped-def]
+        kinds = (types.int64,) * 3, (factor_type,) * 2, (types.float32,) * 2
+        return types.none(*kinds[0], *kinds[1], *kinds[2], types.int64), codegen
+
+    return intrinsic(typed)
+
+
+land_each = _land(False)
+land_all = _land(True)
 
 
 def _state_row(per_state_decay: bool, integer: bool) -> Any:
@@ -104,19 +145,19 @@ def _state_row(per_state_decay: bool, integer: bool) -> Any:
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         row, a, b, c, scale, inverse, blocks, decay, drive, low, high, rounding = arguments
-        total = cgutils.alloca_once_value(builder, constant(_FLOATS, 0.0))
+        total = cgutils.alloca_once_value(builder, constant(FLOATS, 0.0))
         rate, drive, low, high = (splat(builder, value) for value in (decay, drive, low, high))
         even = builder.icmp_signed("==", rounding, rounding.type(0))
         away = builder.icmp_signed("==", rounding, rounding.type(1))
         with cgutils.for_range(builder, blocks) as loop:
 
             def at(base: ir.Value) -> ir.Value:
-                return load(builder, offset(builder, base, loop.index, 64), _FLOATS, 4)
+                return load(builder, offset(builder, base, loop.index, 64), FLOATS, 4)
 
             where = offset(builder, row, loop.index, LANES if integer else 4 * LANES)
-            state = load(builder, where, _BYTES if integer else _FLOATS, 1)
+            state = load(builder, where, BYTES if integer else FLOATS, 1)
             if integer:
-                state = builder.fmul(builder.sitofp(builder.sext(state, _INTS), _FLOATS), at(scale))
+                state = builder.fmul(builder.sitofp(builder.sext(state, INTS), FLOATS), at(scale))
             factor = emit_exp(builder, builder.fmul(rate, at(a))) if per_state_decay else rate
             state = builder.fadd(builder.fmul(factor, state), builder.fmul(drive, at(b)))
             builder.store(builder.fadd(builder.load(total), builder.fmul(state, at(c))), total)
@@ -125,7 +166,7 @@ def _state_row(per_state_decay: bool, integer: bool) -> Any:
                 code = builder.select(away, emit_round_away(builder, scaled), call(builder, "trunc", (scaled,)))
                 code = builder.select(even, call(builder, "rint", (scaled,)), code)
                 code = emit_clamp(builder, code, low, high)
-                state = builder.trunc(builder.fptosi(code, _INTS), _BYTES)
+                state = builder.trunc(builder.fptosi(code, INTS), BYTES)
             store(builder, state, where, 1)
         return _horizontal(builder, builder.load(total))
 
@@ -149,15 +190,15 @@ def _open_row(per_state_decay: bool) -> Any:
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         row, scratch, a, b, c, blocks, scale, decay, drive = arguments
-        total = cgutils.alloca_once_value(builder, constant(_FLOATS, 0.0))
+        total = cgutils.alloca_once_value(builder, constant(FLOATS, 0.0))
         scale, rate, drive = (splat(builder, value) for value in (scale, decay, drive))
         with cgutils.for_range(builder, blocks) as loop:
 
             def at(base: ir.Value) -> ir.Value:
-                return load(builder, offset(builder, base, loop.index, 64), _FLOATS, 4)
+                return load(builder, offset(builder, base, loop.index, 64), FLOATS, 4)
 
-            codes = load(builder, offset(builder, row, loop.index, LANES), _BYTES, 1)
-            state = builder.fmul(builder.sitofp(builder.sext(codes, _INTS), _FLOATS), scale)
+            codes = load(builder, offset(builder, row, loop.index, LANES), BYTES, 1)
+            state = builder.fmul(builder.sitofp(builder.sext(codes, INTS), FLOATS), scale)
             factor = emit_exp(builder, builder.fmul(rate, at(a))) if per_state_decay else rate
             state = builder.fadd(builder.fmul(factor, state), builder.fmul(drive, at(b)))
             builder.store(builder.fadd(builder.load(total), builder.fmul(state, at(c))), total)
@@ -184,11 +225,11 @@ def close_row(_typing, scratch, row, blocks, inverse, low, high, rounding):  # t
 
         def loop_with(rounded: Any) -> None:
             with cgutils.for_range(builder, blocks) as loop:
-                values = load(builder, offset(builder, scratch, loop.index, 64), _FLOATS, 4)
+                values = load(builder, offset(builder, scratch, loop.index, 64), FLOATS, 4)
                 code = emit_clamp(builder, rounded(builder.fmul(values, inverse)), low, high)
                 store(
                     builder,
-                    builder.trunc(builder.fptosi(code, _INTS), _BYTES),
+                    builder.trunc(builder.fptosi(code, INTS), BYTES),
                     offset(builder, row, loop.index, LANES),
                     1,
                 )
@@ -204,20 +245,18 @@ def close_row(_typing, scratch, row, blocks, inverse, low, high, rounding):  # t
     return types.none(*[types.int64] * 3, *[types.float32] * 3, types.int64), codegen
 
 
+def emit_prefetch_lines(builder: ir.IRBuilder, where: ir.Value, lines: ir.Value) -> None:
+    """Ask for ``lines`` cache lines of 64 bytes from ``where`` on to be brought into the second-level cache."""
+    with cgutils.for_range(builder, lines) as loop:
+        emit_prefetch(builder, offset(builder, where, loop.index, 64), level=2)
+
+
 @intrinsic
 def prefetch_lines(_typing, where, lines):  # type: ignore[no-untyped-def]
-    """Ask for ``lines`` cache lines of 64 bytes from ``where`` on to be brought into the second-level cache."""
+    """See :func:`emit_prefetch_lines`."""
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        where, lines = arguments
-        pointer = ir.IntType(8).as_pointer()
-        signature = ir.FunctionType(ir.VoidType(), [pointer, INT32, INT32, INT32])
-        name = "llvm.prefetch.p0"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
-        read, second_level, data = INT32(0), INT32(2), INT32(1)
-        with cgutils.for_range(builder, lines) as loop:
-            address = builder.inttoptr(offset(builder, where, loop.index, 64), pointer)
-            builder.call(function, (address, read, second_level, data))
-        return ir.Constant(pointer, None)
+        emit_prefetch_lines(builder, *arguments)
+        return ir.Constant(ir.IntType(8).as_pointer(), None)
 
     return types.none(types.int64, types.int64), codegen

@@ -70,6 +70,15 @@ def view_float32(where, count):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def slice_float32(where, start, stop):  # type: ignore[no-untyped-def]
+    """float32 elements start..stop of an array at an address.
+
+    A loop over it from 0 vectorizes; one from ``start`` would test every index for being negative.
+    """
+    return carray(pointer(where + 4 * start), (stop - start,), np.float32)
+
+
+@njit(cache=True)
 def view_int32(where, count):  # type: ignore[no-untyped-def]
     """int32 (count,) at an address."""
     return carray(pointer(where), (count,), np.int32)

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 ROWS = 16
 UNROLL = 4
 LINE_BYTES = 64
-HUGE_PAGE = 2 << 20
+PAGE, HUGE_PAGE = 4 << 10, 2 << 20
+ARENA_BYTES = 8 * HUGE_PAGE
 
 
 class Kind(IntEnum):
@@ -111,14 +112,43 @@ def unpack_flagged(packed: torch.Tensor, columns: int) -> torch.Tensor:
     return codes + 7 * codes.sign() * flags
 
 
+class _Arena:
+    """Memory on huge pages, handed out from front to back; lives as long as any array made from it."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = mmap.mmap(-1, size + HUGE_PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without huge pages
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+        where = np.frombuffer(self.memory, np.uint8).ctypes.data
+        self.next = -where % HUGE_PAGE
+        self.end = self.next + size
+
+    def take(self, count: int, dtype: type) -> NDArray | None:
+        """``count`` elements, or None if they do not fit."""
+        size = count * np.dtype(dtype).itemsize
+        if self.next + size > self.end:
+            return None
+        array: NDArray = np.frombuffer(self.memory, dtype, count, self.next)
+        self.next += -(-size // PAGE) * PAGE
+        return array
+
+
+_arenas: list[_Arena] = []  # the one being filled
+
+
 def allocate(count: int, dtype: type) -> NDArray:
-    """Zeroed, page-aligned array of ``count`` elements; on huge pages where the system has them (faster to stream)."""
-    size = max(1, count * np.dtype(dtype).itemsize)
-    memory = mmap.mmap(-1, size)
-    if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype)[:count]
+    """Zeroed, page-aligned array of ``count`` elements, next to the one before it and on huge pages where the system
+    has them: weights in pages of 4 KiB stream from memory at half the rate.
+    """
+    array = _arenas[0].take(count, dtype) if _arenas else None
+    if array is None:
+        size = max(ARENA_BYTES, -(-count * np.dtype(dtype).itemsize // HUGE_PAGE) * HUGE_PAGE)
+        arena = _Arena(size)
+        array = arena.take(count, dtype)
+        assert array is not None
+        _arenas[:] = [arena]
+    return array
 
 
 def tile_float32(weight: NDArray[np.float32], bias: NDArray[np.float32] | None = None) -> PackedLinear:

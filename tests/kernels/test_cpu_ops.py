@@ -151,7 +151,8 @@ def make_weight(rows: int, columns: int, bits: int = 8, per: str = "channel") ->
     """Random codes with a scale per tensor, per row, or per group of 32."""
     largest = 2 ** (bits - 1) - 1
     codes = torch.randint(-largest, largest + 1, (rows, columns), dtype=torch.int8)
-    shape = {"tensor": (), "channel": (rows, 1), "group(32)": (rows, -(-columns // 32))}[per]
+    groups = {f"group({size})": (rows, -(-columns // size)) for size in (32, 128)}
+    shape = ({"tensor": (), "channel": (rows, 1)} | groups)[per]
     spec = QuantSpec.model_validate({"bits": bits, "granularity": per})
     scale = 0.01 * (0.5 + torch.rand(shape))
     return QTensor(pack_int4(codes), scale, spec, length=columns) if bits == 4 else QTensor(codes, scale, spec)
@@ -187,6 +188,17 @@ def test_linear_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     x, site = quantized(torch.randn(2, 101, 64)), make_site(40)
     (result,), (expected,) = linear_cpu.run(x, layer, [site]), linear_ref.run(x, layer, [site])
     assert_same(result, expected, exact=True)
+
+
+@pytest.mark.parametrize("rows, columns", ((33, 128), (80, 384), (16, 256), (1, 128), (40, 200)))
+def test_linear_in_nibbles_of_128_is_exact(rows: int, columns: int) -> None:
+    layer = Linear(make_weight(rows, columns, 4, "group(128)"), torch.randn(rows))
+    layer.weight.data[:1] = 0x88  # type: ignore[union-attr]  # all -8
+    for length in (1, 8, 21):
+        x = quantized(torch.randn(2, length, columns), "token")
+        for site in (None, make_site(rows)):
+            (result,), (expected,) = linear_cpu.run(x, layer, [site]), linear_ref.run(x, layer, [site])
+            assert_same(result, expected, exact=True)
 
 
 @pytest.mark.parametrize("bits, per", ((8, "channel"), (4, "channel"), (4, "group(32)"), (8, "tensor")))

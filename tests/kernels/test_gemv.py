@@ -52,9 +52,11 @@ def test_int4_with_a_scale_per_row(rows: int, columns: int) -> None:
     assert np.array_equal(gemv(packing.tile_int4(q, scale), x, 0.3), exact * (np.float32(0.3) * scale))
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("kind", "portable"), [("float32", False), ("bfloat16", False), ("int8", False), ("int4", False), ("int4", True)]
+)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_float_activations(rows: int, columns: int, kind: str) -> None:
+def test_float_activations(rows: int, columns: int, kind: str, portable: bool) -> None:
     q, _, scale, bias = random_case(rows, columns)
     x = RNG.standard_normal(columns).astype(np.float32)
     if kind == "float32":
@@ -69,7 +71,9 @@ def test_float_activations(rows: int, columns: int, kind: str) -> None:
         q = q >> 4
         weight, packed = q * scale[:, None], packing.tile_int4(q, scale, bias, integer_activations=False)
     exact = weight.astype(np.float64) @ x + bias
-    np.testing.assert_allclose(gemv(packed, x), exact, rtol=1e-5, atol=1e-5 * np.abs(weight).max() * columns**0.5)
+    np.testing.assert_allclose(
+        gemv(packed, x, portable=portable), exact, rtol=1e-5, atol=1e-5 * np.abs(weight).max() * columns**0.5
+    )
 
 
 @pytest.mark.parametrize("columns", [1, 7, 128])
@@ -84,3 +88,12 @@ def test_what_does_not_fit_is_refused() -> None:
         packing.tile_int4(np.zeros((4, 48), np.int8), np.ones((4, 3), np.float32), group=16)
     with pytest.raises(ValueError, match="int8"):
         gemv(packing.tile_int8(np.zeros((4, 8), np.int8)), np.zeros(8, np.float32))
+
+
+def test_memory_is_zeroed_aligned_and_apart() -> None:
+    arrays = [packing.allocate(count, np.uint32) for count in (1, 5000, 3, packing.ARENA_BYTES // 4, 7)]
+    for array in arrays:
+        assert not array.any() and array.ctypes.data % packing.PAGE == 0
+        array[:] = 1 + id(array) % 1000
+    for array in arrays:
+        assert (array == 1 + id(array) % 1000).all()

@@ -80,7 +80,14 @@ def assert_steps_follow_the_reference(model: Model) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
     ("kind", "overrides"),
-    [("mamba1", {}), ("mamba1", FALCON | ODD), ("mamba2", {}), ("mamba2", ODD | {"n_groups": 1})],
+    [
+        ("mamba1", {}),
+        ("mamba1", FALCON | ODD),
+        ("mamba1", {"d_state": 32}),
+        ("mamba2", {}),
+        ("mamba2", ODD | {"n_groups": 1}),
+        ("mamba2", {"d_state": 48, "n_groups": 1}),
+    ],
 )
 def test_token_agrees_with_the_reference(kind: str, overrides: dict[str, object], recipe: str) -> None:
     model = make_model(kind, recipe, **overrides)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import torch
 from numba import njit, prange
@@ -28,7 +29,7 @@ from squamata.kernels.landing import (
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
 
-WIDTH = 256  # channels of a block
+WIDTH, LINE = 256, 16  # most channels of a block, and what they are a multiple of
 TILE = 16  # tokens of a tile
 
 
@@ -69,7 +70,7 @@ def run(
     for value, where in zip(inputs, wheres, strict=True):
         features = value.shape[-1]
         origin = _codes_alone(value) if integer else source(value)
-        _convolve(origin, filters, where.target, batch, length, offset)
+        _convolve(origin, filters, where.target, batch, length, offset, numba.get_num_threads())
         _remember(carrier[:, offset : offset + features], value, integer)
         offset += features
     return tuple(where.value() for where in wheres)
@@ -92,22 +93,23 @@ def _remember(state: Tensor, value: Value, integer: bool) -> None:
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _convolve(origin, filters, target, batch, length, offset):  # type: ignore[no-untyped-def]
+def _convolve(origin, filters, target, batch, length, offset, threads):  # type: ignore[no-untyped-def]
     """One input, whose channels are those from ``offset`` on of the filters."""
     features = max(target.codes.shape[1], target.values.shape[1])
-    blocks = (features + WIDTH - 1) // WIDTH
+    size = min(WIDTH, (features + threads * LINE - 1) // (threads * LINE) * LINE)  # a part for every thread
+    blocks = (features + size - 1) // size
     for task in prange(batch * blocks):
-        _convolve_block(origin, filters, target, task // blocks, length, task % blocks * WIDTH, offset)
+        _convolve_block(origin, filters, target, task // blocks, length, task % blocks * size, size, offset)
 
 
 @njit(cache=True, nogil=True)
-def _convolve_block(origin, filters, target, sample, length, first, offset):  # type: ignore[no-untyped-def]
+def _convolve_block(origin, filters, target, sample, length, first, size, offset):  # type: ignore[no-untyped-def]
     """All tokens of one sample for the channels from ``first`` on; ``window`` holds K - 1 tokens before the tile's."""
     features = max(target.codes.shape[1], target.values.shape[1])
-    width = min(WIDTH, features - first)
+    width = min(size, features - first)
     before = filters.taps.shape[0] - 1
-    window = np.empty(((before + TILE), WIDTH), np.float32)
-    total = np.empty(TILE * WIDTH, np.float32)
+    window = np.empty(((before + TILE), size), np.float32)
+    total = np.empty(TILE * size, np.float32)
     for k in range(before):
         for c in range(width):
             window[k, c] = filters.history[sample, offset + first + c, k]
@@ -116,11 +118,11 @@ def _convolve_block(origin, filters, target, sample, length, first, offset):  # 
         for t in range(tokens):
             read_row(origin, sample * length + start + t, first, window[before + t, :width])
         for t in range(tokens):
-            _filter_token(filters, window[t:], total[t * WIDTH : t * WIDTH + width], offset + first)
-        for i in range(tokens * WIDTH):
+            _filter_token(filters, window[t:], total[t * size : t * size + width], offset + first)
+        for i in range(tokens * size):
             total[i] = simd.silu(total[i])
         for t in range(tokens):
-            write_row(target, sample * length + start + t, first, total[t * WIDTH : t * WIDTH + width])
+            write_row(target, sample * length + start + t, first, total[t * size : t * size + width])
         for k in range(before):
             window[k] = window[tokens + k]
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squamata.kernels.decode.records import LAYER, MODEL, PRIVATE, SHARED
+from squamata.kernels.decode.rows import ROWS
 from squamata.kernels.decode.state import DYNAMIC, STATIC
 from squamata.kernels.decode.token import (
     decode_token,
@@ -336,5 +337,7 @@ class DecodePlan:
         self._logits = logits[: head.rows]
         self._shared[0]["h"], self._shared[0]["logits"] = address(self._h), address(logits)
         private = dict.fromkeys(("residual", "row", "codes"), width) | dict.fromkeys(("low", "low_codes"), low)
-        private |= dict.fromkeys(("inner", "mixed", "inner_codes"), inner) | state | {"sums": sums, "state": small}
+        private |= (
+            dict.fromkeys(("inner", "mixed", "inner_codes"), inner) | state | {"sums": sums, "state": ROWS * small}
+        )
         self._privates = np.concatenate([record(PRIVATE, private) for _ in range(numba.config.NUMBA_NUM_THREADS)])  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from squamata.kernels.decode.rows import ROWS, head_rows, head_rows_int8, selective_rows, selective_rows_int8
 from squamata.kernels.lanes import (
     close_row,
     head_row,
@@ -13,6 +14,7 @@ from squamata.kernels.lanes import (
     largest_magnitude,
     open_head_row,
     open_selective_row,
+    prefetch_lines,
     selective_row,
     selective_row_int8,
 )
@@ -24,6 +26,51 @@ FLOAT, STATIC, DYNAMIC = 0, 1, 2  # STATE.integer
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
 _LEAST_SCALE = np.float32(1e-8)
+
+
+@njit(cache=True)
+def update_rows(state, first, last, states, scratch, a, b, c, decays, decay_step, drives, soon, soon_lines, selective):
+    """Rows first..last move on; ``drives`` float32, at the address of row 0, become their products with C.
+
+    ``decays``: address of the first row's decay (Mamba-1: dt), the next ``decay_step`` bytes further. ``a``: address
+    of the first row's A. ``soon_lines`` cache lines a row are prefetched from ``soon`` on.
+    """
+    row, end = first, first
+    if state.integer != STATIC and states % 16 == 0:
+        end = first + (last - first) // ROWS * ROWS
+    blocks, row_bytes = states // 16, states * (1 if state.integer else 4)
+    low, high, span, rounding = state.low, state.high, state.span, state.rounding
+    while row < end:
+        done = row - first
+        data, scales, drive = state.data + row * row_bytes, state.scale + 4 * row, drives + 4 * row
+        rate, weights, matrix = decays + done * decay_step, soon + done * soon_lines * 64, a + done * states * 4
+        if state.integer and selective:
+            selective_rows_int8(
+                data, scratch, scales, matrix, b, c, rate, drive, blocks, decay_step, weights, soon_lines,
+                span, _LEAST_SCALE, low, high, rounding,
+            )  # fmt: skip
+        elif state.integer:
+            head_rows_int8(
+                data, scratch, scales, matrix, b, c, rate, drive, blocks, decay_step, weights, soon_lines,
+                span, _LEAST_SCALE, low, high, rounding,
+            )  # fmt: skip
+        elif selective:
+            selective_rows(
+                data, scratch, scales, matrix, b, c, rate, drive, blocks, decay_step, weights, soon_lines,
+                span, _LEAST_SCALE, low, high, rounding,
+            )  # fmt: skip
+        else:
+            head_rows(
+                data, scratch, scales, matrix, b, c, rate, drive, blocks, decay_step, weights, soon_lines,
+                span, _LEAST_SCALE, low, high, rounding,
+            )  # fmt: skip
+        row += ROWS
+    values, rates = view_float32(drives, last), view_float32(decays, last - first)
+    for row in range(end, last):
+        done = row - first
+        prefetch_lines(soon + done * soon_lines * 64, soon_lines)
+        rate, matrix = rates[done * decay_step // 4], a + done * states * 4
+        values[row] = update_row(state, row, states, scratch, matrix, b, c, rate, values[row], selective)
 
 
 @njit(cache=True)

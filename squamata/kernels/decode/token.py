@@ -14,15 +14,16 @@ from numba import carray, cfunc, njit, prange, types
 
 from squamata.kernels.decode.convolution import convolve
 from squamata.kernels.decode.records import LAYER, MODEL, PRIVATE, SHARED, SITE
-from squamata.kernels.decode.state import update_row
+from squamata.kernels.decode.state import update_rows
 from squamata.kernels.gemv import scale_rows, sum_groups
+from squamata.kernels.hadamard.butterflies import rotate
 from squamata.kernels.lanes import (
-    butterfly_16,
+    land_all,
+    land_each,
     largest_magnitude,
-    prefetch_lines,
     sum_of_squares,
 )
-from squamata.kernels.memory import call_address, pointer, record_address, view_float32, view_int8
+from squamata.kernels.memory import call_address, pointer, record_address, slice_float32, view_float32, view_int8
 from squamata.kernels.simd import clamp, divide, exp, rint, round_away, silu, softplus, sqrt, truncate
 
 _ONE = np.float32(1.0)
@@ -34,42 +35,26 @@ _PREFETCHED_LINES = 8192  # half a megabyte: what a core's second-level cache ta
 
 
 @njit(cache=True)
-def round_row(values, start, stop, low, high, rounding):
-    """Round float32 values in place to integers within low..high."""
-    v = view_float32(values, stop)
+def round_value(x, low, high, rounding):
+    """One float32 to the nearest integer within low..high."""
     if rounding == 0:
-        for i in range(start, stop):
-            v[i] = clamp(rint(v[i]), low, high)
-    elif rounding == 1:
-        for i in range(start, stop):
-            v[i] = clamp(round_away(v[i]), low, high)
-    else:
-        for i in range(start, stop):
-            v[i] = clamp(truncate(v[i]), low, high)
-
-
-@njit(cache=True)
-def store_codes(values, codes, start, stop):
-    """Float32 integers -> int8."""
-    v = view_float32(values, stop)
-    q = view_int8(codes, stop)
-    for i in range(start, stop):
-        q[i] = np.int8(np.int32(v[i]))
+        return clamp(rint(x), low, high)
+    return clamp(round_away(x) if rounding == 1 else truncate(x), low, high)
 
 
 def land_static(site_record, values, codes, start, stop):
     """Put values[start:stop] on the grid of a static site, in place; the integers also to ``codes`` (0: nowhere)."""
     site = carray(pointer(site_record), (1,), SITE)[0]
-    v = view_float32(values, stop)
-    inverse = view_float32(site.inverse, stop)
-    for i in range(start, stop):
-        v[i] = v[i] * inverse[i]
-    round_row(values, start, stop, site.low, site.high, site.rounding)
-    if codes != 0:
-        store_codes(values, codes, start, stop)
-    scale = view_float32(site.scale, stop)
-    for i in range(start, stop):
-        v[i] = v[i] * scale[i]
+    blocks = (stop - start) // 16
+    kept = codes + start if codes != 0 else np.int64(0)
+    inverse, scale = site.inverse + 4 * start, site.scale + 4 * start
+    land_each(values + 4 * start, kept, blocks, inverse, scale, site.low, site.high, site.rounding)
+    v, q = view_float32(values, stop), view_int8(codes, stop)
+    for i in range(start + blocks * 16, stop):
+        code = round_value(v[i] * view_float32(site.inverse, stop)[i], site.low, site.high, site.rounding)
+        if codes != 0:
+            q[i] = np.int8(np.int32(code))
+        v[i] = code * view_float32(site.scale, stop)[i]
 
 
 @njit(cache=True)
@@ -91,12 +76,12 @@ def land_row(site, values, codes, count):
         most = max(most, abs(v[i]))
     scale = max(divide(most, site.span), _LEAST_SCALE)
     inverse = divide(_ONE, scale)
-    for i in range(count):
-        v[i] = v[i] * inverse
-    round_row(values, 0, count, site.low, site.high, site.rounding)
-    store_codes(values, codes, 0, count)
-    for i in range(count):
-        v[i] = v[i] * scale
+    land_all(values, codes, count // 16, inverse, scale, site.low, site.high, site.rounding)
+    q = view_int8(codes, count)
+    for i in range(count - count % 16, count):
+        code = round_value(v[i] * inverse, site.low, site.high, site.rounding)
+        q[i] = np.int8(np.int32(code))
+        v[i] = code * scale
     return scale
 
 
@@ -129,14 +114,13 @@ def rms_factor(row, count, epsilon):
 @njit(cache=True)
 def normalize(source, target, weight, start, stop, factor):
     """target = source * factor, times weight unless that address is 0."""
-    x = view_float32(source, stop)
-    y = view_float32(target, stop)
+    x, y = slice_float32(source, start, stop), slice_float32(target, start, stop)
     if weight == 0:
-        for i in range(start, stop):
+        for i in range(x.size):
             y[i] = x[i] * factor
     else:
-        w = view_float32(weight, stop)
-        for i in range(start, stop):
+        w = slice_float32(weight, start, stop)
+        for i in range(x.size):
             y[i] = (x[i] * factor) * w[i]
 
 
@@ -172,8 +156,8 @@ def project_and_convolve(layer_record, shared_record, private_record, thread, th
     )
     prepare_sums(layer.in_x, private.codes, private.sums)
     start, stop = project(layer.in_z, layer.z, private, x_scale, shared.z, thread, threads)
-    z = view_float32(shared.z, stop)
-    for i in range(start, stop):
+    z = slice_float32(shared.z, start, stop)
+    for i in range(z.size):
         z[i] = silu(z[i])
     start, stop = project(layer.in_x, layer.x, private, x_scale, shared.x, thread, threads)
     if start < stop:
@@ -231,19 +215,35 @@ def scan_selective(layer_record, shared_record, private_record, thread, threads)
     prepare_sums(layer.dt_proj, private.low_codes, private.sums)
     multiply(layer.dt_proj, private.low, private.low_codes, layer.dt_low.value, private.sums, shared.dt, first, last)
     land(layer.dt, shared.dt, 0, start, stop)
-    dt, u, y = view_float32(shared.dt, stop), view_float32(shared.u, stop), view_float32(shared.y, stop)
-    bias, skip, gate = view_float32(layer.dt_bias, stop), view_float32(layer.skip, stop), view_float32(shared.z, stop)
-    for e in range(start, stop):
-        dt[e] = softplus(dt[e] + bias[e])
-    states = layer.states
+    enter_scan(layer.dt_bias, shared.dt, shared.u, shared.y, start, stop)
     weights, lines = ahead(layer.out_proj, thread, threads, stop - start)
-    for e in range(start, stop):
-        prefetch_lines(weights + (e - start) * lines * 64, lines)
-        a = layer.A + e * states * 4
-        y[e] = update_row(layer.state, e, states, private.state, a, private.B, private.C, dt[e], dt[e] * u[e], True)
-    for e in range(start, stop):
-        y[e] = (y[e] + skip[e] * u[e]) * gate[e]
+    a, rates = layer.A + start * layer.states * 4, shared.dt + 4 * start
+    update_rows(
+        layer.state, start, stop, layer.states, private.state, a, private.B, private.C, rates, 4, shared.y,
+        weights, lines, True,
+    )  # fmt: skip
+    leave_scan(layer.skip, shared.u, shared.z, shared.y, start, stop)
     land(layer.y, shared.y, 0, start, stop)
+
+
+@njit(cache=True)
+def enter_scan(bias, dt, u, drive, start, stop):
+    """dt = softplus(dt + bias) and drive = dt u, of channels start..stop."""
+    b, step = slice_float32(bias, start, stop), slice_float32(dt, start, stop)
+    x, out = slice_float32(u, start, stop), slice_float32(drive, start, stop)
+    for e in range(step.size):
+        step[e] = softplus(step[e] + b[e])
+    for e in range(step.size):
+        out[e] = step[e] * x[e]
+
+
+@njit(cache=True)
+def leave_scan(skip, u, gate, y, start, stop):
+    """y = (y + skip u) gate, of channels start..stop."""
+    through, x = slice_float32(skip, start, stop), slice_float32(u, start, stop)
+    z, out = slice_float32(gate, start, stop), slice_float32(y, start, stop)
+    for e in range(out.size):
+        out[e] = (out[e] + through[e] * x[e]) * z[e]
 
 
 def scan_heads(layer_record, shared_record, private_record, thread, threads):
@@ -253,7 +253,7 @@ def scan_heads(layer_record, shared_record, private_record, thread, threads):
     private = carray(pointer(private_record), (1,), PRIVATE)[0]
     rows, head_dim, states = layer.inner, layer.head_dim, layer.states
     start, stop = rows * thread // threads, rows * (thread + 1) // threads
-    dt, u, y = view_float32(shared.dt, layer.heads), view_float32(shared.u, stop), view_float32(shared.y, stop)
+    dt = view_float32(shared.dt, layer.heads)
     bias, A, skip = view_float32(layer.dt_bias, layer.heads), view_float32(layer.A, layer.heads), layer.skip
     per_group = layer.heads // layer.groups
     weights, lines = ahead(layer.out_proj, thread, threads, stop - start)
@@ -263,50 +263,17 @@ def scan_heads(layer_record, shared_record, private_record, thread, threads):
         decay = exp(step * A[head])
         through = view_float32(skip, layer.heads)[head]
         group = head // per_group * states * 4
-        for row in range(max(start, head * head_dim), min(stop, (head + 1) * head_dim)):
-            prefetch_lines(weights + (row - start) * lines * 64, lines)
-            drive = step * u[row]
-            total = update_row(layer.state, row, states, private.state, 0, B + group, C + group, decay, drive, False)
-            y[row] = total + through * u[row]
-
-
-@njit(cache=True)
-def rotate(rotation, row, spare):
-    """Blocks of ``order * power`` floats times H_order (x) H_power, normalized. Returns the address of the result."""
-    order, power = rotation.order, rotation.power
-    x = view_float32(row, rotation.size)
-    width = 1
-    if power >= 16:
-        butterfly_16(row, rotation.size // 16)
-        width = 16
-    while width < power:
-        for low in range(0, rotation.size, 2 * width):
-            for i in range(low, low + width):
-                a, b = x[i], x[i + width]
-                x[i] = a + b
-                x[i + width] = a - b
-        width *= 2
-    if order == 1:
-        for i in range(rotation.size):
-            x[i] = x[i] * rotation.factor
-        return row
-    signs = view_float32(rotation.matrix, order * order)
-    for block in range(rotation.size // (order * power)):
-        for i in range(order):
-            out = view_float32(spare + 4 * (block * order + i) * power, power)
-            for j in range(0, order, 2):
-                one = view_float32(row + 4 * (block * order + j) * power, power)
-                two = view_float32(row + 4 * (block * order + j + 1) * power, power)
-                p, q = signs[i * order + j], signs[i * order + j + 1]
-                if j == 0:
-                    for k in range(power):
-                        out[k] = p * one[k] + q * two[k]
-                else:
-                    for k in range(power):
-                        out[k] += p * one[k] + q * two[k]
-            for k in range(power):
-                out[k] = out[k] * rotation.factor
-    return spare
+        first, last = max(start, head * head_dim), min(stop, (head + 1) * head_dim)
+        u, y = slice_float32(shared.u, first, last), slice_float32(shared.y, first, last)
+        for row in range(y.size):
+            y[row] = step * u[row]
+        view_float32(private.low, 1)[0] = decay
+        update_rows(
+            layer.state, first, last, states, private.state, 0, B + group, C + group, private.low, 0, shared.y,
+            weights + (first - start) * lines * 64, lines, False,
+        )  # fmt: skip
+        for row in range(y.size):
+            y[row] = y[row] + through * u[row]
 
 
 def gate_rotate_project(layer_record, shared_record, private_record, thread, threads):
@@ -330,7 +297,8 @@ def gate_rotate_project(layer_record, shared_record, private_record, thread, thr
             normalize(row, row, layer.gate_norm, start, start + size, factor)
         land(layer.y, row, 0, 0, inner)
     if layer.rotation.size:
-        row = rotate(layer.rotation, row, private.mixed)
+        turn = layer.rotation
+        row = rotate(row, private.mixed, turn.size, turn.matrix, turn.order, turn.power, turn.factor)
     x_scale = land_row(layer.out, row, private.inner_codes, inner)
     prepare_sums(layer.out_proj, private.inner_codes, private.sums)
     tiles = layer.out_proj.tile_count

@@ -1,7 +1,8 @@
 """CPU: int8 products by torch's oneDNN, and one pass that turns accumulators into what lands on each site.
 
 ``torch._int_mm`` has no requirement of alignment on the CPU, and takes the canonical (N, K) weight transposed at no
-cost. Int4 weights are unpacked for each call: a copy in int8 would double the memory of the model.
+cost. Int4 weights in groups of 128 have a product of their own (``int4``); others are unpacked for each call: a copy
+in int8 would double the memory of the model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear as matmul_transposed
 
 from squamata.kernels.landing import FLOAT, Landing, array, landing, plain, readable, uniform, vector, write_whole_row
-from squamata.kernels.linear import Linear, integer_product
+from squamata.kernels.linear import Linear, int4, integer_product
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.kernels.site import Site
 
@@ -64,7 +65,8 @@ def run(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...
     rows = len(codes)
     wheres = [landing(s, *x.shape[:-1], n, per_token=True) for s, n in zip(out, layer.rows, strict=True)]
     grouped = layer.weight.spec.granularity.group is not None and layer.weight.scale.ndim == 2
-    weight = unpacked(layer.weight)
+    packed = grouped and _nibbles_in_groups(layer.weight)
+    weight = layer.weight.data if packed else unpacked(layer.weight)
     column = torch.ones(()) if grouped else layer.weight.scale
     factors = _Factors(
         vector(scale, rows),
@@ -72,14 +74,19 @@ def run(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...
         np.empty(0, np.float32) if layer.bias is None else vector(layer.bias, len(weight)),
     )
     tile = min(rows, max(SMALLEST_TILE, ACCUMULATOR_BYTES // (4 * len(weight))))
-    acc = torch.empty(tile, len(weight), dtype=torch.int32)
+    acc = torch.empty(0 if packed else tile, len(weight), dtype=torch.int32)
+    if packed:
+        scales = array(layer.weight.scale.float().expand(len(weight), -1))
+        product = int4.GroupedProduct(array(weight), scales, tile)
     for start in range(0, rows, tile):
         part = codes[start : start + tile]
         room = acc[: len(part)]
-        if grouped:
-            _land(_grouped_product(part, weight, layer.weight, room), start, factors, wheres)
+        if packed:
+            _land(product(part.numpy()), start, factors, wheres)
+        elif grouped:
+            _land(_grouped_product(part, weight, layer.weight, room).numpy(), start, factors, wheres)
         else:
-            _land(torch._int_mm(part, weight.t(), out=room), start, factors, wheres)
+            _land(torch._int_mm(part, weight.t(), out=room).numpy(), start, factors, wheres)
     return tuple(where.value() for where in wheres)
 
 
@@ -91,13 +98,19 @@ def _float_product(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple
     return tuple(part if site is None else site.land(part) for part, site in zip(parts, out, strict=True))
 
 
-def _land(acc: Tensor, start: int, factors: _Factors, wheres: Sequence[Landing]) -> None:
+def _land(acc: NDArray, start: int, factors: _Factors, wheres: Sequence[Landing]) -> None:
     """Accumulators (rows, N) of the rows from ``start`` on, segment by segment onto the targets."""
     first = 0
     parts = min(len(acc), 4 * numba.get_num_threads())
     for where in wheres:
-        _land_segment(acc.numpy(), start, first, factors, where.target, parts)
+        _land_segment(acc, start, first, factors, where.target, parts)
         first += where.data.shape[-1]
+
+
+def _nibbles_in_groups(weight: QTensor) -> bool:
+    """True if ``int4.grouped_product`` takes this weight and the CPU has the instruction that makes it worth while."""
+    whole = weight.shape[1] % int4.GROUP == 0 and weight.spec.granularity.group == int4.GROUP
+    return whole and weight.length is not None and int4.VNNI
 
 
 def _grouped_product(x: Tensor, weight: Tensor, quantized: QTensor, acc: Tensor) -> Tensor:

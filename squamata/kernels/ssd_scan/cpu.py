@@ -27,15 +27,14 @@ _ONE = np.float32(1.0)
 
 
 class _Arrays(NamedTuple):
-    """Parameters (H,), ``limit`` (smallest and largest dt'), the states (B, H, P, N) and y (B, L, H P); float32.
+    """Parameters (H,), ``steps`` dt' (B L, H), the states (B, H, P, N) and y (B, L, H P); float32.
 
     ``B``, ``C``: (B, chunks, G, l, N), padded with zeros to whole chunks; ``scores``: C B^T, (B, chunks, G, l, l).
     """
 
     A: NDArray[np.float32]
     D: NDArray[np.float32]
-    bias: NDArray[np.float32]
-    limit: NDArray[np.float32]
+    steps: NDArray[np.float32]
     B: NDArray[np.float32]
     C: NDArray[np.float32]
     scores: NDArray[np.float32]
@@ -47,9 +46,9 @@ class _Arrays(NamedTuple):
 class _Chunk(NamedTuple):
     """Working memory of a head, float32: l tokens by P channels (padded), but ``masked`` (l, l), ``state`` (N, P).
 
-    ``u``: inputs; ``weighted``: dt' u, later decayed to the end of the chunk; ``steps``, ``log_decay`` (l,): dt' and
-    the sum of dt' A from before the chunk; ``rest`` (l,): what float32 leaves of that sum, which grows with the
-    chunk while only differences of it count.
+    ``u``: inputs; ``weighted``: dt' u, later decayed to the end of the chunk; ``log_decay`` (l,): the sum of dt' A from
+    before the chunk; ``rest`` (l,): what float32 leaves of that sum, which grows with the chunk while only differences
+    of it count; ``decay``, ``to_end`` (l,): exp of it, and of what is left of it at the end of the chunk.
     """
 
     state: NDArray[np.float32]
@@ -57,9 +56,10 @@ class _Chunk(NamedTuple):
     u: NDArray[np.float32]
     weighted: NDArray[np.float32]
     y: NDArray[np.float32]
-    steps: NDArray[np.float32]
     log_decay: NDArray[np.float32]
     rest: NDArray[np.float32]
+    decay: NDArray[np.float32]
+    to_end: NDArray[np.float32]
 
 
 def accepts(
@@ -77,10 +77,11 @@ def run(
     B_chunks, C_chunks = (_in_chunks(as_float(value), layout, chunk) for value in (B, C))
     scores = C_chunks @ B_chunks.transpose(-1, -2) if chunk > 1 else C_chunks[:0]
     y, after = torch.empty(u.shape, dtype=torch.float32), torch.empty(state.shape, dtype=torch.float32)
-    limit = torch.tensor(layout.time_step_limit, dtype=torch.float32)
-    tensors = (A, D, dt_bias, limit, B_chunks, C_chunks, scores, state, after, y)
-    arrays = _Arrays(*(array(x) for x in tensors))
-    _scan(source(u), source(dt), arrays)
+    steps = torch.empty(u.shape[0] * length, layout.heads, dtype=torch.float32)
+    low, high = (np.float32(limit) for limit in layout.time_step_limit)
+    _time_steps(source(dt), array(dt_bias), low, high, steps.numpy())
+    arrays = _Arrays(*(array(x) for x in (A, D, steps, B_chunks, C_chunks, scores, state, after, y)))
+    _scan(source(u), arrays)
     return y, after
 
 
@@ -94,24 +95,30 @@ def _in_chunks(x: Tensor, layout: HeadLayout, chunk: int) -> Tensor:
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _scan(u, dt, arrays):  # type: ignore[no-untyped-def]
+def _scan(u, arrays):  # type: ignore[no-untyped-def]
     batch, heads = arrays.before.shape[:2]
     for task in prange(batch * heads):
         if arrays.scores.size:
-            _scan_head(u, dt, arrays, task // heads, task % heads)
+            _scan_head(u, arrays, task // heads, task % heads)
         else:
-            _step_head(u, dt, arrays, task // heads, task % heads)
+            _step_head(u, arrays, task // heads, task % heads)
 
 
 @njit(cache=True, nogil=True)
-def _time_step(dt, row, arrays, head, room):  # type: ignore[no-untyped-def]
-    """dt' = clamp(softplus(dt + bias)) of one token and head; ``room`` (1,)."""
-    read_row(dt, row, head, room)
-    return simd.clamp(simd.softplus(room[0] + arrays.bias[head]), arrays.limit[0], arrays.limit[1])
+def _time_steps(dt, bias, low, high, steps):  # type: ignore[no-untyped-def]
+    """dt' = clamp(softplus(dt + bias)) of every token and head, (B L, H)."""
+    for row in range(steps.shape[0]):
+        read_row(dt, row, 0, steps[row])
+        out = steps[row]
+        for head in range(out.size):
+            out[head] = out[head] + bias[head]
+    values = steps.reshape(-1)
+    for i in range(values.size):
+        values[i] = simd.clamp(simd.softplus(values[i]), low, high)
 
 
 @njit(cache=True, nogil=True)
-def _scan_head(u, dt, arrays, sample, head):  # type: ignore[no-untyped-def]
+def _scan_head(u, arrays, sample, head):  # type: ignore[no-untyped-def]
     """All chunks of one head."""
     count, groups, size, states = arrays.B.shape[1:]
     heads, channels = arrays.before.shape[1:3]
@@ -120,7 +127,7 @@ def _scan_head(u, dt, arrays, sample, head):  # type: ignore[no-untyped-def]
     rows = np.zeros((3, size, width), np.float32)
     work = _Chunk(
         np.zeros((states, width), np.float32), np.zeros((size, size), np.float32),
-        rows[0], rows[1], rows[2], np.zeros(size, np.float32), np.zeros(size, np.float32),
+        rows[0], rows[1], rows[2], np.zeros(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.float32),
         np.zeros(size, np.float32),
     )  # fmt: skip
     old, new = arrays.before[sample, head], arrays.after[sample, head]
@@ -128,7 +135,7 @@ def _scan_head(u, dt, arrays, sample, head):  # type: ignore[no-untyped-def]
         for n in range(old.shape[1]):
             work.state[n, p] = old[p, n]
     for chunk in range(count):
-        _prepare(u, dt, arrays, work, sample, head, chunk)
+        _prepare(u, arrays, work, sample, head, chunk)
         _mask(arrays.scores[sample, chunk, group], work)
         _advance(arrays.B[sample, chunk, group], arrays.C[sample, chunk, group], work)
         _write(arrays, work, sample, head, chunk)
@@ -138,24 +145,29 @@ def _scan_head(u, dt, arrays, sample, head):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _prepare(u, dt, arrays, work, sample, head, chunk):  # type: ignore[no-untyped-def]
-    """u, dt', dt' u and sums of dt' A; tokens beyond the last have dt' = u = 0 and change nothing."""
-    size, length = work.steps.size, arrays.y.shape[1]
-    channels = arrays.before.shape[2]
+def _prepare(u, arrays, work, sample, head, chunk):  # type: ignore[no-untyped-def]
+    """u, dt' u and sums of dt' A; tokens beyond the last have dt' = u = 0 and change nothing."""
+    size, length = work.log_decay.size, arrays.y.shape[1]
+    channels, A = arrays.before.shape[2], arrays.A[head]
     valid = min(size, length - chunk * size)
-    room = np.empty(1, np.float32)
+    first = sample * length + chunk * size
     total = 0.0  # float64, as in torch's cumsum
-    work.steps[valid:] = types.float32(0.0)
     work.u[valid:] = types.float32(0.0)
+    work.weighted[valid:] = types.float32(0.0)
     for t in range(valid):
-        row = sample * length + chunk * size + t
-        work.steps[t] = _time_step(dt, row, arrays, head, room)
-        read_row(u, row, head * channels, work.u[t, :channels])
-    for t in range(size):
-        total += work.steps[t] * arrays.A[head]
+        step = arrays.steps[first + t, head]
+        total += step * A
         work.log_decay[t] = total
         work.rest[t] = total - work.log_decay[t]
-        _scaled(work.u[t], work.steps[t], work.weighted[t])
+        read_row(u, first + t, head * channels, work.u[t, :channels])
+        _scaled(work.u[t], step, work.weighted[t])
+    work.log_decay[valid:] = types.float32(total)
+    work.rest[valid:] = total - types.float32(total)
+    last, last_rest = work.log_decay[size - 1], work.rest[size - 1]
+    for t in range(size):
+        work.decay[t] = simd.exp(work.log_decay[t]) * (_ONE + work.rest[t])
+    for t in range(size):
+        work.to_end[t] = simd.exp((last - work.log_decay[t]) + (last_rest - work.rest[t]))
 
 
 @njit(cache=True, nogil=True)
@@ -177,17 +189,15 @@ def _mask(scores, work):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _advance(B, C, work):  # type: ignore[no-untyped-def]
     """y = decay (C state) + masked (dt' u), then the state after the chunk."""
-    size, log_decay, rest = work.log_decay.size, work.log_decay, work.rest
+    size = work.log_decay.size
     work.y[:] = types.float32(0.0)
     add_product(C, work.state, work.y, False, False)
     for t in range(size):
-        _scaled(work.y[t], simd.exp(log_decay[t]) * (_ONE + rest[t]), work.y[t])
+        _scaled(work.y[t], work.decay[t], work.y[t])
     add_product(work.masked, work.weighted, work.y, False, True)
-    last, last_rest = log_decay[size - 1], rest[size - 1]
     for t in range(size):
-        to_end = simd.exp((last - log_decay[t]) + (last_rest - rest[t]))
-        _scaled(work.weighted[t], to_end, work.weighted[t])
-    decay = simd.exp(last) * (_ONE + last_rest)
+        _scaled(work.weighted[t], work.to_end[t], work.weighted[t])
+    decay = work.decay[size - 1]
     for n in range(work.state.shape[0]):
         _scaled(work.state[n], decay, work.state[n])
     add_product(B, work.weighted, work.state, True, False)
@@ -196,7 +206,7 @@ def _advance(B, C, work):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _write(arrays, work, sample, head, chunk):  # type: ignore[no-untyped-def]
     """y + D u of the tokens that exist."""
-    size, skip, channels = work.steps.size, arrays.D[head], arrays.before.shape[2]
+    size, skip, channels = work.log_decay.size, arrays.D[head], arrays.before.shape[2]
     first = chunk * size
     for t in range(min(size, arrays.y.shape[1] - first)):
         out = arrays.y[sample, first + t, head * channels : (head + 1) * channels]
@@ -206,19 +216,18 @@ def _write(arrays, work, sample, head, chunk):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _step_head(u, dt, arrays, sample, head):  # type: ignore[no-untyped-def]
+def _step_head(u, arrays, sample, head):  # type: ignore[no-untyped-def]
     """The recurrence, token by token."""
     heads, channels = arrays.before.shape[1:3]
     group = head * arrays.B.shape[2] // heads
     state = arrays.after[sample, head]
     state[:] = arrays.before[sample, head]
-    room = np.empty(1, np.float32)
     length = arrays.y.shape[1]
     for t in range(length):
         row = sample * length + t
         out = arrays.y[sample, t, head * channels : (head + 1) * channels]
         read_row(u, row, head * channels, out)
-        step = _time_step(dt, row, arrays, head, room)
+        step = arrays.steps[row, head]
         decay = simd.exp(step * arrays.A[head])
         b, c = arrays.B[sample, t, group, 0], arrays.C[sample, t, group, 0]
         for p in range(channels):
