@@ -10,6 +10,7 @@ and the standard error over blocks of 128 tokens.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
@@ -50,7 +51,7 @@ def divergences(float_model: Model, other: Model, ids: torch.Tensor) -> tuple[to
     """KL (nats) and the difference of the losses at every token after the first."""
     kls, losses = [], []
     caches = float_model.new_cache(), other.new_cache()
-    for token, following in zip(ids[:-1], ids[1:], strict=True):
+    for token, following in itertools.pairwise(ids):
         p = float_model.step(token[None], caches[0])[0].double().log_softmax(-1)
         q = other.step(token[None], caches[1])[0].double().log_softmax(-1)
         kls.append(float((p.exp() * (p - q)).sum()))
@@ -61,7 +62,7 @@ def divergences(float_model: Model, other: Model, ids: torch.Tensor) -> tuple[to
 def binned(values: torch.Tensor, edges: list[int]) -> list[tuple[float, float]]:
     """Mean and standard error of its blocks, between the edges."""
     found = []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         blocks = torch.stack([block.mean() for block in values[start:stop].split(BLOCK)])
         found.append((float(blocks.mean()), float(blocks.std() / math.sqrt(len(blocks)))))
     return found
@@ -82,7 +83,7 @@ def main() -> None:
     reference = every.pop("float")
     text = "\n".join(read_documents(arguments.text))
     ids = torch.tensor(reference.tokenizer.encode(text)[: arguments.tokens])
-    spans = [f"{start} - {stop}" for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    spans = [f"{start} - {stop}" for start, stop in itertools.pairwise(edges)]
     print(f"| state | {' | '.join(f'KL {span}' for span in spans)} | perplexity ratio |")
     print("|---" * (len(spans) + 2) + "|")
     for name, model in every.items():
