@@ -9,6 +9,7 @@ from torch import Tensor
 
 from squamata.kernels.codec import CODECS
 from squamata.kernels.packing import unpack_flagged, unpack_int4
+from squamata.spec.granularity import Granularity
 from squamata.spec.quant import QuantSpec
 
 
@@ -19,7 +20,8 @@ class QTensor:
     ``data``: int8 codes (int16 where the format needs it); uint8, packed, when ``length`` (the unpacked last axis) is
     given: see ``packing``; or, in simulation, the same integers carried in floating point so that gradients pass.
     ``scale``: float32, broadcasts against data, or (out, in / group) for grouped weights. ``second``: like scale, the
-    codec's second number a group (the zero point of an asymmetric uniform grid), for specs that have one.
+    codec's second number a group (the zero point of an asymmetric uniform grid), for specs that have one; of a
+    ``second_level`` spec the channel scale (out, 1), beside ratios as ``scale``.
     """
 
     data: Tensor
@@ -59,8 +61,18 @@ class QTensor:
             return part
         return part.repeat_interleave(group, dim=-1)[..., : self.shape[-1]]
 
+    def as_operand(self) -> QTensor:
+        """What a product multiplies with: itself, or the int8 weight, a scale a row, that two levels of scales mean."""
+        if not self.spec.second_level:
+            return self
+        assert self.second is not None
+        codes = torch.round(self.codes() * self.element_scale()).clamp(-127, 127).to(torch.int8)
+        return QTensor(codes, self.second, QuantSpec(bits=8, granularity=Granularity(("channel",))))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values in floating point."""
+        if self.spec.second_level:
+            return self.as_operand().dequantize(dtype)
         second = None if self.second is None else self._per_element(self.second)
         return CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), second, self.spec, dtype)
 

@@ -113,7 +113,7 @@ class Block(ABC, Generic[OwnCache]):
         weight = self._mixer[f"{name}.weight"]
         bias = self.parameter(f"{name}.bias") if f"{name}.bias" in self._mixer else None
         return Linear(
-            weight if isinstance(weight, QTensor) else weight.to(self.dtype),
+            weight.as_operand() if isinstance(weight, QTensor) else weight.to(self.dtype),
             bias,
             self.segments(self.config).get(name, ()),
         )

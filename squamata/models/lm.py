@@ -110,7 +110,7 @@ class LanguageModel:
         ]
         self.final_norm = as_float(tensors["final_norm.weight"]).to(dtype)
         head = self.embedding if "head.weight" not in tensors else _storage(tensors["head.weight"], dtype)
-        self.head = Linear(head)
+        self.head = Linear(head.as_operand() if isinstance(head, QTensor) else head)
         self.head_site = head_site(self.config, self.specs.get("head.in"), checkpoint.site_tensors, mode)
 
     def sites(self) -> Iterator[Site]:

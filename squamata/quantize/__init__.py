@@ -18,6 +18,7 @@ from squamata.kernels.qtensor import QTensor, Value
 from squamata.quantize.adaround import adaround
 from squamata.quantize.gptq import gptq
 from squamata.quantize.rtn import round_to_nearest
+from squamata.quantize.second_level import with_second_level
 from squamata.scales.gram import Gram
 from squamata.spec.parameters import checked_parameters
 from squamata.spec.quant import QuantSpec
@@ -80,9 +81,11 @@ def quantize_tensors(
             quantized[name] = tensor
             continue
         gram = (grams or {}).get(name)
+        one_level = spec.model_copy(update={"second_level": False})
         with about(name):
             if chosen.inputs and gram is None:
-                quantized[name] = round_to_nearest(tensor, spec, layouts[name])
+                value = round_to_nearest(tensor, one_level, layouts[name])
             else:
-                quantized[name] = chosen.function(tensor, spec, layouts[name], gram, **parameters)
+                value = chosen.function(tensor, one_level, layouts[name], gram, **parameters)
+            quantized[name] = with_second_level(value, spec) if spec.second_level else value
     return quantized

@@ -169,7 +169,8 @@ def _left_by_transforms(config: ModelConfig, recipe: Recipe, stored: Mapping[str
 
 
 def _with_second(name: str, spec: QuantSpec, scale: Signature) -> dict[str, Signature]:
-    second = {} if spec.second is None else {f"{name}.{spec.second}": (scale[0], torch.float32)}
+    shape = scale[0][:1] if spec.second_level and scale[0] is not None else scale[0]  # a row's
+    second = {} if spec.second is None else {f"{name}.{spec.second}": (shape, torch.float32)}
     return {f"{name}.scale": scale} | second
 
 
@@ -192,7 +193,9 @@ def _quantized(
     name: str, raw: dict[str, Tensor], spec: QuantSpec, partition: Partition, shape: tuple[int, ...]
 ) -> QTensor:
     scale = partition.expand(raw[f"{name}.scale"].float())
-    second = None if spec.second is None else partition.expand(raw[f"{name}.{spec.second}"])
+    second = None if spec.second is None else raw[f"{name}.{spec.second}"]
+    if second is not None:
+        second = second[:, None] if spec.second_level else partition.expand(second)
     packed = raw[name].dtype == torch.uint8
     return QTensor(raw[name], scale, spec, second, shape[-1] if packed else None)
 

@@ -141,7 +141,9 @@ class CheckpointWriter:
         scale = value.scale.cpu().reshape(-1)[_representatives(partition)].reshape(partition.shape())
         stored[f"{name}.scale"] = scale.to(getattr(torch, value.spec.scale_dtype)).contiguous()
         if value.second is not None:
-            second = value.second.cpu().reshape(-1)[_representatives(partition)].reshape(partition.shape())
+            second = value.second.cpu().reshape(-1)
+            if not value.spec.second_level:
+                second = second[_representatives(partition)].reshape(partition.shape())
             stored[f"{name}.{value.spec.second}"] = second
         return stored
 

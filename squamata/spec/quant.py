@@ -58,7 +58,9 @@ class QuantSpec(Data):
     ``bits``: what an element takes in storage. ``codec``: ``uniform`` or a format of ``spec.formats``. ``full_range``
     uses all 2^bits codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
     are -Q..Q with Q = 2^(bits-1) - 1. ``dynamic`` takes the scale at run time instead of from calibration.
-    ``scale_dtype`` is how scales are stored, and therefore used.
+    ``scale_dtype`` is how scales are stored, and therefore used. ``second_level``: a grouped 4-bit weight as QQQ's
+    kernels read it (Quamba's W4A8): value = round(code * ratio) * channel, an int8 weight with one float32 scale a row, whose
+    groups store ratio = scale / channel, channel = max |row| / 127.
     """
 
     bits: Annotated[int, Field(ge=2, le=16)]
@@ -70,6 +72,14 @@ class QuantSpec(Data):
     scale: ScaleSpec = ScaleSpec()
     rounding: Literal["half-even", "half-away", "truncate"] = "half-even"
     scale_dtype: Literal["float32", "float16"] = "float32"
+    second_level: bool = False
+
+    @model_validator(mode="after")
+    def _grouped_if_second_level(self) -> QuantSpec:
+        plain = self.codec == "uniform" and self.symmetric and self.bits <= 4 and self.granularity.group is not None
+        if self.second_level and not plain:
+            raise ValueError("'second_level' is for symmetric weights of at most 4 bits in groups: group(N)")
+        return self
 
     @model_validator(mode="after")
     def _fits_its_codec(self) -> QuantSpec:
@@ -110,6 +120,8 @@ class QuantSpec(Data):
         """Name of the second number that a group has beside its scale, stored as ``SITE.NAME``; None if it has none."""
         if self.codec in FORMATS:
             return FORMATS[self.codec].second
+        if self.second_level:
+            return "channel"
         return None if self.symmetric else "zero"
 
     @property

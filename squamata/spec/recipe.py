@@ -232,6 +232,8 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         raise SquamataError(f"{site}: a state has no axis 'token'; 'dynamic: true' alone gives each sequence its scale")
     if spec.granularity.group and axes & {"segment", "index"}:
         raise SquamataError(f"{site}: '{spec.granularity}' cannot run: a group(N) lies within one row; leave one out")
+    if spec.second_level and not info.reads:
+        raise SquamataError(f"{site}: a second level of scales is for the weight of a product; remove 'second_level'")
     if info.kind == "weight" and "in" in axes:
         raise SquamataError(f"{site}: a scale along 'in' cannot run: the product sums over it; use group(N)")
     if "token" in spec.granularity.axes and not spec.dynamic:
