@@ -59,8 +59,8 @@ class QuantSpec(Data):
     uses all 2^bits codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
     are -Q..Q with Q = 2^(bits-1) - 1. ``dynamic`` takes the scale at run time instead of from calibration.
     ``scale_dtype`` is how scales are stored, and therefore used. ``second_level``: a grouped 4-bit weight as QQQ's
-    kernels read it (Quamba's W4A8): value = round(code * ratio) * channel, an int8 weight with one float32 scale a row, whose
-    groups store ratio = scale / channel, channel = max |row| / 127.
+    kernels read it (Quamba's W4A8): value = round(code * ratio) * channel, an int8 weight with one float32 scale a
+    row, whose groups store ratio = scale / channel, channel = max |row| / 127.
     """
 
     bits: Annotated[int, Field(ge=2, le=16)]
