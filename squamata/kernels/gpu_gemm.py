@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import torch
 import triton
@@ -124,7 +125,8 @@ def _finish(y, m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shi
             y = tl.where(to_grid, code * tl.load(scale + n, mask=live_n, other=0.0)[None, :], y)
     if MODE == 0:
         if ANY_CODES:
-            tl.store(first + row * N + column, code.to(tl.int8), mask=mask & to_grid)
+            # a mask that is read from memory makes every store a byte wide
+            tl.store(first + row * N + column, code.to(tl.int8), mask=(mask & to_grid) if ANY_VALUES else mask)
         if ANY_VALUES:
             floats = mask & (inverse_ == 0) if ANY_CODES else mask
             tl.store(values + row * N + column, y.to(values.dtype.element_ty), mask=floats)
@@ -133,7 +135,8 @@ def _finish(y, m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shi
     if MODE == 2:
         head = mask & (n < SPLIT_AT)[None, :]
         place = row * SPLIT_AT + permuted(column, SPLIT_FORMAT)
-        tl.store(first + place, (code if first.dtype.element_ty == tl.int8 else y).to(first.dtype.element_ty), mask=head)
+        kept = code if first.dtype.element_ty == tl.int8 else y
+        tl.store(first + place, kept.to(first.dtype.element_ty), mask=head)
         tl.store(values + row * (N - SPLIT_AT) + column - SPLIT_AT, y.to(values.dtype.element_ty),
                  mask=mask & (n >= SPLIT_AT)[None, :])  # fmt: skip
     if MODE == 3:
@@ -211,7 +214,10 @@ def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale
         sums = tl.zeros((BN, BM), tl.int32 if FORMAT == 1 else tl.float32)
         for _part in tl.static_range(CHUNK // BK):
             low_codes, high_codes = _unpack(tl.load(w_at), x.dtype.element_ty, FORMAT, NATIVE)
-            if FORMAT == 1:
+            if FORMAT == 1 and BK < 64:  # too shallow for integer tensor cores: exact in float16 too
+                sums += tl.dot(low_codes.to(tl.float16), tl.load(x_at).to(tl.float16)).to(tl.int32)
+                sums += tl.dot(high_codes.to(tl.float16), tl.load(x_at + 16).to(tl.float16)).to(tl.int32)
+            elif FORMAT == 1:
                 sums = tl.dot(low_codes, tl.load(x_at), sums, out_dtype=tl.int32)
                 sums = tl.dot(high_codes, tl.load(x_at + 16), sums, out_dtype=tl.int32)
             else:
@@ -250,13 +256,30 @@ class Finish:
 def _depth(linear: TiledLinear, config: Config, grouped: bool) -> tuple[int, int]:
     """Weights of a row that a step takes, and (packed formats) that are summed before a scale is applied."""
     if linear.format not in (Format.INT4_INT8, Format.INT4_FLOAT):
-        return min(config.depth, triton.next_power_of_2(linear.columns)), linear.columns
+        return min(config.depth, max(32, triton.next_power_of_2(linear.columns))), linear.columns
     chunk = linear.quads_per_scale * 32 if grouped else gcd(linear.columns, 128)
     return gcd(chunk, config.depth), chunk
 
 
-def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor, landing: Landing | None, finish: Finish,
-         config: Config | None = None) -> None:  # fmt: skip
+def choose_outputs(x_scale: Tensor | None, linear: TiledLinear, factor: Tensor, landing: Landing | None,
+                   finish: Finish) -> tuple[tuple[Tensor, ...], dict[str, Any]]:  # fmt: skip
+    """Arguments of ``_finish`` from x_scale to residual (``factor`` stands for what is not used), and its switches."""
+    any_codes = landing is not None and landing.any_codes
+    grids: tuple[Tensor | None, ...] = (None,) * 4
+    if landing is not None and any_codes:
+        grids = (landing.inverse, landing.scale, landing.low, landing.high)
+    given = (x_scale, factor, linear.bias, *grids, finish.shift, finish.first, finish.values, finish.residual)
+    flags = {
+        "MODE": finish.mode, "DYNAMIC": x_scale is not None, "HAS_BIAS": linear.bias is not None,
+        "ROUNDING": landing.rounding if landing is not None and any_codes else 0, "ANY_CODES": any_codes,
+        "ANY_VALUES": landing is None or landing.values_anywhere, "SPLIT_AT": finish.split_at,
+        "SPLIT_FORMAT": finish.split_format,
+    }  # fmt: skip
+    return tuple(factor if part is None else part for part in given), flags
+
+
+def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor, landing: Landing | None,
+         finish: Finish, config: Config | None = None) -> None:  # fmt: skip
     """y = x W^T, each row times ``factor`` (and ``x_scale`` (M,) if dynamic), plus bias, then as ``finish`` says.
 
     ``x``: int8, bfloat16 or float32 (M, K), its columns in the order of ``permuted``. ``landing``: the grids of the
@@ -266,23 +289,15 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     packed = linear.format in (Format.INT4_INT8, Format.INT4_FLOAT)
     grouped = linear.group_scale is not None
     depth, chunk = _depth(linear, config, grouped)
-    any_codes = landing is not None and landing.any_codes
-    grids = (landing.inverse, landing.scale, landing.low, landing.high) if any_codes else (factor,) * 4
-    fallback = next(part for part in (finish.values, finish.first, finish.residual) if part is not None)
-    outputs = (part if part is not None else fallback for part in (finish.first, finish.values, finish.residual))
+    (scale, *pointers), flags = choose_outputs(x_scale, linear, factor, landing, finish)
     kinds = {Format.BFLOAT16_FLOAT: torch.bfloat16, Format.FLOAT32_FLOAT: torch.float32}
     words = linear.words.view(kinds.get(linear.format, torch.int8))
     rows = x.shape[0]
     grid = (triton.cdiv(rows, config.rows) * triton.cdiv(linear.rows, config.outputs),)
     kernel = _packed_kernel if packed else _whole_kernel
     kernel[grid](
-        x, x_scale if x_scale is not None else factor, words, linear.group_scale if grouped else factor, factor,
-        linear.bias if linear.bias is not None else factor, *grids,
-        finish.shift if finish.shift is not None else factor, *outputs, rows, linear.rows, X_STRIDE=x.stride(0),
+        x, scale, words, linear.group_scale if grouped else factor, *pointers, rows, linear.rows, X_STRIDE=x.stride(0),
         K=linear.columns, QUAD=linear.format.quad, TR=linear.tile_rows, CHUNK=chunk, BM=config.rows,
-        BN=config.outputs, BK=depth, BAND=8, FORMAT=int(linear.format), GROUPED=grouped, MODE=finish.mode,
-        DYNAMIC=x_scale is not None, HAS_BIAS=linear.bias is not None,
-        ROUNDING=landing.rounding if any_codes else 0, ANY_CODES=any_codes,
-        ANY_VALUES=landing is None or landing.values_anywhere, SPLIT_AT=finish.split_at,
-        SPLIT_FORMAT=finish.split_format, NATIVE=not INTERPRETED, num_warps=config.warps, num_stages=config.stages,
+        BN=config.outputs, BK=depth, BAND=8, FORMAT=int(linear.format), GROUPED=grouped, NATIVE=not INTERPRETED,
+        num_warps=config.warps, num_stages=config.stages, **flags,
     )  # fmt: skip

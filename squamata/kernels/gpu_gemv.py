@@ -40,6 +40,11 @@ class Landing:
     scale: Tensor | None = None
 
     @property
+    def codes_everywhere(self) -> bool:
+        """True if no row stays float: then stores need no mask that depends on data."""
+        return self.any_codes and not self.values_anywhere
+
+    @property
     def values_anywhere(self) -> bool:
         """True if any row stays float, in the ring or outside."""
         return self.any_values or (self.ring_stop > self.ring_start and not self.ring_codes)

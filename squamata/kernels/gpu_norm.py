@@ -48,7 +48,7 @@ def _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, Q
             scale = tl.maximum(tl.div_rn(tl.max(tl.abs(y), axis=0), span), _SMALLEST_SCALE)
             tl.store(out_scale + row, scale)
             inverse = tl.div_rn(1.0, scale)
-        tl.store(out + offsets, to_codes(y, inverse, low, high, ROUNDING).to(tl.int8), mask=mask)
+        tl.store(out + offsets, to_codes(y, inverse, low, high, ROUNDING).to(out.dtype.element_ty), mask=mask)
     else:
         tl.store(out + offsets, y, mask=mask)
 
@@ -258,14 +258,22 @@ def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: t
 
 def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position: Tensor, pdl: bool,
            advance: int = 1) -> None:  # fmt: skip
-    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32, int32 (rows, parts)."""
+    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32 and int32 (rows, parts)."""
     rows, vocabulary = logits.shape
     parts = scratch[0].shape[1]
     _best_kernel[(parts, rows)](
         logits, *scratch, vocabulary, PARTS=parts, BV=GREEDY_PART, PDL=pdl, num_warps=4, **_launch(pdl)
     )
     _pick_kernel[(rows,)](
-        *scratch, ids, position, advance, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1, **_launch(pdl)
+        *scratch,
+        ids,
+        position,
+        advance,
+        PARTS=parts,
+        BP=triton.next_power_of_2(parts),
+        PDL=pdl,
+        num_warps=1,
+        **_launch(pdl),
     )
 
 

@@ -19,6 +19,7 @@ from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import decompose, hadamard_matrix
 
 WIDEST_SIDE = 128  # channels of a row that one small product turns
+ROTATE_WARPS = 4
 _HEADROOM = tl.constexpr(0.0625)  # float16 between the two products of a rotation: a power of two
 
 
@@ -51,7 +52,7 @@ def norm_rows(residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, o
 
 @dataclass(frozen=True)
 class RowRotation:
-    """A rotation of whole rows as two products: ``left`` (parts, parts) x row as (parts, side) x ``right`` (side, side).
+    """A rotation of whole rows as two products: ``left`` (parts, parts), row (parts, side), ``right`` (side, side).
 
     H_m (x) H_{2^k} with ``side`` of the 2^k; ``left`` is padded to a power of two of at least 16, block-diagonal if the
     rotation is. ``left`` and ``right``: float16, or float32 for a check.
@@ -62,10 +63,15 @@ class RowRotation:
     parts: int
     factor: float
     rotated: bool = True
+    turned: bool = True
 
 
-def plan_row_rotation(rotation: Rotation | None, size: int, exact: bool, device: torch.device | str) -> RowRotation:
-    """SquamataError if the rotation's power of two is below 16. Without a rotation only the parts count."""
+def plan_row_rotation(
+    rotation: Rotation | None, size: int, exact: bool, device: torch.device | str, format: int = 0
+) -> RowRotation:
+    """SquamataError if the rotation's power of two is below 16. Outputs come in the column order of ``format``, which
+    is ``right``'s business; without a rotation it does nothing else.
+    """
     dtype = torch.float32 if exact else torch.float16
     if rotation is None:
         side = next((width for width in (128, 64, 32, 16) if size % width == 0), 0)
@@ -84,17 +90,20 @@ def plan_row_rotation(rotation: Rotation | None, size: int, exact: bool, device:
             mix = torch.kron(hadamard_matrix(order), hadamard_matrix(power // side))
             left[:parts, :parts] = torch.kron(torch.eye(rotation.size // rotation.block), mix)
     factor = 1.0 if rotation is None else rotation.block**-0.5
-    left, right = left.to(device, dtype), right.T.contiguous().to(device, dtype)
-    return RowRotation(left, right, parts, factor, rotation is not None)
+    order = permuted.fn(torch.arange(side), format)
+    turned = torch.zeros(side, side)
+    turned[:, order] = right.T  # the column that belongs to place order[k]
+    moved = rotation is not None or not torch.equal(order, torch.arange(side))
+    return RowRotation(left.to(device, dtype), turned.to(device, dtype), parts, factor, rotation is not None, moved)
 
 
 @triton.jit
 def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor, epsilon, inverse, low, high,
                    middle_inverse, middle_scale, middle_low, middle_high, N_IN, Z_START: tl.constexpr, E: tl.constexpr,
                    PARTS: tl.constexpr, PADDED: tl.constexpr, SIDE: tl.constexpr, GROUPS: tl.constexpr,
-                   Z_CODES: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, MIDDLE: tl.constexpr,
+                   Z_CODES: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, TURNED: tl.constexpr, MIDDLE: tl.constexpr,
                    MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr,
-                   FORMAT: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+                   EXACT: tl.constexpr):  # fmt: skip
     """One row: out = H (norm(y * SiLU(z)) * gain) * factor, landed."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PADDED)
@@ -128,25 +137,27 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
         v = v * tl.load(gain + channel, mask=mask, other=0.0)
     if MIDDLE:
         v = to_codes(v, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
-    if ROTATED:
+    if TURNED:
         unit = 1.0
         if not NORM and not EXACT:  # float16 has no room for any magnitude: the row's largest becomes 1
             unit = tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), 1e-20)
             v = v * tl.div_rn(1.0, unit)
-        H_left = tl.load(left + part[:, None] * PADDED + part[None, :])
         side = tl.arange(0, SIDE)
         H_right = tl.load(right + side[:, None] * SIDE + side[None, :])
-        turned = tl.dot(v.to(H_right.dtype), H_right, input_precision="ieee") * _HEADROOM
-        v = tl.dot(H_left, turned.to(H_left.dtype), input_precision="ieee") * (factor * unit / _HEADROOM)
+        v = tl.dot(v.to(H_right.dtype), H_right, input_precision="ieee")
+        if ROTATED:
+            H_left = tl.load(left + part[:, None] * PADDED + part[None, :])
+            v = tl.dot(H_left, (v * _HEADROOM).to(H_left.dtype), input_precision="ieee") / _HEADROOM
+        v = v * (factor * unit)
     if QUANTIZED:
-        tl.store(out + row * E + channel, to_codes(v, inverse, low, high, ROUNDING).to(tl.int8), mask=mask)
+        tl.store(out + row * E + channel, to_codes(v, inverse, low, high, ROUNDING).to(out.dtype.element_ty), mask=mask)
     else:
-        tl.store(out + row * E + permuted(channel, FORMAT), v.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + row * E + channel, v.to(out.dtype.element_ty), mask=mask)
 
 
 def rotate_rows(y: Tensor, z: tuple[Tensor, Tensor], z_input: InputPlan, z_start: int, gain: Tensor | None,
-                epsilon: float, groups: int, plan: RowRotation, middle: RowSite, site: RowSite, out: Tensor,
-                format: int) -> None:  # fmt: skip
+                epsilon: float, groups: int, plan: RowRotation, middle: RowSite, site: RowSite,
+                out: Tensor) -> None:  # fmt: skip
     """Gate, RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site``.
 
     ``y``: (M, E), float16 or float32; ``z``: codes and values of in_proj's outputs, (M, N) both.
@@ -156,7 +167,7 @@ def rotate_rows(y: Tensor, z: tuple[Tensor, Tensor], z_input: InputPlan, z_start
         y, *z, z_input.scale, gain if gain is not None else plan.left, plan.left, plan.right, out, plan.factor, epsilon,
         site.inverse, site.low, site.high, middle.inverse, middle.scale, middle.low, middle.high, z[0].shape[1],
         Z_START=z_start, E=width, PARTS=plan.parts, PADDED=plan.left.shape[0], SIDE=plan.right.shape[0], GROUPS=groups,
-        Z_CODES=z_input.codes, NORM=gain is not None, ROTATED=plan.rotated, MIDDLE=middle.quantized,
-        MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding, FORMAT=format,
-        EXACT=plan.left.dtype == torch.float32, num_warps=4,
+        Z_CODES=z_input.codes, NORM=gain is not None, ROTATED=plan.rotated, TURNED=plan.turned, MIDDLE=middle.quantized,
+        MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
+        EXACT=plan.left.dtype == torch.float32, num_warps=ROTATE_WARPS,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """From a model's blocks to the plan of its GPU kernels: weights repacked, scales expanded, states allocated."""
 
-
 from __future__ import annotations
 
 from math import prod
@@ -23,7 +22,7 @@ from squamata.kernels.decode.triton import (
     Projection,
     ScanParameters,
 )
-from squamata.kernels.gpu_gemv import Landing, choose_shape
+from squamata.kernels.gpu_gemv import Landing, Shape, choose_shape
 from squamata.kernels.gpu_math import ROUNDINGS
 from squamata.kernels.gpu_norm import RowSite, plan_rotation
 from squamata.kernels.gpu_rows import RowRotation, plan_row_rotation
@@ -31,6 +30,7 @@ from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan
 from squamata.kernels.gpu_tiles import tile_linear, weight_format
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.linear import Linear
+from squamata.kernels.prefill.triton import FEW_SEQUENCES
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
 from squamata.models.block import Block
@@ -48,7 +48,7 @@ class Planner:
         self.bfloat16 = bfloat16
         self.state_dtype = state_dtype
         self.pdl = pdl
-        self._row_rotations: dict[Rotation | None, RowRotation] = {}
+        self._row_rotations: dict[tuple[Rotation | None, int], RowRotation] = {}
 
     def model(self, model: LanguageModel) -> DecodePlan:
         """The whole model's plan."""
@@ -138,14 +138,15 @@ class Planner:
             raise SquamataError("the GPU kernels take a static scale before out_proj, not one a token")
         middle = row_site(block.sites["y"])
         gain = None if gain is None else self.floats(gain)
-        rows = self.row_rotation(block.out_rotation, block.config.d_inner)
+        rows = self.row_rotation(block.out_rotation, block.config.d_inner, int(projection.linear.format))
         return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection)
 
-    def row_rotation(self, rotation: Rotation | None, size: int) -> RowRotation:
+    def row_rotation(self, rotation: Rotation | None, size: int, format: int) -> RowRotation:
         """The rotation for many rows; layers with the same one share its matrices."""
-        if rotation not in self._row_rotations:
-            self._row_rotations[rotation] = plan_row_rotation(rotation, size, not self.bfloat16, self.device)
-        return self._row_rotations[rotation]
+        key = (rotation, format)
+        if key not in self._row_rotations:
+            self._row_rotations[key] = plan_row_rotation(rotation, size, not self.bfloat16, self.device, format)
+        return self._row_rotations[key]
 
     def scan(
         self, layer: SSDScanLayer | SelectiveScanLayer, site: Site, inputs: dict[str, InputPlan]
@@ -173,6 +174,8 @@ class Planner:
             )
         format = weight_format(layer, site.quantized, self.bfloat16)
         shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format)
+        if self.batch > FEW_SEQUENCES:
+            shape = Shape(1, shape.slices)  # whole rows, as the products of many rows want them
         linear = tile_linear(layer, format, shape.tile_rows, self.device)
         factor = linear.factor * site.scale if site.quantized and site.span == 0 else linear.factor
         landing = None if out == (None,) else self.landing(layer, out, len(linear.factor), ring, slots)

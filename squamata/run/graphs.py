@@ -95,7 +95,11 @@ class CapturedDecoder:
                 break
             live = (inside > 0).to(self.device)
             now = (self.logits.clone(), self.ids.clone())
-            kept = now if kept is None else (torch.where(live[:, None], now[0], kept[0]), torch.where(live, now[1], kept[1]))
+            kept = (
+                now
+                if kept is None
+                else (torch.where(live[:, None], now[0], kept[0]), torch.where(live, now[1], kept[1]))
+            )
         if kept is not None:
             self.logits.copy_(kept[0])
             self.ids.copy_(kept[1])

@@ -29,7 +29,7 @@ from squamata.kernels.qtensor import QTensor
 from squamata.models.lm import LanguageModel
 from squamata.run.graphs import CapturedDecoder
 
-CONFIG = Config(16, 16, 32, 4, 2)
+CONFIG = Config(16, 16, 64, 4, 2)
 ROWS, OUTPUTS, COLUMNS = 19, 37, 192
 
 
@@ -38,9 +38,13 @@ def order(format: Format, columns: int) -> torch.Tensor:
     return permuted.fn(torch.arange(columns), int(format))
 
 
-def product(format: Format, bits: int, group: int | None, bias: bool = True) -> tuple[TiledLinear, torch.Tensor, torch.Tensor]:
+def product(
+    format: Format, bits: int, group: int | None, bias: bool = True
+) -> tuple[TiledLinear, torch.Tensor, torch.Tensor]:
     """A tiled weight, activations in its order, and the exact product in float64."""
-    weight: Any = random_weight(OUTPUTS, COLUMNS, bits, group) if bits else torch.randn(OUTPUTS, COLUMNS).bfloat16().float()
+    weight: Any = (
+        random_weight(OUTPUTS, COLUMNS, bits, group) if bits else torch.randn(OUTPUTS, COLUMNS).bfloat16().float()
+    )
     layer = Linear(weight, torch.randn(OUTPUTS) if bias else None)
     tiled = tile_linear(layer, format, choose_shape(OUTPUTS, COLUMNS, format).tile_rows, DEVICE)
     if format.integer_activations:
@@ -143,7 +147,9 @@ def test_rotation_of_rows_agrees_with_the_butterflies(size: int, groups: int, ex
     tolerance = 1e-5 if exact else 2e-3
     gated = y * torch.nn.functional.silu(z[:, 5:])
     for weight in (gain, None):
-        rotate_rows(*given, None if weight is None else gain.to(DEVICE), 1e-5, groups, plan, RowSite(), RowSite(), out, 0)
+        rotate_rows(
+            *given, None if weight is None else gain.to(DEVICE), 1e-5, groups, plan, RowSite(), RowSite(), out
+        )
         wanted = gated
         if weight is not None:
             grouped = gated.view(3, groups, -1)

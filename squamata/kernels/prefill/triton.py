@@ -24,12 +24,31 @@ from squamata.kernels.decode.triton import (
     Projection,
     enter,
 )
+from squamata.kernels.gpu_expand import (
+    OPERAND,
+    expand,
+    finish_sums,
+    in_rows,
+    multiply,
+    rows_of,
+    scratch_bytes,
+    sums_dtype,
+)
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
 from squamata.kernels.gpu_norm import embed, greedy
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
-from squamata.kernels.gpu_sequence import Sequences, conv_rows, selective_rows, ssd_rows
+from squamata.kernels.gpu_sequence import (
+    ScanScratch,
+    Sequences,
+    conv_rows,
+    scan_scratch,
+    selective_rows,
+    ssd_rows,
+)
+from squamata.kernels.gpu_tiles import TiledLinear
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
+LIBRARY_FROM, NARROW = 128, 1024  # rows, and outputs beyond which, a product goes through the library
 
 
 @dataclass
@@ -45,6 +64,9 @@ class Workspace:
     device: torch.device
     exact: bool
     memory: dict[tuple[str, int, torch.dtype], Tensor] = field(default_factory=dict)
+    sums: Tensor | None = None
+    scratch: Tensor | None = None
+    of_states: dict[torch.Size, ScanScratch] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = self.batch * self.length
@@ -64,10 +86,37 @@ class Workspace:
             self.memory[key] = torch.zeros(self.rows, features, dtype=dtype, device=self.device)
         return self.memory[key]
 
+    def scan(self, state: Tensor) -> ScanScratch:
+        """Scratch of Mamba-2's scan for a state of this shape."""
+        if state.shape not in self.of_states:
+            self.of_states[state.shape] = scan_scratch(self.batch, self.length, state)
+        return self.of_states[state.shape]
+
+    def library(self, linear: TiledLinear) -> bool:
+        """True if the product goes through the library (``gpu_expand``)."""
+        large = self.rows >= LIBRARY_FROM and linear.rows > NARROW and linear.columns > NARROW // 2
+        return large and not self.exact and linear.format in OPERAND
+
     def input_of(self, name: str, projection: Projection) -> Tensor:
         """Memory for what a projection reads, in the type that its weights meet."""
-        integer = projection.linear.format.integer_activations
-        return self.get(name, projection.linear.columns, torch.int8 if integer else self.float)
+        linear = projection.linear
+        if self.library(linear):
+            return self.get(name, linear.columns, OPERAND[linear.format])
+        integer = linear.format.integer_activations
+        return self.get(name, linear.columns, torch.int8 if integer else self.float)
+
+    def sums_of(self, linear: TiledLinear) -> Tensor:
+        """Memory for a library product's outputs: the same bytes for all."""
+        needed = self.rows * linear.rows
+        if self.sums is None or self.sums.numel() < needed:
+            self.sums = torch.zeros(needed, dtype=torch.int32, device=self.device)
+        return self.sums[:needed].view(sums_dtype(linear)).view(self.rows, linear.rows)
+
+    def scratch_of(self, linear: TiledLinear) -> Tensor:
+        """Memory for a weight laid out row by row: the same bytes for all."""
+        if self.scratch is None or self.scratch.numel() < scratch_bytes(linear):
+            self.scratch = torch.zeros(scratch_bytes(linear), dtype=torch.uint8, device=self.device)
+        return self.scratch
 
     def landed(self, name: str, projection: Projection) -> tuple[Tensor, Tensor]:
         """Codes and values of a projection's outputs; the one that is not written stands for the other."""
@@ -100,8 +149,11 @@ class SequencePlan:
         for layer in plan.layers:
             yield from self._mamba2(layer) if isinstance(layer, Mamba2Layer) else self._mamba1(layer)
         yield from self._head(plan.head, plan.buffers)
-        yield "greedy", lambda: greedy(
-            plan.logits, plan.scratch, plan.buffers.ids, plan.buffers.position, pdl=False, advance=work.length
+        yield (
+            "greedy",
+            lambda: greedy(
+                plan.logits, plan.scratch, plan.buffers.ids, plan.buffers.position, pdl=False, advance=work.length
+            ),
         )
 
     def step(self) -> None:
@@ -109,9 +161,19 @@ class SequencePlan:
         for _, launch in self.kernels():
             launch()
 
-    def _product(self, projection: Projection, x: Tensor, finish: Finish) -> None:
+    def _product(self, name: str, projection: Projection, x: Tensor, finish: Finish) -> Iterator[Kernel]:
+        """One fused product, or the library's with what surrounds it."""
         scale = self.work.row_scale if projection.site.span > 0 else None
-        gemm(x, scale, projection.linear, projection.factor, projection.landing, finish)
+        linear, factor, landing = projection.linear, projection.factor, projection.landing
+        if not self.work.library(linear):
+            yield name, lambda: gemm(x, scale, linear, factor, landing, finish)
+            return
+        sums, scratch = self.work.sums_of(linear), self.work.scratch_of(linear)
+        weight = rows_of(linear, scratch)
+        if not in_rows(linear):
+            yield name + " rows", lambda: expand(linear, weight)
+        yield name, lambda: multiply(x, weight, sums)
+        yield name + " finish", lambda: finish_sums(sums, scale, linear, factor, landing, finish)
 
     def _enter(self, stage: InputStage, x: Tensor) -> None:
         work, projection = self.work, stage.projection
@@ -125,26 +187,29 @@ class SequencePlan:
         x = work.input_of("rotated", projection)
         yield "rotate", lambda: rotate_rows(
             y, entered, layer.scan.inputs["z"], z_start, stage.gain, stage.epsilon, stage.groups, stage.rows,
-            stage.middle, projection.site, x, int(projection.linear.format),
+            stage.middle, projection.site, x,
         )  # fmt: skip
-        yield "out_proj", lambda: self._product(projection, x, Finish(RESIDUAL, residual=work.residual))
+        yield from self._product("out_proj", projection, x, Finish(RESIDUAL, residual=work.residual))
 
     def _mamba2(self, layer: Mamba2Layer) -> Iterator[Kernel]:
         work, projection, scan = self.work, layer.entry.projection, layer.scan
         x = work.input_of("normed", projection)
         entered = work.landed("entered", projection)
         inner, channels = layer.exit.projection.linear.columns, layer.state.ring.shape[2]
-        u = work.get("u", channels, torch.int8 if layer.conv.all_codes else work.float)
+        u, codes = work.get("u", channels, work.float), layer.conv.all_codes and layer.conv.uniform
         taken = entered[0] if layer.state.ring.dtype == torch.int8 else entered[1]
         y = work.get("y", inner, work.scanned)
         yield "norm", lambda: self._enter(layer.entry, x)
-        yield "in_proj", lambda: self._product(projection, x, Finish(LAND, *entered))
-        yield "conv", lambda: conv_rows(
-            taken, layer.starts[0] + inner, layer.state.ring, layer.conv, inner, self.sequences, u, 0
+        yield from self._product("in_proj", projection, x, Finish(LAND, *entered))
+        yield (
+            "conv",
+            lambda: conv_rows(
+                taken, layer.starts[0] + inner, layer.state.ring, layer.conv, inner, self.sequences, u, codes, 0
+            ),
         )
         yield "scan", lambda: ssd_rows(
-            u, layer.conv, entered, scan.inputs["dt"], layer.starts[1], (scan.dt_bias, scan.A, scan.skip),
-            layer.state.state, scan.grid, layer.groups, layer.limit, self.sequences, y, layer.conv.uniform, work.exact,
+            u, codes, layer.conv, entered, scan.inputs["dt"], layer.starts[1], (scan.dt_bias, scan.A, scan.skip),
+            work.scan(layer.state.state), layer.state.state, scan.grid, layer.groups, layer.limit, self.sequences, y,
         )  # fmt: skip
         yield from self._leave(layer.exit, layer, entered, layer.starts[0])
 
@@ -159,14 +224,22 @@ class SequencePlan:
         taken = entered[0] if layer.state.ring.dtype == torch.int8 else entered[1]
         order = int(layer.x_proj.linear.format)
         yield "norm", lambda: self._enter(layer.entry, x)
-        yield "in_proj", lambda: self._product(projection, x, Finish(LAND, *entered))
-        yield "conv", lambda: conv_rows(taken, 0, layer.state.ring, layer.conv, inner, self.sequences, u, order)
+        yield from self._product("in_proj", projection, x, Finish(LAND, *entered))
+        yield (
+            "conv",
+            lambda: conv_rows(
+                taken, 0, layer.state.ring, layer.conv, inner, self.sequences, u, u.dtype == torch.int8, order
+            ),
+        )
         low = Finish(SPLIT, dt_low, bc, split_at=low_rank, split_format=int(layer.dt_proj.linear.format))
-        yield "x_proj", lambda: self._product(layer.x_proj, u, low)
+        yield from self._product("x_proj", layer.x_proj, u, low)
         softplus = Finish(SOFTPLUS, values=dt, shift=scan.dt_bias)
-        yield "dt_proj", lambda: self._product(layer.dt_proj, dt_low, softplus)
-        yield "scan", lambda: selective_rows(
-            u, scan.inputs["u"], dt, bc, scan.A, scan.skip, layer.state.state, scan.grid, self.sequences, y, order
+        yield from self._product("dt_proj", layer.dt_proj, dt_low, softplus)
+        yield (
+            "scan",
+            lambda: selective_rows(
+                u, scan.inputs["u"], dt, bc, scan.A, scan.skip, layer.state.state, scan.grid, self.sequences, y, order
+            ),
         )
         yield from self._leave(layer.exit, layer, entered, layer.z_start)
 
@@ -179,13 +252,15 @@ class SequencePlan:
             return
         site, linear = head.projection.site, head.projection.linear
         dtype = torch.int8 if linear.format.integer_activations else work.float
-        x = torch.zeros(work.batch, linear.columns, dtype=dtype, device=work.device)
-        yield "norm", lambda: norm_rows(
-            buffers.h, head.gain, head.epsilon, site, x, buffers.row_scale, int(linear.format)
+        x = work.get("head", linear.columns, dtype)[: work.batch]
+        yield (
+            "norm",
+            lambda: norm_rows(buffers.h, head.gain, head.epsilon, site, x, buffers.row_scale, int(linear.format)),
         )
         scale = buffers.row_scale if site.span > 0 else None
-        yield "head", lambda: gemm(
-            x, scale, linear, head.projection.factor, None, Finish(PLAIN, values=self.plan.logits)
+        yield (
+            "head",
+            lambda: gemm(x, scale, linear, head.projection.factor, None, Finish(PLAIN, values=self.plan.logits)),
         )
 
     def _take_last(self) -> None:
