@@ -1,12 +1,14 @@
 # mypy: allow-untyped-defs
-"""Large products through the library: weights laid out row by row in scratch memory, cuBLAS, a fused finish.
+"""Weights laid out row by row for products of many rows, and cuBLAS with a fused finish for the floating ones.
 
-On an H200 ``torch._int_mm`` and cuBLAS multiply 1024 rows about twice as fast as Triton without multicast loads, which
-pays for writing the weight once and for reading the sums back (docs/log.md). int8 weights give exact int32 sums. 4-bit
-weights become float16, times their group's scale (one rounding, 2^-12), and meet codes carried in float16.
+The tiles that a matrix-vector product streams cost a large product half its speed: laying a weight out first, in
+scratch memory, pays from some 128 rows on (docs/log.md). Integer products then are Triton's (1.5 times
+``torch._int_mm``), floating ones cuBLAS's: 4-bit weights times their group's scale become bfloat16.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -21,7 +23,7 @@ from squamata.kernels.gpu_tiles import Format, TiledLinear
 PACKED = (Format.INT4_INT8, Format.INT4_FLOAT)
 OPERAND = {
     Format.INT8_INT8: torch.int8,
-    Format.INT4_INT8: torch.float16,
+    Format.INT4_INT8: torch.int8,
     Format.INT4_FLOAT: torch.bfloat16,
     Format.BFLOAT16_FLOAT: torch.bfloat16,
     Format.INT8_FLOAT: torch.bfloat16,
@@ -43,18 +45,18 @@ def _expand_kernel(words, group_scale, out, N, TR: tl.constexpr, ROW_BYTES: tl.c
     row = out + (tile * TR + r) * (ROW_BYTES * 2 if PACKED else ROW_BYTES)
     if PACKED:
         scale = 1.0
-        if GROUPED:
+        if GROUPED and FORMAT != 1:
             groups: tl.constexpr = ROW_BYTES // GROUP_BYTES
             scale = tl.load(group_scale + (tile * groups + at // GROUP_BYTES) * TR + r, mask=inside, other=0.0)
             scale = scale.to(tl.float32)
-        # codes in two's complement times 16 (the factor knows), or stored as code + 8
-        flip: tl.constexpr = 8 if FORMAT == 1 else 0
-        unit: tl.constexpr = 16.0 if FORMAT == 1 else 1.0
-        low, high = nibble_to_float(byte.to(tl.int32) ^ (flip * 17), 0), nibble_to_float(byte.to(tl.int32) ^ (flip * 17), 1)
-        scale = scale * unit
         place = at // 16 * 32 + at % 16
-        tl.store(row + place, (low * scale).to(out.dtype.element_ty), mask=inside)
-        tl.store(row + place + 16, (high * scale).to(out.dtype.element_ty), mask=inside)
+        if FORMAT == 1:  # times 16, which the factor knows; the scale waits for the sums
+            tl.store(row + place, byte << 4, mask=inside)
+            tl.store(row + place + 16, byte & -16, mask=inside)
+        else:
+            low, high = nibble_to_float(byte.to(tl.int32), 0), nibble_to_float(byte.to(tl.int32), 1)
+            tl.store(row + place, (low * scale).to(out.dtype.element_ty), mask=inside)
+            tl.store(row + place + 16, (high * scale).to(out.dtype.element_ty), mask=inside)
     else:
         tl.store(row + at, byte.to(out.dtype.element_ty), mask=inside)
 
@@ -87,21 +89,21 @@ def expand(linear: TiledLinear, out: Tensor) -> None:
     )  # fmt: skip
 
 
+def as_rows(linear: TiledLinear, weight: Tensor) -> TiledLinear:
+    """The same linear over a weight laid out by rows, for the integer products of ``gpu_gemm``."""
+    quads = linear.columns // Format.INT8_INT8.quad
+    words = weight.view(torch.int32).view(linear.rows, quads, 1, 4)
+    return replace(linear, format=Format.INT8_INT8, tile_rows=1, words=words)
+
+
 def scratch_bytes(linear: TiledLinear) -> int:
     """What ``row_major`` may need."""
     return linear.rows * linear.columns * OPERAND[linear.format].itemsize if linear.format in OPERAND else 0
 
 
-def sums_dtype(linear: TiledLinear) -> torch.dtype:
-    """What the library's product is written in."""
-    return torch.int32 if linear.format == Format.INT8_INT8 else torch.float32
-
-
 def multiply(x: Tensor, weight: Tensor, sums: Tensor) -> None:
-    """sums (M, N) = x (M, K) weight (N, K)^T, exact in int32 for int8, else summed in float32."""
-    if x.dtype == torch.int8:
-        torch._int_mm(x, weight.T, out=sums)
-    elif x.is_cuda:
+    """sums float32 (M, N) = x (M, K) weight (N, K)^T."""
+    if x.is_cuda:
         torch.mm(x, weight.T, out_dtype=torch.float32, out=sums)
     else:
         torch.mm(x.float(), weight.float().T, out=sums)

@@ -34,26 +34,20 @@ class Config:
     stages: int
 
 
-# The best of a sweep on one H200, by activation rows: (up to, configuration). Formats as in gpu_tiles.Format.
+# The best of sweeps on one H200, by activation rows: (up to, configuration). Small programs win: three or four of them
+# share a multiprocessor, and one finishes while another multiplies.
 _INT8 = [
-    (32, Config(32, 64, 128, 4, 5)),
-    (128, Config(64, 64, 128, 4, 5)),
-    (256, Config(128, 128, 128, 8, 4)),
-    (2**31, Config(128, 256, 128, 8, 3)),
+    (64, Config(64, 64, 128, 4, 5)),
+    (256, Config(128, 64, 128, 4, 4)),
+    (2**31, Config(128, 128, 128, 4, 3)),
 ]
-_INT4 = [
-    (32, Config(32, 64, 128, 4, 4)),
-    (128, Config(64, 64, 128, 4, 4)),
-    (2**31, Config(128, 128, 128, 8, 4)),
-]
+_GROUPED = [(64, Config(64, 64, 128, 4, 4)), (2**31, Config(64, 128, 128, 4, 4))]
+_INT4 = [(32, Config(32, 64, 128, 4, 4)), (2**31, Config(64, 128, 128, 4, 4))]
 _FLOAT = [
-    (32, Config(32, 64, 64, 4, 5)),
-    (128, Config(64, 64, 64, 4, 5)),
-    (256, Config(128, 128, 64, 8, 4)),
-    (2**31, Config(128, 256, 64, 8, 3)),
+    (64, Config(64, 64, 64, 4, 5)),
+    (256, Config(128, 64, 64, 4, 4)),
+    (2**31, Config(128, 128, 64, 4, 3)),
 ]
-_NARROW = 1024  # outputs up to which there are too few programs of the shapes above
-_NARROW_CONFIG = Config(64, 32, 128, 4, 5)
 CONFIGS = {
     Format.INT8_INT8: _INT8,
     Format.INT4_INT8: _INT4,
@@ -62,14 +56,20 @@ CONFIGS = {
     Format.FLOAT32_FLOAT: [(2**31, Config(32, 32, 32, 4, 2))],
     Format.INT8_FLOAT: _FLOAT,
 }
+_PROGRAMS = 128  # fewer than that leave multiprocessors idle
+_NARROW = Config(64, 32, 128, 4, 5)
 
 
 def choose_config(linear: TiledLinear, rows: int) -> Config:
     """The committed configuration for a product; nothing is tuned at run time."""
-    found = next(config for limit, config in CONFIGS[linear.format] if rows <= limit)
-    if linear.rows <= _NARROW and rows > 128 and linear.format != Format.FLOAT32_FLOAT:
-        found = _NARROW_CONFIG
-    return found
+    grouped = linear.format == Format.INT8_INT8 and linear.group_scale is not None
+    table = _GROUPED if grouped else CONFIGS[linear.format]
+    at = next(index for index, (limit, _) in enumerate(table) if rows <= limit)
+    while at > 0 and triton.cdiv(rows, table[at][1].rows) * triton.cdiv(linear.rows, table[at][1].outputs) < _PROGRAMS:
+        at -= 1
+    found = table[at][1]
+    narrow = triton.cdiv(rows, found.rows) * triton.cdiv(linear.rows, found.outputs) < _PROGRAMS // 2
+    return _NARROW if narrow and linear.format == Format.INT8_INT8 and rows > 64 else found
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def _finish(y, m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shi
 @triton.jit
 def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, low, high, shift, first, values,
                   residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
-                  CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
+                  CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
                   FORMAT: tl.constexpr, GROUPED: tl.constexpr, MODE: tl.constexpr, DYNAMIC: tl.constexpr,
                   HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
@@ -161,19 +161,29 @@ def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale,
     start = (tile_row // TR).to(tl.int64) * (K * TR) + tile_row % TR * QUAD
     w_at = weight + start[None, :] + (k // QUAD * (TR * QUAD) + k % QUAD)[:, None]
     integer: tl.constexpr = FORMAT == 0
-    total = tl.zeros((BM, BN), tl.int32 if integer else tl.float32)
-    for step in range(0, tl.cdiv(K, BK)):
-        if K % BK == 0:
-            a, b = tl.load(x_at), tl.load(w_at)
-        else:
-            inside = k < K - step * BK
-            a, b = tl.load(x_at, mask=inside[None, :], other=0), tl.load(w_at, mask=inside[:, None], other=0)
-        if integer:
-            total = tl.dot(a, b, total, out_dtype=tl.int32)
-        else:
-            total = dot_float(a, b.to(a.dtype), total, NATIVE)
-        x_at += BK
-        w_at += BK * TR
+    if GROUPED:
+        total = tl.zeros((BM, BN), tl.float32)
+        scale_at = group_scale + tile_row // SCALE_ROWS * (K // CHUNK * SCALE_ROWS) + tile_row % SCALE_ROWS
+        for _ in range(0, K // CHUNK):
+            sums = tl.dot(tl.load(x_at), tl.load(w_at), out_dtype=tl.int32)
+            total += small_to_float(sums) * tl.load(scale_at).to(tl.float32)[None, :]
+            x_at += BK
+            w_at += BK * TR
+            scale_at += SCALE_ROWS
+    else:
+        total = tl.zeros((BM, BN), tl.int32 if integer else tl.float32)
+        for step in range(0, tl.cdiv(K, BK)):
+            if K % BK == 0:
+                a, b = tl.load(x_at), tl.load(w_at)
+            else:
+                inside = k < K - step * BK
+                a, b = tl.load(x_at, mask=inside[None, :], other=0), tl.load(w_at, mask=inside[:, None], other=0)
+            if integer:  # noqa: SIM108
+                total = tl.dot(a, b, total, out_dtype=tl.int32)
+            else:
+                total = dot_float(a, b.to(a.dtype), total, NATIVE)
+            x_at += BK
+            w_at += BK * TR
     _finish(total.to(tl.float32), m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shift, first, values,
             residual, MODE, DYNAMIC, HAS_BIAS, ROUNDING, ANY_CODES, ANY_VALUES, SPLIT_AT, SPLIT_FORMAT)  # fmt: skip
 
@@ -194,8 +204,8 @@ def _unpack(packed, kind, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, low, high, shift, first, values,
                    residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
-                   CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
-                   FORMAT: tl.constexpr, GROUPED: tl.constexpr, MODE: tl.constexpr, DYNAMIC: tl.constexpr,
+                   CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr, MODE: tl.constexpr, DYNAMIC: tl.constexpr,
                    HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                    SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Two 4-bit codes a byte, unpacked in registers: the weights are the left operand, W x^T.
@@ -208,7 +218,7 @@ def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale
     x_at = x + row[None, :] * X_STRIDE + (j // 16 * 32 + j % 16)[:, None]
     start = (tile_row // TR).to(tl.int64) * (K // 2 * TR) + tile_row % TR * 16
     w_at = weight + start[:, None] + (j // 16 * (TR * 16) + j % 16)[None, :]
-    scale_at = group_scale + (tile_row // TR) * (K // CHUNK * TR) + tile_row % TR
+    scale_at = group_scale + tile_row // SCALE_ROWS * (K // CHUNK * SCALE_ROWS) + tile_row % SCALE_ROWS
     total = tl.zeros((BN, BM), tl.float32)
     for _ in range(0, K // CHUNK):
         sums = tl.zeros((BN, BM), tl.int32 if FORMAT == 1 else tl.float32)
@@ -228,7 +238,7 @@ def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale
         part = small_to_float(sums) if FORMAT == 1 else sums
         if GROUPED:
             total += part * tl.load(scale_at).to(tl.float32)[:, None]
-            scale_at += TR
+            scale_at += SCALE_ROWS
         else:
             total += part
     _finish(tl.trans(total), m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shift, first, values,
@@ -255,6 +265,8 @@ class Finish:
 
 def _depth(linear: TiledLinear, config: Config, grouped: bool) -> tuple[int, int]:
     """Weights of a row that a step takes, and (packed formats) that are summed before a scale is applied."""
+    if linear.format == Format.INT8_INT8 and grouped:
+        return linear.quads_per_scale * 16, linear.quads_per_scale * 16
     if linear.format not in (Format.INT4_INT8, Format.INT4_FLOAT):
         return min(config.depth, max(32, triton.next_power_of_2(linear.columns))), linear.columns
     chunk = linear.quads_per_scale * 32 if grouped else gcd(linear.columns, 128)
@@ -289,6 +301,7 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     packed = linear.format in (Format.INT4_INT8, Format.INT4_FLOAT)
     grouped = linear.group_scale is not None
     depth, chunk = _depth(linear, config, grouped)
+    scale_rows = int(linear.group_scale.shape[2]) if linear.group_scale is not None else 1
     (scale, *pointers), flags = choose_outputs(x_scale, linear, factor, landing, finish)
     kinds = {Format.BFLOAT16_FLOAT: torch.bfloat16, Format.FLOAT32_FLOAT: torch.float32}
     words = linear.words.view(kinds.get(linear.format, torch.int8))
@@ -297,7 +310,7 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     kernel = _packed_kernel if packed else _whole_kernel
     kernel[grid](
         x, scale, words, linear.group_scale if grouped else factor, *pointers, rows, linear.rows, X_STRIDE=x.stride(0),
-        K=linear.columns, QUAD=linear.format.quad, TR=linear.tile_rows, CHUNK=chunk, BM=config.rows,
+        K=linear.columns, QUAD=linear.format.quad, TR=linear.tile_rows, CHUNK=chunk, SCALE_ROWS=scale_rows, BM=config.rows,
         BN=config.outputs, BK=depth, BAND=8, FORMAT=int(linear.format), GROUPED=grouped, NATIVE=not INTERPRETED,
         num_warps=config.warps, num_stages=config.stages, **flags,
     )  # fmt: skip

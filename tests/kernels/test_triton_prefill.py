@@ -16,6 +16,7 @@ from test_triton_decode import CASES, DEVICE, random_weight, recipe, small
 from tiny import perturbed_tensors, quantized, random_ids
 
 from squamata.kernels.dispatch import use_backend
+from squamata.kernels.gpu_expand import as_rows, expand, finish_sums, multiply, rows_of, scratch_bytes
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Config, Finish, gemm, permuted
 from squamata.kernels.gpu_gemv import Landing, choose_shape
 from squamata.kernels.gpu_norm import RowSite
@@ -210,3 +211,28 @@ def test_a_large_batch_steps_as_the_reference(kind: str) -> None:
             got = decoder.step(ids[:, token].to(DEVICE)).cpu()
             assert float((got - wanted).norm() / wanted.norm()) < 3e-2
             assert torch.equal(decoder.ids.cpu(), got.argmax(-1))
+
+
+@pytest.mark.parametrize(("format", "bits", "group"), [(Format.INT8_INT8, 8, None), (Format.INT4_INT8, 4, 64)])
+def test_integer_products_of_weights_laid_out_by_rows_are_exact(format: Format, bits: int, group: int | None) -> None:
+    torch.manual_seed(5)
+    tiled, x, exact = product(format, bits, group)
+    weight = rows_of(tiled, torch.zeros(scratch_bytes(tiled), dtype=torch.uint8, device=DEVICE))
+    expand(tiled, weight)
+    out = torch.full((ROWS, OUTPUTS), float("nan"), device=DEVICE)
+    gemm(x, None, as_rows(tiled, weight), tiled.factor, None, Finish(PLAIN, values=out), CONFIG)
+    assert torch.allclose(out.cpu().double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize(("format", "bits", "group"), [(Format.BFLOAT16_FLOAT, 0, None), (Format.INT4_FLOAT, 4, 32)])
+def test_the_library_multiplies_weights_laid_out_by_rows(format: Format, bits: int, group: int | None) -> None:
+    torch.manual_seed(6)
+    tiled, x, exact = product(format, bits, group)
+    weight = rows_of(tiled, torch.zeros(scratch_bytes(tiled), dtype=torch.uint8, device=DEVICE))
+    expand(tiled, weight)
+    sums = torch.full((ROWS, OUTPUTS), float("nan"), device=DEVICE)
+    out = torch.full((ROWS, OUTPUTS), float("nan"), device=DEVICE)
+    multiply(x.bfloat16(), weight, sums)
+    finish_sums(sums, None, tiled, tiled.factor, None, Finish(PLAIN, values=out))
+    error = float((out.cpu() - exact).norm() / exact.norm())
+    assert error < (1e-6 if bits == 0 else 3e-3)

@@ -26,13 +26,13 @@ from squamata.kernels.decode.triton import (
 )
 from squamata.kernels.gpu_expand import (
     OPERAND,
+    as_rows,
     expand,
     finish_sums,
     in_rows,
     multiply,
     rows_of,
     scratch_bytes,
-    sums_dtype,
 )
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
 from squamata.kernels.gpu_norm import embed, greedy
@@ -48,7 +48,7 @@ from squamata.kernels.gpu_sequence import (
 from squamata.kernels.gpu_tiles import TiledLinear
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
-LIBRARY_FROM, NARROW = 128, 1024  # rows, and outputs beyond which, a product goes through the library
+ROWS_FROM, NARROW = 128, 1024  # rows of activations, and of a weight, from which its layout by rows pays
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Workspace:
     """Static memory of one pass over ``batch`` sequences of ``length`` places; every layer uses the same.
 
     ``exact``: float values stay float32 (to check kernels); otherwise bfloat16, and float16 for the scan's output.
+    ``keep``: hold ``copies`` of the weights laid out by rows, rather than lay them out for every pass.
     """
 
     batch: int
@@ -63,6 +64,8 @@ class Workspace:
     width: int
     device: torch.device
     exact: bool
+    keep: bool = False
+    copies: dict[int, Tensor] = field(default_factory=dict)
     memory: dict[tuple[str, int, torch.dtype], Tensor] = field(default_factory=dict)
     sums: Tensor | None = None
     scratch: Tensor | None = None
@@ -92,40 +95,40 @@ class Workspace:
             self.of_states[state.shape] = scan_scratch(self.batch, self.length, state)
         return self.of_states[state.shape]
 
-    def library(self, linear: TiledLinear) -> bool:
-        """True if the product goes through the library (``gpu_expand``)."""
-        large = self.rows >= LIBRARY_FROM and linear.rows > NARROW and linear.columns > NARROW // 2
-        return large and not self.exact and linear.format in OPERAND
+    def by_rows(self, linear: TiledLinear) -> bool:
+        """True if the product wants its weight laid out by rows (``gpu_expand``)."""
+        large = self.rows >= ROWS_FROM and linear.rows > NARROW and linear.columns > NARROW // 2
+        return large and linear.format in OPERAND and (linear.format.integer_activations or not self.exact)
 
     def input_of(self, name: str, projection: Projection) -> Tensor:
         """Memory for what a projection reads, in the type that its weights meet."""
-        linear = projection.linear
-        if self.library(linear):
-            return self.get(name, linear.columns, OPERAND[linear.format])
-        integer = linear.format.integer_activations
-        return self.get(name, linear.columns, torch.int8 if integer else self.float)
+        integer = projection.linear.format.integer_activations
+        return self.get(name, projection.linear.columns, torch.int8 if integer else self.float)
 
     def sums_of(self, linear: TiledLinear) -> Tensor:
         """Memory for a library product's outputs: the same bytes for all."""
         needed = self.rows * linear.rows
         if self.sums is None or self.sums.numel() < needed:
-            self.sums = torch.zeros(needed, dtype=torch.int32, device=self.device)
-        return self.sums[:needed].view(sums_dtype(linear)).view(self.rows, linear.rows)
+            self.sums = torch.zeros(needed, device=self.device)
+        return self.sums[:needed].view(self.rows, linear.rows)
 
-    def scratch_of(self, linear: TiledLinear) -> Tensor:
-        """Memory for a weight laid out row by row: the same bytes for all."""
+    def weight_of(self, linear: TiledLinear) -> tuple[Tensor, bool]:
+        """Memory for a weight laid out by rows, and whether it has to be written for every product.
+
+        A copy that is kept is shared by all workspaces; without one, all products share the same bytes.
+        """
+        if in_rows(linear):
+            return rows_of(linear, linear.words), False
+        key = linear.words.data_ptr()
+        if key in self.copies:
+            return self.copies[key], False
+        if self.keep:
+            self.copies[key] = rows_of(linear, torch.zeros(scratch_bytes(linear), dtype=torch.uint8, device=self.device))
+            expand(linear, self.copies[key])
+            return self.copies[key], False
         if self.scratch is None or self.scratch.numel() < scratch_bytes(linear):
             self.scratch = torch.zeros(scratch_bytes(linear), dtype=torch.uint8, device=self.device)
-        return self.scratch
-
-    def landed(self, name: str, projection: Projection) -> tuple[Tensor, Tensor]:
-        """Codes and values of a projection's outputs; the one that is not written stands for the other."""
-        landing, rows = projection.landing, projection.linear.rows
-        codes = self.get(name, rows, torch.int8) if landing is not None and landing.any_codes else None
-        values = self.get(name, rows, self.float) if landing is None or landing.values_anywhere else None
-        first = codes if codes is not None else values
-        assert first is not None
-        return first, values if values is not None else first
+        return rows_of(linear, self.scratch), True
 
 
 @dataclass
@@ -165,13 +168,17 @@ class SequencePlan:
         """One fused product, or the library's with what surrounds it."""
         scale = self.work.row_scale if projection.site.span > 0 else None
         linear, factor, landing = projection.linear, projection.factor, projection.landing
-        if not self.work.library(linear):
+        if not self.work.by_rows(linear):
             yield name, lambda: gemm(x, scale, linear, factor, landing, finish)
             return
-        sums, scratch = self.work.sums_of(linear), self.work.scratch_of(linear)
-        weight = rows_of(linear, scratch)
-        if not in_rows(linear):
+        weight, written = self.work.weight_of(linear)
+        if written:
             yield name + " rows", lambda: expand(linear, weight)
+        if linear.format.integer_activations:
+            rows = as_rows(linear, weight)
+            yield name, lambda: gemm(x, scale, rows, factor, landing, finish)
+            return
+        sums = self.work.sums_of(linear)
         yield name, lambda: multiply(x, weight, sums)
         yield name + " finish", lambda: finish_sums(sums, scale, linear, factor, landing, finish)
 
