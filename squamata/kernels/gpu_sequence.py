@@ -305,19 +305,21 @@ def _ssd_token_kernel(u, u_scale, dt_codes, dt_values, dt_scale, dt_bias, A, ski
     token = u + row * C
     x, B, C_ = tl.load(token + channel).to(tl.float32), tl.load(token + group + n).to(tl.float32), \
         tl.load(token + group + GROUPS * N + n).to(tl.float32)  # fmt: skip
-    b_unit = tl.load(u_scale + group) if CODES else 1.0
-    c_unit = tl.load(u_scale + group + GROUPS * N) if CODES else 1.0
     if CODES:
         x = x * tl.load(u_scale + channel)
+        B = B * tl.load(u_scale + group + n)
+        C_ = C_ * tl.load(u_scale + group + GROUPS * N + n)
     if DT_CODES:
         dt = tl.load(dt_codes + row * N_IN + DT_START + head).to(tl.float32) * tl.load(dt_scale + head)
     else:
         dt = tl.load(dt_values + row * N_IN + DT_START + head).to(tl.float32)
     dt = tl.minimum(tl.maximum(softplus(dt + tl.load(dt_bias + head)), dt_low), dt_high)
     decay = tl.exp(dt * tl.load(A + head))
-    keep = tl.load(state_scale + scale_place) * decay if QUANTIZED else decay
-    s = s * keep + (dt * b_unit * x)[:, None] * B[None, :]
-    y = tl.sum(s * C_[None, :], axis=1) * c_unit + tl.load(skip + head) * x
+    if QUANTIZED:
+        s = s * (tl.load(state_scale + scale_place) * decay) + (dt * x)[:, None] * B[None, :]
+    else:
+        s = s * decay + (dt * x)[:, None] * B[None, :]
+    y = tl.sum(s * C_[None, :], axis=1) + tl.load(skip + head) * x
     tl.store(out + row * (H * P) + channel, y.to(out.dtype.element_ty))
     if DYNAMIC and STATE_ROUNDING == 0:  # no code beyond the span: the bits of the rounded sum end in it
         scale = tl.maximum(tl.div_rn(tl.max(tl.abs(s), axis=1), state_span), _SMALLEST_SCALE)[:, None]

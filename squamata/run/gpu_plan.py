@@ -235,9 +235,10 @@ class Planner:
                 taps = weight.codes()
                 factor = factor * weight.element_scale().to(self.device).float().reshape(-1).expand(channels)
         bias = torch.zeros(channels) if layer.conv_bias is None else layer.conv_bias
-        roundings = [landing_rounding(part) for part in (outputs[:1], outputs[1:])]
         return ConvolutionPlan(
-            self.floats(taps.T), factor, self.floats(bias), inverse, scale, low, high, *roundings,
+            self.floats(taps.T), factor, self.floats(bias), inverse, scale, low, high,
+            rounding=landing_rounding(outputs[:1]),
+            rounding_bc=landing_rounding(outputs[1:]),
             all_codes=bool((inverse != 0).all()),
             uniform=all(bool((grid[1] == grid[1][0]).all()) for grid in grids[1:]),
         )  # fmt: skip

@@ -1,13 +1,14 @@
-"""Running on a GPU: a model's plan of fused kernels, captured in CUDA graphs, replayed a prompt or a token at a time."""
+"""Running on a GPU: a plan of fused kernels, captured in CUDA graphs and replayed, a prompt or a token at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from squamata.errors import SquamataError
+from squamata.kernels.decode.triton import Kernel
 from squamata.kernels.gpu_gemv import INTERPRETED
 from squamata.kernels.prefill.triton import FEW_SEQUENCES, SequencePlan, Workspace
 from squamata.kernels.qtensor import QTensor
@@ -64,6 +65,15 @@ class CapturedDecoder:
         """int64 (B,): what the next step takes in; a step leaves the likeliest next token here."""
         return self.plan.buffers.ids
 
+    @property
+    def longest(self) -> int:
+        """Tokens a sequence that one prefill graph takes; longer prompts go in pieces."""
+        return max((size for size in LENGTHS if size * self.batch <= MOST_TOKENS), default=LENGTHS[0])
+
+    def kernels(self) -> Iterator[Kernel]:
+        """Every launch of a step, in order, with the name of what it does."""
+        return (self._many or self.plan).kernels()
+
     def launch(self) -> None:
         """The kernels of a step, uncaptured."""
         (self._many or self.plan).step()
@@ -89,7 +99,7 @@ class CapturedDecoder:
         wanted = torch.full((self.batch,), longest) if lengths is None else torch.tensor(list(lengths))
         if ids.shape[0] != self.batch or len(wanted) != self.batch or not 1 <= int(wanted.min()) <= longest:
             raise SquamataError(f"a prefill of {self.batch} sequences takes as many rows of ids and lengths of 1 to L")
-        most = max((size for size in LENGTHS if size * self.batch <= MOST_TOKENS), default=LENGTHS[0])
+        most = self.longest
         pieces = range(0, longest, most)
         kept: tuple[Tensor, Tensor] | None = None
         for start in pieces:

@@ -148,9 +148,7 @@ def test_rotation_of_rows_agrees_with_the_butterflies(size: int, groups: int, ex
     tolerance = 1e-5 if exact else 2e-3
     gated = y * torch.nn.functional.silu(z[:, 5:])
     for weight in (gain, None):
-        rotate_rows(
-            *given, None if weight is None else gain.to(DEVICE), 1e-5, groups, plan, RowSite(), RowSite(), out
-        )
+        rotate_rows(*given, None if weight is None else gain.to(DEVICE), 1e-5, groups, plan, RowSite(), RowSite(), out)
         wanted = gated
         if weight is not None:
             grouped = gated.view(3, groups, -1)

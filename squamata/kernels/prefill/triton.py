@@ -123,12 +123,23 @@ class Workspace:
         if key in self.copies:
             return self.copies[key], False
         if self.keep:
-            self.copies[key] = rows_of(linear, torch.zeros(scratch_bytes(linear), dtype=torch.uint8, device=self.device))
+            self.copies[key] = rows_of(
+                linear, torch.zeros(scratch_bytes(linear), dtype=torch.uint8, device=self.device)
+            )
             expand(linear, self.copies[key])
             return self.copies[key], False
         if self.scratch is None or self.scratch.numel() < scratch_bytes(linear):
             self.scratch = torch.zeros(scratch_bytes(linear), dtype=torch.uint8, device=self.device)
         return rows_of(linear, self.scratch), True
+
+    def landed(self, name: str, projection: Projection) -> tuple[Tensor, Tensor]:
+        """Codes and values of a projection's outputs; the one that is not written stands for the other."""
+        landing, rows = projection.landing, projection.linear.rows
+        codes = self.get(name, rows, torch.int8) if landing is not None and landing.any_codes else None
+        values = self.get(name, rows, self.float) if landing is None or landing.values_anywhere else None
+        first = codes if codes is not None else values
+        assert first is not None
+        return first, values if values is not None else first
 
 
 @dataclass
