@@ -46,7 +46,8 @@ from squamata.spec.recipe import Recipe
 
 RECIPES = {"bfloat16": "float", "w8a8": "quamba-w8a8", "w4a8": "w4a8", "w4a16": "w4a16"}
 PROMPT, NEW = 64, 32  # of the greedy check
-GREEDY_TOLERANCE = 3e-2  # relative error of the first logits, and of all while the tokens agree
+# Relative error of logits while the tokens agree. A code that rounds the other way is carried on through all layers.
+GREEDY_TOLERANCE = {"float": 1e-4, "w4a16": 1e-4, "quamba-w8a8": 8e-2, "w4a8": 8e-2}
 PRODUCT_TOLERANCE = 1e-5
 
 
@@ -71,7 +72,7 @@ def greedy_check(recipe: str, folder: Path) -> dict[str, Any]:
     equal = next((at for at, (a, b) in enumerate(tokens) if a != b), NEW + 1)
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, logits, strict=True)][: max(equal, 1)]
     found = {"recipe": recipe, "first_error": errors[0], "worst_error": max(errors), "equal": equal, "of": NEW + 1}
-    if not max(errors) <= GREEDY_TOLERANCE:
+    if not max(errors) <= GREEDY_TOLERANCE[recipe] or equal < NEW // 4:
         raise SquamataError(f"greedy check of {recipe} on the bundled model failed: {found}")
     return found
 
@@ -205,17 +206,19 @@ def main() -> None:
             results["greedy"] = [greedy_check(RECIPES[name], Path(folder)) for name in arguments.recipes]
         for found in results["greedy"]:
             print(f"bundled model, {found['recipe']}: greedy tokens equal {found['equal']} of {found['of']}, logits' "
-                  f"relative error {found['first_error']:.1e} first, {found['worst_error']:.1e} worst", flush=True)  # fmt: skip
+                  f"relative error {found['first_error']:.1e} first, {found['worst_error']:.1e} worst",
+                  flush=True)  # fmt: skip
     if not arguments.no_products:
         sizes = ((10576, 2560), (2560, 5120))
         results["products"] = [row for n, k in sizes for m in (64, 256, 1024) for row in product(n, k, m)]
         for row in results["products"]:
-            print(f"{row['rows']:5} x {row['width']} x {row['outputs']:6} {row['product']:28} {row['us']['median']:8.1f} us "
+            print(f"{row['rows']:5} x {row['width']} x {row['outputs']:6} {row['product']:28} "
+                  f"{row['us']['median']:8.1f} us "
                   f"({row['us']['p10']:.1f}-{row['us']['p90']:.1f}) {row['tops']:6.0f} TOPS")  # fmt: skip
     if importlib.util.find_spec("mamba_ssm") is None:
         print("mamba_ssm is not installed: no float16 rows of its own")
-    print("shape        recipe    state    batch   TTFT ms  p10-p90          TPOT ms p10-p90          tokens/s  TB/s  floor"
-          "  share    error     fast")  # fmt: skip
+    print("shape        recipe    state    batch   TTFT ms  p10-p90          TPOT ms p10-p90          tokens/s  TB/s "
+          " floor  share    error     fast")  # fmt: skip
     jobs = [(name, recipe, 1, "recipe") for name in arguments.shapes for recipe in arguments.recipes]
     jobs += [(name, "w8a8", batch, state) for name in arguments.large_shapes for batch in arguments.large
              for state in ("recipe", "float16")]  # fmt: skip
@@ -228,12 +231,12 @@ def main() -> None:
         torch.cuda.empty_cache()
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
+    speed = {(row["shape"], row["batch"], row["state"]): row["decode_tokens_per_s"]
+             for row in results["rows"] if row["recipe"] == "w8a8"}  # fmt: skip
     for name in arguments.large_shapes:
         for batch in arguments.large:
-            own, half = (next(row["decode_tokens_per_s"] for row in results["rows"] if
-                              (row["shape"], row["batch"], row["state"]) == (name, batch, state) and row["recipe"] == "w8a8")
-                         for state in ("recipe", "float16"))  # fmt: skip
-            print(f"{name}, batch {batch}: int8 state {own / half:.2f} times the tokens/s of a float16 state")
+            gain = speed[name, batch, "recipe"] / speed[name, batch, "float16"]
+            print(f"{name}, batch {batch}: int8 state {gain:.2f} times the tokens/s of a float16 state")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 

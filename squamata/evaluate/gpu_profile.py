@@ -128,9 +128,7 @@ def check_agreement(model: LanguageModel, batch: int = 1) -> GpuAgreement:
             exact.logits.fill_(float("nan"))
             fast.logits.fill_(float("nan"))
             many = stop - start > 1
-            got, got_fast = (
-                (one.prefill(piece) if many else one.step(piece[:, 0])).cpu() for one in (exact, fast)
-            )
+            got, got_fast = ((one.prefill(piece) if many else one.step(piece[:, 0])).cpu() for one in (exact, fast))
             worst = max(worst, _relative(got, wanted))
             worst_fast = max(worst_fast, _relative(got_fast, got))
     tolerance = TOLERANCE_QUANTIZED if any(site.quantized for site in part.sites()) else TOLERANCE

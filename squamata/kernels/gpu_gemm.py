@@ -58,10 +58,13 @@ CONFIGS = {
 }
 _PROGRAMS = 128  # fewer than that leave multiprocessors idle
 _NARROW = Config(64, 32, 128, 4, 5)
+_SHALLOW = Config(128, 64, 64, 4, 3)
 
 
 def choose_config(linear: TiledLinear, rows: int) -> Config:
     """The committed configuration for a product; nothing is tuned at run time."""
+    if linear.format == Format.INT8_INT8 and linear.columns < 512 and rows > 64:
+        return _SHALLOW
     grouped = linear.format == Format.INT8_INT8 and linear.group_scale is not None
     table = _GROUPED if grouped else CONFIGS[linear.format]
     at = next(index for index, (limit, _) in enumerate(table) if rows <= limit)
@@ -149,9 +152,9 @@ def _finish(y, m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shi
 @triton.jit
 def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, low, high, shift, first, values,
                   residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
-                  CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
-                  FORMAT: tl.constexpr, GROUPED: tl.constexpr, MODE: tl.constexpr, DYNAMIC: tl.constexpr,
-                  HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
+                  CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                  BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
+                  MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Weights that the tensor cores take as they are, or after one conversion (int8 to the activations' type)."""
     first_m, first_n = _program(M, N, BM, BN, BAND)
@@ -205,8 +208,8 @@ def _unpack(packed, kind, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
 def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, low, high, shift, first, values,
                    residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
                    CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                   BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr, MODE: tl.constexpr, DYNAMIC: tl.constexpr,
-                   HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
+                   BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
+                   MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                    SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Two 4-bit codes a byte, unpacked in registers: the weights are the left operand, W x^T.
 
@@ -310,7 +313,8 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     kernel = _packed_kernel if packed else _whole_kernel
     kernel[grid](
         x, scale, words, linear.group_scale if grouped else factor, *pointers, rows, linear.rows, X_STRIDE=x.stride(0),
-        K=linear.columns, QUAD=linear.format.quad, TR=linear.tile_rows, CHUNK=chunk, SCALE_ROWS=scale_rows, BM=config.rows,
+        K=linear.columns, QUAD=linear.format.quad, TR=linear.tile_rows, CHUNK=chunk, SCALE_ROWS=scale_rows,
+        BM=config.rows,
         BN=config.outputs, BK=depth, BAND=8, FORMAT=int(linear.format), GROUPED=grouped, NATIVE=not INTERPRETED,
         num_warps=config.warps, num_stages=config.stages, **flags,
     )  # fmt: skip

@@ -258,7 +258,7 @@ def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: t
 
 def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position: Tensor, pdl: bool,
            advance: int = 1) -> None:  # fmt: skip
-    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32 and int32 (rows, parts)."""
+    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32, int32 (rows, parts)."""
     rows, vocabulary = logits.shape
     parts = scratch[0].shape[1]
     _best_kernel[(parts, rows)](

@@ -55,7 +55,7 @@ class RowRotation:
     """A rotation of whole rows as two products: ``left`` (parts, parts), row (parts, side), ``right`` (side, side).
 
     H_m (x) H_{2^k} with ``side`` of the 2^k; ``left`` is padded to a power of two of at least 16, block-diagonal if the
-    rotation is. ``left`` and ``right``: float16, or float32 for a check.
+    rotation is. ``left`` and ``right``: float16, or float32 for a check. ``turned``: ``right`` does anything.
     """
 
     left: Tensor
@@ -79,29 +79,36 @@ def plan_row_rotation(
         side = min((decompose(rotation.block) or (1, 1))[1], WIDEST_SIDE)
     if side < 16:
         raise SquamataError(f"the GPU kernels take inner sizes that are multiples of 16, not {size}: run on the CPU")
+    with torch.device("cpu"):
+        left, right, moved = _row_matrices(rotation, size, side, format)
+    factor = 1.0 if rotation is None else rotation.block**-0.5
+    parts = size // side
+    left, right = left.to(device, dtype), right.to(device, dtype)
+    return RowRotation(left, right, parts, factor, rotation is not None, moved)
+
+
+def _row_matrices(rotation: Rotation | None, size: int, side: int, format: int) -> tuple[Tensor, Tensor, bool]:
+    """``left``, ``right`` with its columns in the order of ``format``, and whether ``right`` does anything."""
     parts = size // side
     padded = max(16, triton.next_power_of_2(parts))
-    left = torch.zeros(padded, padded)
-    right = torch.eye(side)
+    left, right = torch.zeros(padded, padded), torch.eye(side)
     if rotation is not None:
         order, power = decompose(rotation.block) or (1, 1)
-        with torch.device("cpu"):
-            right = hadamard_matrix(side)
-            mix = torch.kron(hadamard_matrix(order), hadamard_matrix(power // side))
-            left[:parts, :parts] = torch.kron(torch.eye(rotation.size // rotation.block), mix)
-    factor = 1.0 if rotation is None else rotation.block**-0.5
-    order = permuted.fn(torch.arange(side), format)
-    turned = torch.zeros(side, side)
-    turned[:, order] = right.T  # the column that belongs to place order[k]
-    moved = rotation is not None or not torch.equal(order, torch.arange(side))
-    return RowRotation(left.to(device, dtype), turned.to(device, dtype), parts, factor, rotation is not None, moved)
+        right = hadamard_matrix(side)
+        mix = torch.kron(hadamard_matrix(order), hadamard_matrix(power // side))
+        left[:parts, :parts] = torch.kron(torch.eye(rotation.size // rotation.block), mix)
+    places = permuted.fn(torch.arange(side), format)
+    placed = torch.zeros(side, side)
+    placed[:, places] = right.T
+    return left, placed, rotation is not None or not torch.equal(places, torch.arange(side))
 
 
 @triton.jit
 def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor, epsilon, inverse, low, high,
                    middle_inverse, middle_scale, middle_low, middle_high, N_IN, Z_START: tl.constexpr, E: tl.constexpr,
                    PARTS: tl.constexpr, PADDED: tl.constexpr, SIDE: tl.constexpr, GROUPS: tl.constexpr,
-                   Z_CODES: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, TURNED: tl.constexpr, MIDDLE: tl.constexpr,
+                   Z_CODES: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, TURNED: tl.constexpr,
+                   MIDDLE: tl.constexpr,
                    MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr,
                    EXACT: tl.constexpr):  # fmt: skip
     """One row: out = H (norm(y * SiLU(z)) * gain) * factor, landed."""

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Convolution and scans over many tokens of B sequences, from the decoder's state to the decoder's state.
+"""Convolution and Mamba-2's scan over many tokens of B sequences, from the decoder's state to the decoder's state.
 
 Sequences of one call have L places; of sequence b the first ``lengths[b]`` hold tokens, which move its state.
 """
@@ -16,15 +16,14 @@ from torch import Tensor
 
 from squamata.kernels.gpu_gemm import permuted
 from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import _MAGIC, dot_float, silu, softplus, to_codes
+from squamata.kernels.gpu_math import _MAGIC, dot_float, silu, small_to_float, softplus, to_codes
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE
-from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _load_state, _store_state
+from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _store_state
 
 CONV_TOKENS, CONV_CHANNELS = 16, 256  # a program
 SSD_TOKENS, SSD_CHANNELS, SSD_WARPS, SSD_STAGES = 64, 32, 4, 2  # a step, of a head
 SSD_PROGRAMS = 512  # that fill the device
 TOKEN_CHANNELS, TOKEN_WARPS = 32, 2  # of a head, one token
-SCAN_TOKENS, SCAN_CHANNELS = 8, 128 if INTERPRETED else 8  # loaded together; channels a program
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,9 @@ def _landed(x, channel, mask, inverse, scale, low, high, SPLIT: tl.constexpr, FI
     code = to_codes(x, inverse_, low_, high_, FIRST_ROUNDING if FIRST_ROUNDING >= 0 else REST_ROUNDING)
     if FIRST_ROUNDING >= 0 and REST_ROUNDING >= 0 and FIRST_ROUNDING != REST_ROUNDING:
         code = tl.where((channel < SPLIT)[None, :], code, to_codes(x, inverse_, low_, high_, REST_ROUNDING))
-    if CODES:
-        x = code
-    else:
-        x = tl.where(inverse_ == 0, x, code * tl.load(scale + channel, mask=mask, other=0.0)[None, :])
-    return x
+    if not CODES:
+        code = tl.where(inverse_ == 0, x, code * tl.load(scale + channel, mask=mask, other=0.0)[None, :])
+    return code
 
 
 @triton.jit
@@ -76,7 +73,7 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
     for k in tl.static_range(WIDTH):
         at = t - (WIDTH - 1) + k
         x = tl.load(sequence + at[:, None] * N_IN + channel[None, :], mask=mask & (at >= 0)[:, None], other=0)
-        x = x.to(tl.float32)
+        x = small_to_float(x.to(tl.int32)) if entered.dtype.element_ty == tl.int8 else x.to(tl.float32)
         if first == 0:
             slot = (now + at + WIDTH) % WIDTH
             past = ring + (slot[:, None] * rows + row) * C + channel[None, :]
@@ -208,7 +205,8 @@ def _ssd_ends_kernel(u, u_scale, dt_step, dt_decay, state, state_scale, ends, to
 @triton.jit
 def _ssd_kernel(u, u_scale, dt_step, dt_decay, skip, state, state_scale, state_inverse, state_low, state_high,
                 state_span, ends, totals, out, L, STEPS, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-                GROUPS: tl.constexpr, SEGMENTS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr, BP: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr,
+                GROUPS: tl.constexpr, SEGMENTS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
+                BP: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr,
                 ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr,
                 NATIVE: tl.constexpr):  # fmt: skip
     """BP channels of one head of one sequence's segment, T tokens at a time (Dao and Gu 2024, section 6).
@@ -357,8 +355,8 @@ def scan_scratch(batch: int, length: int, state: Tensor) -> ScanScratch:
     device = state.device
     step, decay = (torch.zeros(batch, heads, steps * tokens, device=device) for _ in range(2))
     size = (segments, batch, states, heads * head_dim) if segments > 1 else (1,)
-    return ScanScratch(step, decay, torch.zeros(size, device=device), torch.zeros(segments, batch, heads, device=device),
-                       segments, tokens)  # fmt: skip
+    ends, totals = torch.zeros(size, device=device), torch.zeros(segments, batch, heads, device=device)
+    return ScanScratch(step, decay, ends, totals, segments, tokens)
 
 
 def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Tensor], dt_input: InputPlan,
@@ -403,77 +401,4 @@ def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Te
     _ssd_kernel[(programs, rows, scratch.segments)](
         u, conv.scale, scratch.step, scratch.decay, skip, state, *grids, scratch.ends, scratch.totals, out, length,
         steps, SEGMENTS=scratch.segments, STATE_ROUNDING=rounding, num_warps=SSD_WARPS, **shared,
-    )  # fmt: skip
-
-
-@triton.jit
-def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inverse, state_low, state_high,
-                      state_span, lengths, out, L, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr,
-                      T: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr,
-                      QUANTIZED: tl.constexpr, ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr):  # fmt: skip
-    """BE channels of one sequence, token by token, T tokens loaded ahead (Gu and Dao 2023, algorithm 2)."""
-    channel = tl.program_id(0) * BE + tl.arange(0, BE)
-    row = tl.program_id(1)
-    n = tl.arange(0, N)
-    live = channel < E
-    mask = live[:, None] & (n >= 0)[None, :]
-    place = (row.to(tl.int64) * E + channel)[:, None] * N + n[None, :]
-    scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
-    if DYNAMIC:
-        scale_place += row * E
-    grid_scale = tl.load(state_scale + scale_place, mask=live[:, None], other=0.0) if QUANTIZED else 1.0
-    s = _load_state(state, place, mask, grid_scale, QUANTIZED)
-    rate = tl.load(A + channel[:, None] * N + n[None, :], mask=mask, other=0.0) * 1.4426950408889634  # log2(e)
-    through = tl.load(skip + channel, mask=live, other=0.0)
-    unit = tl.load(u_scale + channel, mask=live, other=0.0) if CODES else 1.0
-    last = tl.load(lengths + row)
-    base = row.to(tl.int64) * L
-    u_at, dt_at = u + base * E + permuted(channel, FORMAT), dt + base * E + channel
-    bc_at, out_at = bc + base * (2 * N) + n, out + base * E + channel
-    for start in range(0, L, T):
-        us, dts, Bs, Cs = (), (), (), ()
-        for i in tl.static_range(T):
-            t = channel * 0 + (start + i)
-            inside = live if EVEN else live & (t < L)
-            us = us + (tl.load(u_at + t * E, mask=inside, other=0),)  # type: ignore[assignment]  # noqa: RUF005
-            dts = dts + (tl.load(dt_at + t * E, mask=live & (t < last), other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-            Bs = Bs + (
-                tl.load(bc_at + (start + i) * (2 * N), mask=(n >= 0) if EVEN else n * 0 + (start + i) < L, other=0.0),
-            )  # type: ignore[assignment]
-            Cs = Cs + (
-                tl.load(
-                    bc_at + (start + i) * (2 * N) + N, mask=(n >= 0) if EVEN else n * 0 + (start + i) < L, other=0.0
-                ),
-            )  # type: ignore[assignment]
-        for i in tl.static_range(T):
-            x = us[i].to(tl.float32) * unit
-            delta = dts[i].to(tl.float32)
-            s = tl.exp2(delta[:, None] * rate) * s + (delta * x)[:, None] * Bs[i][None, :]
-            y = tl.sum(s * Cs[i][None, :], axis=1) + through * x
-            if out.dtype.element_ty == tl.float16:
-                y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
-            tl.store(
-                out_at + (start + i) * E,
-                y.to(out.dtype.element_ty),
-                mask=live if EVEN else live & (channel * 0 + (start + i) < L),
-            )
-    _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, live[:, None], state_low, state_high,
-                 state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
-
-
-def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Tensor, skip: Tensor, state: Tensor,
-                   grid: StatePlan | None, sequences: Sequences, out: Tensor, format: int) -> None:  # fmt: skip
-    """Mamba-1's scan with skip: out (B L, E); ``state`` (B, E, N) is moved on.
-
-    ``u``: int8 or float (B L, E), columns in the order of ``format``; ``dt``: after its softplus, (B L, E); ``bc``:
-    float32 (B L, 2 N).
-    """
-    rows, channels, states = state.shape
-    filler = skip
-    grids = (grid.scale, grid.inverse, grid.low, grid.high, grid.span) if grid else (filler, filler, 0.0, 0.0, 0.0)
-    _selective_kernel[(triton.cdiv(channels, SCAN_CHANNELS), rows)](
-        u, u_input.scale, dt, bc, A, skip, state, *grids, sequences.lengths, out, sequences.length, E=channels,
-        N=states, BE=SCAN_CHANNELS, T=min(SCAN_TOKENS, sequences.length), EVEN=sequences.length % min(SCAN_TOKENS, sequences.length) == 0, FORMAT=format, CODES=u.dtype == torch.int8,
-        QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
-        DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0, num_warps=1,
     )  # fmt: skip

@@ -19,7 +19,7 @@ def check_device(device: str) -> None:
     if device not in DEVICES:
         raise SquamataError(f"no device '{device}': give one of {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise SquamataError("device cuda: torch sees no GPU here; use cpu")
+        raise SquamataError("device cuda: torch sees no GPU here; use --device cpu")
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         raise SquamataError(
             "device cuda: the GPU kernels need the library 'triton', which is not installed: install it"

@@ -51,7 +51,12 @@ class Planner:
         self._row_rotations: dict[tuple[Rotation | None, int], RowRotation] = {}
 
     def model(self, model: LanguageModel) -> DecodePlan:
-        """The whole model's plan."""
+        """The whole model's plan. SquamataError for what the kernels do not take."""
+        for site in model.sites():
+            check_site(site)
+        for value in model.checkpoint.tensors.values():
+            if isinstance(value, QTensor):
+                check_weight(value)
         buffers = Buffers(self.batch, model.config.d_model, self.device, self.pdl)
         layers = [self.layer(block) for block in model.blocks]
         head = InputStage(
@@ -269,6 +274,27 @@ class Planner:
         ring = torch.zeros(slots, self.batch, channels, dtype=kind, device=self.device)
         dtype = torch.int8 if site.quantized else self.state_dtype
         return LayerState(ring, torch.zeros(shape, dtype=dtype, device=self.device))
+
+
+def check_site(site: Site) -> None:
+    """SquamataError for a site that a fused kernel would pass over: observed, simulated, or in a format it lacks."""
+    if site.observer is not None or site.mode == "observe":
+        raise SquamataError(f"{site.name} is being observed, which the fused GPU kernels would not show: use the CPU")
+    spec = site.spec if site.quantized else None
+    if spec is None:
+        return
+    if site.mode == "simulate":
+        raise SquamataError(f"{site.name} is simulated; the GPU kernels run integers: load the model in that mode")
+    if not spec.linear_grid or spec.bits > 8 or spec.code_range[0] < -128 or spec.code_range[1] > 127:
+        raise SquamataError(f"{site.name}: the GPU kernels take integers of up to 8 bits, not {spec.describe()}")
+    if not spec.dynamic and site.scale is None:
+        raise SquamataError(f"{site.name} has no scale: calibrate first")
+
+
+def check_weight(value: QTensor) -> None:
+    """SquamataError for a weight in a format that the kernels lack."""
+    if value.simulated or not value.spec.linear_grid:
+        raise SquamataError(f"the GPU kernels take integer weights on a linear grid, not {value.spec.describe()}")
 
 
 def row_site(site: Site) -> RowSite:

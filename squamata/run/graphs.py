@@ -25,9 +25,10 @@ class CapturedDecoder:
 
     ``weights``: *bfloat16* or *float32* for the weights that the recipe leaves in float. ``state_dtype``: of a state
     that the recipe leaves in float. ``keep_rows``: hold a second copy of the large weights, laid out for prefill, which
-    saves a tenth of its time (by default if it fits in a quarter of the free memory). ``pdl``: programmatic dependent launch (Hopper and later). Raises SquamataError
-    for a recipe that the fused kernels do not take. Where Triton interprets, the plan runs uncaptured. A batch of one
-    to 16 decodes through matrix-vector products, a larger one through the tensor cores.
+    saves a tenth of its time (by default if it fits in a quarter of the free memory). ``pdl``: programmatic dependent
+    launch (Hopper and later). Raises SquamataError for a recipe that the fused kernels do not take. Where Triton
+    interprets, the plan runs uncaptured. A batch of one to 16 decodes through matrix-vector products, a larger one
+    through the tensor cores.
     """
 
     def __init__(

@@ -37,12 +37,12 @@ from squamata.kernels.gpu_expand import (
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
 from squamata.kernels.gpu_norm import embed, greedy
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
+from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import (
     ScanScratch,
     Sequences,
     conv_rows,
     scan_scratch,
-    selective_rows,
     ssd_rows,
 )
 from squamata.kernels.gpu_tiles import TiledLinear
