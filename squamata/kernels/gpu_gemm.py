@@ -154,7 +154,8 @@ def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale,
                   residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
                   CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                   BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
-                  MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
+                  MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
+                  ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Weights that the tensor cores take as they are, or after one conversion (int8 to the activations' type)."""
     first_m, first_n = _program(M, N, BM, BN, BAND)
@@ -209,7 +210,8 @@ def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale
                    residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
                    CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
-                   MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
+                   MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
+                   ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                    SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Two 4-bit codes a byte, unpacked in registers: the weights are the left operand, W x^T.
 
