@@ -62,8 +62,7 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
     """BC channels of BT tokens of one sequence; the program of the first tokens moves the ring on."""
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     first = tl.program_id(1) * BT
-    row = tl.program_id(2)
-    rows = tl.num_programs(2)
+    row, rows = tl.program_id(2), tl.num_programs(2)
     t = first + tl.arange(0, BT)
     live = channel < C
     mask = (t < L)[:, None] & live[None, :]
@@ -167,10 +166,8 @@ def _ssd_ends_kernel(u, u_scale, dt_step, dt_decay, state, state_scale, ends, to
     log of the segment's decay. ``ends`` (1 + segments, B, N, E): the given state first.
     """
     C: tl.constexpr = H * P + 2 * GROUPS * N
-    at = tl.program_id(0)
-    row = tl.program_id(1)
-    segment = tl.program_id(2)
-    rows = tl.num_programs(1)
+    at, row = tl.program_id(0), tl.program_id(1)
+    segment, rows = tl.program_id(2), tl.num_programs(1)
     head = at * BP // P
     channel = at * BP + tl.arange(0, BP)
     n = tl.arange(0, N)
@@ -214,8 +211,7 @@ def _ssd_kernel(u, u_scale, dt_step, dt_decay, skip, state, state_scale, state_i
     Within a step as masked attention, the state before it through its decay. The state (N, BP) stays in registers.
     """
     C: tl.constexpr = H * P + 2 * GROUPS * N
-    at = tl.program_id(0)
-    row = tl.program_id(1)
+    at, row = tl.program_id(0), tl.program_id(1)
     segment = tl.program_id(2)
     head = at * BP // P
     channel = at * BP + tl.arange(0, BP)
@@ -289,8 +285,7 @@ def _ssd_token_kernel(u, u_scale, dt_codes, dt_values, dt_scale, dt_bias, A, ski
                       ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr):  # fmt: skip
     """One token of many sequences: BP channels of one head. What bounds it is the state, read and written once."""
     C: tl.constexpr = H * P + 2 * GROUPS * N
-    at = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    at, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = at * BP // P
     channel = at * BP + tl.arange(0, BP)
     n = tl.arange(0, N)
@@ -301,8 +296,8 @@ def _ssd_token_kernel(u, u_scale, dt_codes, dt_values, dt_scale, dt_bias, A, ski
     s = tl.load(state + place).to(tl.float32)
     group = H * P + (head * GROUPS // H) * N
     token = u + row * C
-    x, B, C_ = tl.load(token + channel).to(tl.float32), tl.load(token + group + n).to(tl.float32), \
-        tl.load(token + group + GROUPS * N + n).to(tl.float32)  # fmt: skip
+    x, B = tl.load(token + channel).to(tl.float32), tl.load(token + group + n).to(tl.float32)
+    C_ = tl.load(token + group + GROUPS * N + n).to(tl.float32)
     if CODES:
         x = x * tl.load(u_scale + channel)
         B = B * tl.load(u_scale + group + n)
