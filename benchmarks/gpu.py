@@ -30,8 +30,8 @@ from squamata.evaluate.gpu_profile import copy_bandwidth, milliseconds, profile_
 from squamata.evaluate.random_codes import random_checkpoint
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.gpu_expand import as_rows, expand, rows_of, scratch_bytes
-from squamata.kernels.gpu_gemm import PLAIN, RESIDUAL, Finish, gemm
-from squamata.kernels.gpu_gemv import choose_shape
+from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, Finish, gemm
+from squamata.kernels.gpu_gemv import Landing, choose_shape
 from squamata.kernels.gpu_tiles import Format, TiledLinear, tile_linear
 from squamata.kernels.linear import Linear
 from squamata.kernels.packing import pack_int4
@@ -124,12 +124,17 @@ def our_product(layer: Linear, tiled: TiledLinear, x: Tensor) -> tuple[Callable[
     error = float((out[:64] - exact).norm() / exact.norm())
     if not error <= PRODUCT_TOLERANCE:
         raise SquamataError(f"our product {tuple(x.shape)} x {tiled.rows} is off: relative error {error:.2g}")
+    if tiled.rows > tiled.columns:  # as in_proj: landed on int8
+        inverse = torch.full_like(tiled.factor, 3.0)
+        landing = Landing(inverse, -42 * inverse, 42 * inverse, any_codes=True, any_values=False, scale=1 / inverse)
+        codes = torch.zeros(len(x), tiled.rows, dtype=torch.int8, device="cuda")
+        return lambda: gemm(x, None, rows, tiled.factor, landing, Finish(LAND, codes)), weight
     residual = torch.zeros(len(x), tiled.rows, device="cuda")
     return lambda: gemm(x, None, rows, tiled.factor, None, Finish(RESIDUAL, residual=residual)), weight
 
 
 def product(outputs: int, width: int, rows: int) -> list[dict[str, Any]]:
-    """Our int8 x int8 and int4 x int8 products, scales and residual included, beside torch's and gemlite's."""
+    """Our int8 x int8 and int4 x int8 products, scales and landing or residual included, beside torch's bare ones."""
     found = []
     sets: dict[str, list[Callable[[], Any]]] = {"w8a8": [], "w4a8": [], "torch._int_mm": [], "bfloat16 torch.mm": []}
     for _ in range(4):
@@ -145,33 +150,10 @@ def product(outputs: int, width: int, rows: int) -> list[dict[str, Any]]:
         a = torch.randn(rows, width, device="cuda").bfloat16()
         b = torch.randn(outputs, width, device="cuda").bfloat16()
         sets["bfloat16 torch.mm"].append(lambda a=a, b=b: a @ b.T)
-    sets |= gemlite_products(outputs, width, rows)
     for name, launches in sets.items():
         times = microseconds(launches)
         tops = 2 * rows * outputs * width / times["median"] * 1e-6
         found.append({"product": name, "rows": rows, "outputs": outputs, "width": width, "us": times, "tops": tops})
-    return found
-
-
-def gemlite_products(outputs: int, width: int, rows: int) -> dict[str, list[Callable[[], Any]]]:
-    """gemlite's own products of the same size, or nothing and a line that says why."""
-    if importlib.util.find_spec("gemlite") is None:
-        print("gemlite is not installed: its rows are missing")
-        return {}
-    try:
-        from gemlite import helper
-
-        found: dict[str, list[Callable[[], Any]]] = {}
-        linear = torch.nn.Linear(width, outputs, bias=False, dtype=torch.float16, device="cuda")
-        x = torch.randn(rows, width, device="cuda", dtype=torch.float16)
-        for name in ("A8W8_INT8_dynamic", "A16W4_HQQ_INT"):
-            if hasattr(helper, name):
-                layer = getattr(helper, name)(device="cuda", dtype=torch.float16).from_linear(linear, del_orig=False)
-                layer(x)
-                found[f"gemlite {name}"] = [lambda layer=layer: layer(x)]
-    except Exception as error:
-        print(f"gemlite does not run here: {type(error).__name__}: {str(error)[:200]}")
-        return {}
     return found
 
 

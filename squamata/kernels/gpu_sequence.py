@@ -157,7 +157,7 @@ def _given_state(state, state_scale, row, channel, n, E: tl.constexpr, N: tl.con
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["STEPS"])
 def _ssd_ends_kernel(u, u_scale, dt_step, dt_decay, state, state_scale, ends, totals, L, STEPS, H: tl.constexpr,
                      P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
                      BP: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
@@ -199,7 +199,7 @@ def _ssd_ends_kernel(u, u_scale, dt_step, dt_decay, state, state_scale, ends, to
     tl.store(totals + (segment * rows + row) * H + head, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["STEPS"])
 def _ssd_kernel(u, u_scale, dt_step, dt_decay, skip, state, state_scale, state_inverse, state_low, state_high,
                 state_span, ends, totals, out, L, STEPS, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                 GROUPS: tl.constexpr, SEGMENTS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
@@ -341,7 +341,7 @@ class ScanScratch:
 def scan_scratch(batch: int, length: int, state: Tensor) -> ScanScratch:
     """For sequences of ``length`` places and a state (B, H, P, N): segments enough to fill the device."""
     _, heads, head_dim, states = state.shape
-    tokens = min(SSD_TOKENS, max(16, triton.next_power_of_2(length)))
+    tokens = min(SSD_TOKENS, max(16, triton.next_power_of_2(length) // 2))  # one step of 64 lost the state (Triton 3.6)
     steps = triton.cdiv(length, tokens)
     programs = batch * heads * head_dim // min(SSD_CHANNELS, head_dim)
     segments = 1
