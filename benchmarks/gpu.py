@@ -5,7 +5,7 @@
 
 Everything is checked before it is timed, and a check that fails ends the run: greedy tokens and logits of the bundled
 model against simulation on the CPU; two layers of every shape and recipe against the reference on the same device
-(``squamata.evaluate.gpu_profile``); single products against an exact one. TTFT and TPOT: medians of graph replays in
+(``squamata.cli.gpu_profile``); single products against an exact one. TTFT and TPOT: medians of graph replays in
 milliseconds with the 10th and 90th percentile. *share*: bytes that a step must move (weights, scales, state) over the
 bandwidth of a device copy, over TPOT.
 """
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from squamata import pipeline
+from squamata.cli.gpu_profile import copy_bandwidth, milliseconds, profile_gpu, spread
+from squamata.cli.random_codes import random_checkpoint
 from squamata.errors import SquamataError
-from squamata.evaluate.gpu_profile import copy_bandwidth, milliseconds, profile_gpu, spread
-from squamata.evaluate.random_codes import random_checkpoint
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.gpu_expand import as_rows, expand, rows_of, scratch_bytes
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, Finish, gemm

@@ -12,7 +12,7 @@ from squamata.cli.output import JsonFile, check_json, progress, size, table, wri
 from squamata.errors import SquamataError
 
 if TYPE_CHECKING:
-    from squamata.evaluate.gpu_profile import GpuProfile
+    from squamata.cli.gpu_profile import GpuProfile
     from squamata.evaluate.profile import Profile
     from squamata.models.lm import LanguageModel
 
@@ -50,7 +50,7 @@ def profile(
     name = model or f"{shape}, random weights"
     about = {"model": model, "shape": shape, "device": device.value}
     if device is Device.cuda:
-        from squamata.evaluate.gpu_profile import profile_gpu
+        from squamata.cli.gpu_profile import profile_gpu
 
         loaded = _loaded_for_gpu(model, shape, recipe or "float")
         figures = profile_gpu(loaded, prompt, generate, batch)
@@ -75,7 +75,7 @@ def _loaded_for_gpu(model: str | None, shape_name: str | None, recipe: str) -> L
         return _loaded(model, None, recipe)
     import torch
 
-    from squamata.evaluate.random_codes import random_checkpoint
+    from squamata.cli.random_codes import random_checkpoint
     from squamata.models.config import shape
     from squamata.models.lm import LanguageModel
     from squamata.spec.recipe import Recipe
