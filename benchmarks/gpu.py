@@ -1,221 +1,227 @@
-"""Decode speed on one GPU: named shapes, random weights, recipe by recipe, each checked before it is timed.
+"""Speed on one GPU: prefill and decode of named shapes, random weights, recipe by recipe; single products; large batch.
 
-    python benchmarks/gpu.py --shapes mamba2-2.7b mamba-2.8b --recipes bfloat16 quamba-w8a8 w4a8 w4a16 --json out.json
+    python benchmarks/gpu.py --json gpu.json
+    python benchmarks/gpu.py --shapes mamba2-2.7b --recipes w4a8 --no-greedy --no-products
 
-TPOT: median over replays of the captured step at batch 1 (or --batch), in milliseconds, with the 10th and 90th
-percentile. *floor*: bytes that a step must move (weights, scales, state read and written) over the measured bandwidth
-of a device copy. The check compares two layers of the same widths, a few tokens from a fresh state, with the reference
-operations on the same device.
+Everything is checked before it is timed, and a check that fails ends the run: greedy tokens and logits of the bundled
+model against simulation on the CPU; two layers of every shape and recipe against the reference on the same device
+(``squamata.cli.gpu_profile``); single products against an exact one. TTFT and TPOT: medians of graph replays in
+milliseconds with the 10th and 90th percentile. *share*: bytes that a step must move (weights, scales, state) over the
+bandwidth of a device copy, over TPOT.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from squamata import pipeline
+from squamata.cli.gpu_profile import copy_bandwidth, milliseconds, profile_gpu, spread
+from squamata.cli.random_codes import random_checkpoint
+from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend
-from squamata.kernels.hadamard import Rotation
+from squamata.kernels.gpu_expand import as_rows, expand, rows_of, scratch_bytes
+from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, Finish, gemm
+from squamata.kernels.gpu_gemv import Landing, choose_shape
+from squamata.kernels.gpu_tiles import Format, TiledLinear, tile_linear
+from squamata.kernels.linear import Linear
 from squamata.kernels.packing import pack_int4
-from squamata.kernels.partition import Partition
-from squamata.kernels.qtensor import QTensor, Value
-from squamata.load.random_model import random_tensors
-from squamata.models.checkpoint import Checkpoint
-from squamata.models.config import ModelConfig, parameter_shapes, shape
-from squamata.models.lm import LanguageModel, model_layouts
-from squamata.quantize import quantize_tensors
+from squamata.kernels.qtensor import QTensor
+from squamata.load.hub import bundled
+from squamata.models.config import shape
+from squamata.models.lm import LanguageModel
 from squamata.run.graphs import CapturedDecoder
+from squamata.save.read import read_checkpoint
+from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
-from squamata.spec.sites import all_sites
 
-LARGE = 2**20  # elements from which a random weight is drawn as codes, on the device
-SITE_RANGE = {"state": 2.0, "u": 3.0, "B_conv": 3.0, "C_conv": 3.0, "out": 5.0}  # largest value, else 4
+RECIPES = {"bfloat16": "float", "w8a8": "quamba-w8a8", "w4a8": "w4a8", "w4a16": "w4a16"}
+PROMPT, NEW = 64, 32  # of the greedy check
+# Relative error of logits while the tokens agree. A code that rounds the other way is carried on through all layers:
+# two ways to compute the reference itself differ by as much (docs/log.md).
+GREEDY_TOLERANCE = {"float": 1e-4, "w4a16": 1e-4, "quamba-w8a8": 6e-2, "w4a8": 6e-2}
+PRODUCT_TOLERANCE = 1e-5
 
 
-def random_checkpoint(config: ModelConfig, recipe: Recipe, device: str, seed: int = 0) -> Checkpoint:
-    """A quantized model in which every number is random and activations stay of order one."""
-    torch.manual_seed(seed)
-    specs = recipe.resolve(config.blocks)
-    layouts = model_layouts(config)
-    tensors: dict[str, Value] = {}
-    for name, size in parameter_shapes(config).items():
-        elements = torch.Size(size).numel()
-        if elements < LARGE:
-            with torch.device("cpu"):
-                drawn = {name: random_tensor(config, name, size)}
-                quantized = quantize_tensors(recipe, drawn, specs, layouts)
-            tensors[name] = moved(quantized[name], device)
-        elif name in specs:
-            tensors[name] = random_codes(size, specs[name], Partition(specs[name].granularity, layouts[name]), device)
+def greedy_check(recipe: str, folder: Path) -> dict[str, Any]:
+    """The bundled model, quantized: simulation on the CPU against the GPU's prefill and decode."""
+    with use_backend("ref"), torch.no_grad():
+        if recipe == "float":
+            simulated = LanguageModel(pipeline.load(bundled()).checkpoint)
         else:
-            spread = 0.5 if name == "embedding.weight" else size[-1] ** -0.5
-            tensors[name] = torch.randn(size, device=device, dtype=torch.bfloat16) * spread
-    if any(transform.name == "hadamard" for transform in recipe.transforms):
-        rotation = Rotation.of_size(config.d_inner)
-        for layer in range(config.n_layers):
-            tensors[f"layers.{layer}.mixer.rotation"] = torch.tensor([rotation.size, rotation.block])
-    return Checkpoint(config, tensors, recipe, random_sites(config, specs, device))
+            out = folder / recipe
+            pipeline.quantize(bundled(), recipe, out, bundled() / "calibration.jsonl", samples=8, length=128)
+            simulated = LanguageModel(read_checkpoint(out), "simulate")
+        prompt = torch.randint(1, 8000, (1, PROMPT), generator=torch.Generator().manual_seed(3))
+        cache = simulated.new_cache(1)
+        logits = [simulated.forward(prompt, cache, last_only=True)[0, -1]]
+        for _ in range(NEW):
+            logits.append(simulated.step(logits[-1].argmax()[None], cache)[0])
+    decoder = CapturedDecoder(LanguageModel(simulated.checkpoint), 1, weights="float32")
+    ours = [decoder.prefill(prompt.cuda())[0].cpu().clone()]
+    ours += [decoder.step()[0].cpu().clone() for _ in range(NEW)]
+    tokens = [(int(a.argmax()), int(b.argmax())) for a, b in zip(ours, logits, strict=True)]
+    equal = next((at for at, (a, b) in enumerate(tokens) if a != b), NEW + 1)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, logits, strict=True)][: max(equal, 1)]
+    found = {"recipe": recipe, "first_error": errors[0], "worst_error": max(errors), "equal": equal, "of": NEW + 1}
+    if not max(errors) <= GREEDY_TOLERANCE[recipe]:
+        raise SquamataError(f"greedy check of {recipe} on the bundled model failed: {found}")
+    return found
 
 
-def random_tensor(config: ModelConfig, name: str, size: tuple[int, ...]) -> Tensor:
-    """One of the small tensors, as before training, with noise where it would be trivial."""
-    noise = torch.randn(size)
-    if name.endswith(("A_log", "dt_bias")):
-        one_layer = config.model_copy(update={"blocks": config.blocks[:1]})
-        return random_tensors(one_layer, prefix="layers.0.mixer." + name.split(".")[-1])[
-            f"layers.0.{name.split('.', 2)[2]}"
-        ]
-    if name.endswith((".D", "norm.weight")):
-        return 1 + 0.1 * noise
-    return noise * (0.02 if name.endswith("bias") else size[-1] ** -0.5)
+def whole_model(name: str, recipe: str, batch: int, prompt: int, state: str) -> dict[str, Any]:
+    """One row of the table: ``state`` is the recipe's own or *float16*."""
+    chosen = Recipe.read(RECIPES[recipe])
+    if state == "float16":
+        mapping = chosen.to_mapping()
+        mapping["rules"].append({"site": "*.mixer.state", "spec": "float"})
+        chosen = Recipe.from_mapping(mapping)
+    model = LanguageModel(random_checkpoint(shape(name), chosen, "cuda"), dtype=torch.bfloat16)
+    result = profile_gpu(model, prompt, 128, batch)
+    about = {"shape": name, "recipe": recipe, "state": state, "error": result.agreement.error}
+    return about | {"fast_error": result.agreement.fast_error} | result.to_dict() | {"agreement": None}
 
 
-def random_codes(size: tuple[int, ...], spec: Any, partition: Partition, device: str) -> QTensor:
+def random_linear(outputs: int, width: int, bits: int) -> Linear:
+    spec = QuantSpec(bits=bits, full_range=bits == 4, granularity="group(128)" if bits == 4 else "channel")
     low, high = spec.code_range
-    codes = torch.randint(low, high + 1, size, dtype=torch.int8, device=device)
-    deviation = 3**0.5 / (spec.span * size[-1] ** 0.5)
-    scale = deviation * (0.8 + 0.4 * torch.rand(partition.shape(), device=device))
-    if spec.scale_dtype == "float16":
-        scale = scale.half().float()
-    packed = pack_int4(codes) if spec.bits == 4 else codes
-    return QTensor(packed, partition.expand(scale), spec, None, size[-1] if spec.bits == 4 else None)
+    codes = torch.randint(low, high + 1, (outputs, width), dtype=torch.int8)
+    scale = torch.rand(outputs, width // 128 if bits == 4 else 1) * 0.01 + 0.001
+    return Linear(QTensor(pack_int4(codes) if bits == 4 else codes, scale.half().float(), spec, None,
+                          width if bits == 4 else None))  # fmt: skip
 
 
-def random_sites(config: ModelConfig, specs: dict[str, Any], device: str) -> dict[str, Tensor]:
-    found = {}
-    for name, info in all_sites(config.blocks).items():
-        spec = specs.get(name)
-        if info.kind in ("activation", "state") and spec is not None and not spec.dynamic:
-            assert spec.granularity.per_tensor, f"{name}: this benchmark draws one scale a site"
-            found[f"{name}.scale"] = torch.tensor(
-                SITE_RANGE.get(name.rsplit(".", 1)[-1], 4.0) / spec.span, device=device
-            )
+def microseconds(launches: list[Callable[[], Any]]) -> dict[str, float]:
+    """Of one launch: a graph of launches that rotate among several sets of data, so that caches do not lie."""
+    for launch in launches:
+        launch()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    found = spread(milliseconds(graph.replay, 30))
+    return {name: 1e3 * value / len(launches) for name, value in found.items()}
+
+
+def our_product(layer: Linear, tiled: TiledLinear, x: Tensor) -> tuple[Callable[[], Any], Tensor]:
+    """Our integer product over a weight laid out by rows, with scales and residual, checked against float64."""
+    weight = rows_of(tiled, torch.zeros(scratch_bytes(tiled), dtype=torch.uint8, device="cuda"))
+    expand(tiled, weight)
+    rows = as_rows(tiled, weight)
+    out = torch.full((len(x), tiled.rows), float("nan"), device="cuda")
+    gemm(x, None, rows, tiled.factor, None, Finish(PLAIN, values=out))
+    assert isinstance(layer.weight, QTensor)
+    exact = x[:64].double() @ layer.weight.dequantize(torch.float64).cuda().T
+    error = float((out[:64] - exact).norm() / exact.norm())
+    if not error <= PRODUCT_TOLERANCE:
+        raise SquamataError(f"our product {tuple(x.shape)} x {tiled.rows} is off: relative error {error:.2g}")
+    if tiled.rows > tiled.columns:  # as in_proj: landed on int8
+        inverse = torch.full_like(tiled.factor, 3.0)
+        landing = Landing(inverse, -42 * inverse, 42 * inverse, any_codes=True, any_values=False, scale=1 / inverse)
+        codes = torch.zeros(len(x), tiled.rows, dtype=torch.int8, device="cuda")
+        return lambda: gemm(x, None, rows, tiled.factor, landing, Finish(LAND, codes)), weight
+    residual = torch.zeros(len(x), tiled.rows, device="cuda")
+    return lambda: gemm(x, None, rows, tiled.factor, None, Finish(RESIDUAL, residual=residual)), weight
+
+
+def product(outputs: int, width: int, rows: int) -> list[dict[str, Any]]:
+    """Our int8 x int8 and int4 x int8 products, scales and landing or residual included, beside torch's bare ones."""
+    found = []
+    sets: dict[str, list[Callable[[], Any]]] = {"w8a8": [], "w4a8": [], "torch._int_mm": [], "bfloat16 torch.mm": []}
+    for _ in range(4):
+        for bits in (8, 4):
+            layer = random_linear(outputs, width, bits)
+            format = Format.INT8_INT8 if bits == 8 else Format.INT4_INT8
+            tiled = tile_linear(layer, format, choose_shape(outputs, width, format).tile_rows, "cuda")
+            x = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device="cuda")
+            launch, weight = our_product(layer, tiled, x)
+            sets[f"w{bits}a8"].append(launch)
+            if bits == 8:
+                sets["torch._int_mm"].append(lambda x=x, weight=weight: torch._int_mm(x, weight.T))
+        a = torch.randn(rows, width, device="cuda").bfloat16()
+        b = torch.randn(outputs, width, device="cuda").bfloat16()
+        sets["bfloat16 torch.mm"].append(lambda a=a, b=b: a @ b.T)
+    for name, launches in sets.items():
+        times = microseconds(launches)
+        tops = 2 * rows * outputs * width / times["median"] * 1e-6
+        found.append({"product": name, "rows": rows, "outputs": outputs, "width": width, "us": times, "tops": tops})
     return found
 
 
-def moved(value: Value, device: str) -> Value:
-    if isinstance(value, QTensor):
-        return QTensor(value.data.to(device), value.scale.to(device), value.spec, value.second, value.length)
-    return value.to(device)
-
-
-def disagreement(config: ModelConfig, recipe: Recipe, options: dict[str, Any], batch: int, tokens: int = 4) -> float:
-    """Largest relative error (norms) of the logits of a few tokens, two layers, against the reference."""
-    small = config.model_copy(update={"blocks": config.blocks[:2]})
-    with torch.device("cuda"), torch.no_grad(), use_backend("ref"):
-        model = LanguageModel(random_checkpoint(small, recipe, "cuda", seed=1))
-        decoder = CapturedDecoder(model, batch, **options)
-        cache = model.new_cache(batch)
-        worst = 0.0
-        for _ in range(tokens):
-            ids = torch.randint(config.vocab_size, (batch,))
-            wanted = model.step(ids, cache)
-            decoder.logits.fill_(float("nan"))
-            got = decoder.step(ids)
-            worst = max(worst, float((got - wanted).norm() / wanted.norm()))
-            if not torch.isfinite(got).all():
-                return float("nan")
-    return worst
-
-
-def milliseconds(launch: Callable[[], Any], repeats: int = 60, warm: int = 5) -> list[float]:
-    """Times of single launches, sorted."""
-    for _ in range(warm):
-        launch()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    torch.cuda.synchronize()
-    for start, stop in events:
-        start.record()
-        launch()
-        stop.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in events)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a large device copy, read plus written."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (statistics.median(milliseconds(lambda: target.copy_(source), 20)) * 1e-3)
-
-
-def kernel_times(decoder: CapturedDecoder) -> dict[str, dict[str, float]]:
-    """Microseconds a launch of every kind of kernel: all launches of one kind in one graph, one after the other."""
-    kernels = sorted(decoder.plan.kernels(), key=lambda kernel: kernel[0])
-    found = {}
-    for name, group in groupby(kernels, key=lambda kernel: kernel[0]):
-        launches = [launch for _, launch in group]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in launches:
-                launch()
-        median = statistics.median(milliseconds(graph.replay, 20))
-        found[name] = {"launches": len(launches), "microseconds": 1e3 * median / len(launches)}
-    decoder.reset()
-    return found
-
-
-def measure(name: str, recipe_name: str, batch: int, bandwidth: float) -> dict[str, Any]:
-    """One row of the table."""
-    config = shape(name)
-    recipe = Recipe.read("float" if recipe_name == "bfloat16" else recipe_name)
-    options: dict[str, Any] = {"state_dtype": torch.float16}
-    error = disagreement(config, recipe, {"weights": "bfloat16", "state_dtype": torch.float32}, batch)
-    model = LanguageModel(random_checkpoint(config, recipe, "cuda"), dtype=torch.bfloat16)
-    decoder = CapturedDecoder(model, batch, **options)
-    del model
-    decoder.step(torch.randint(config.vocab_size, (batch,), device="cuda"))
-    times = milliseconds(decoder.replay)
-    finite = bool(torch.isfinite(decoder.logits).all())
-    moved_bytes = decoder.plan.weight_bytes + decoder.plan.state_bytes
-    tpot = statistics.median(times)
-    floor = 1e3 * moved_bytes / bandwidth
-    return {
-        "shape": name, "recipe": recipe_name, "batch": batch, "error": error, "finite": finite, "tpot_ms": tpot,
-        "p10_ms": times[len(times) // 10], "p90_ms": times[-len(times) // 10], "bytes": moved_bytes,
-        "bandwidth_tb_s": moved_bytes / tpot * 1e-9, "floor_ms": floor, "share_of_floor": floor / tpot,
-        "kernels": kernel_times(decoder),
-    }  # fmt: skip
+def show(row: dict[str, Any], seconds: float) -> None:
+    first, token = row["ttft_ms"], row["tpot_ms"]
+    print(
+        f"{row['shape']:12} {row['recipe']:9} {row['state']:8} {row['batch']:4} {first['median']:9.2f} "
+        f"{first['p10']:7.2f}-{first['p90']:<7.2f} {token['median']:8.3f} {token['p10']:7.3f}-{token['p90']:<7.3f} "
+        f"{row['decode_tokens_per_s']:9.0f} {1e-12 * row['achieved_bytes_per_s']:5.2f} {row['floor_ms']:6.3f} "
+        f"{100 * row['floor_share']:4.0f}% {row['error']:8.1e} {row['fast_error']:8.1e}  ({seconds:.0f} s)"
+    )
+    for phase, kernels in row["kernels"].items():
+        parts = (f"{name} {entry['launches']}x{entry['microseconds']:.2f}" for name, entry in kernels.items())
+        print(f"   {phase}, us a launch: {', '.join(parts)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["mamba2-130m", "mamba2-2.7b", "mamba-2.8b", "mamba2-8b"])
-    parser.add_argument("--recipes", nargs="+", default=["bfloat16", "quamba-w8a8", "w4a8", "w4a16"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--shapes", nargs="*", default=["mamba2-130m", "mamba2-2.7b", "mamba-2.8b", "mamba2-8b"])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--large", nargs="*", type=int, default=[8, 64, 256], help="batches of the state's comparison")
+    parser.add_argument("--large-shapes", nargs="*", default=["mamba2-2.7b", "mamba2-8b"])
+    parser.add_argument("--no-greedy", action="store_true")
+    parser.add_argument("--no-products", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    device = torch.cuda.get_device_name()
     bandwidth = copy_bandwidth()
-    print(f"{device}, torch {torch.__version__}; device copy {bandwidth * 1e-12:.2f} TB/s")
-    print("shape        recipe         b  TPOT ms     p10     p90      MB  TB/s  floor  share    error")
-    rows = []
-    for name in arguments.shapes:
-        for recipe in arguments.recipes:
-            for batch in arguments.batch:
-                started = time.perf_counter()
-                row = measure(name, recipe, batch, bandwidth)
-                rows.append(row)
-                print(
-                    f"{name:12} {recipe:12} {batch:3} {row['tpot_ms']:8.3f} {row['p10_ms']:7.3f} {row['p90_ms']:7.3f} "
-                    f"{row['bytes'] / 1e6:7.0f} {row['bandwidth_tb_s']:5.2f} {row['floor_ms']:6.3f} "
-                    f"{100 * row['share_of_floor']:5.0f}% {row['error']:8.1e}   ({time.perf_counter() - started:.0f} s)"
-                )
-                kernels = ", ".join(
-                    f"{key} {value['launches']}x{value['microseconds']:.2f}" for key, value in row["kernels"].items()
-                )
-                print(f"   us a launch: {kernels}", flush=True)
-                torch.cuda.empty_cache()
+    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy": bandwidth}
+    print(f"{results['gpu']}, torch {torch.__version__}; device copy {bandwidth * 1e-12:.2f} TB/s")
+    if not arguments.no_greedy:
+        with tempfile.TemporaryDirectory() as folder:
+            results["greedy"] = [greedy_check(RECIPES[name], Path(folder)) for name in arguments.recipes]
+        for found in results["greedy"]:
+            print(f"bundled model, {found['recipe']}: greedy tokens equal {found['equal']} of {found['of']}, logits' "
+                  f"relative error {found['first_error']:.1e} first, {found['worst_error']:.1e} worst",
+                  flush=True)  # fmt: skip
+    if not arguments.no_products:
+        sizes = ((10576, 2560), (2560, 5120))
+        results["products"] = [row for n, k in sizes for m in (64, 256, 1024) for row in product(n, k, m)]
+        for row in results["products"]:
+            print(f"{row['rows']:5} x {row['width']} x {row['outputs']:6} {row['product']:28} "
+                  f"{row['us']['median']:8.1f} us "
+                  f"({row['us']['p10']:.1f}-{row['us']['p90']:.1f}) {row['tops']:6.0f} TOPS")  # fmt: skip
+    if importlib.util.find_spec("mamba_ssm") is None:
+        print("mamba_ssm is not installed: no float16 rows of its own")
+    print("shape        recipe    state    batch   TTFT ms  p10-p90          TPOT ms p10-p90          tokens/s  TB/s "
+          " floor  share    error     fast")  # fmt: skip
+    jobs = [(name, recipe, 1, "recipe") for name in arguments.shapes for recipe in arguments.recipes]
+    jobs += [(name, "w8a8", batch, state) for name in arguments.large_shapes for batch in arguments.large
+             for state in ("recipe", "float16")]  # fmt: skip
+    results["rows"] = []
+    for name, recipe, batch, state in jobs:
+        started = time.perf_counter()
+        prompt = arguments.prompt if batch <= 8 else 16  # the state's size does not depend on the prompt
+        results["rows"].append(whole_model(name, recipe, batch, prompt, state))
+        show(results["rows"][-1], time.perf_counter() - started)
+        torch.cuda.empty_cache()
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1))
+    speed = {(row["shape"], row["batch"], row["state"]): row["decode_tokens_per_s"]
+             for row in results["rows"] if row["recipe"] == "w8a8"}  # fmt: skip
+    for name in arguments.large_shapes:
+        for batch in arguments.large:
+            gain = speed[name, batch, "recipe"] / speed[name, batch, "float16"]
+            print(f"{name}, batch {batch}: int8 state {gain:.2f} times the tokens/s of a float16 state")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"device": device, "copy_bandwidth": bandwidth, "rows": rows}, indent=1))
+        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

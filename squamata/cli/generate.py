@@ -31,25 +31,30 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Continue a prompt; the text streams as it is made."""
     check_json(json_file)
     from squamata import pipeline
     from squamata.run import SamplingOptions
+    from squamata.run.device import check_device
 
+    check_device(device)
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()))
     loaded = pipeline.load(model)
-    result = stream(loaded, prompt, options)
+    result = stream(loaded, prompt, options, device)
     pace = "" if result.tpot_ms is None else f", then {1e3 / result.tpot_ms:.1f} tokens/s"
     note(
         f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new, stopped by {result.stopped_by}; "
         f"first token after {result.ttft_ms:.0f} ms{pace}"
     )
-    write_json(json_file, result.to_dict() | {"model": model, "recipe": loaded.checkpoint.recipe.name})
+    write_json(
+        json_file, result.to_dict() | {"model": model, "recipe": loaded.checkpoint.recipe.name, "device": device}
+    )
 
 
-def stream(model: LanguageModel, prompt: str, options: SamplingOptions) -> Generation:
+def stream(model: LanguageModel, prompt: str, options: SamplingOptions, device: str = "cpu") -> Generation:
     """Print prompt and continuation as they come."""
     from squamata.run import generate
 
@@ -57,6 +62,6 @@ def stream(model: LanguageModel, prompt: str, options: SamplingOptions) -> Gener
         print(piece.text, end="", flush=True)
 
     print(prompt if not sys.stdout.isatty() else f"\033[1m{prompt}\033[0m", end="", flush=True)
-    result = generate(model, prompt, show, **asdict(options))
+    result = generate(model, prompt, show, device, **asdict(options))
     print()
     return result

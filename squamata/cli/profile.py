@@ -12,6 +12,7 @@ from squamata.cli.output import JsonFile, check_json, progress, size, table, wri
 from squamata.errors import SquamataError
 
 if TYPE_CHECKING:
+    from squamata.cli.gpu_profile import GpuProfile
     from squamata.evaluate.profile import Profile
     from squamata.models.lm import LanguageModel
 
@@ -43,28 +44,44 @@ def profile(
         raise SquamataError("give either a MODEL or --shape NAME")
     if recipe is not None and shape is None:
         raise SquamataError("--recipe goes with --shape; a checkpoint has its own (squamata quantize makes one)")
-    from squamata.evaluate.profile import profile as measure
-    from squamata.evaluate.profile import threads as using_threads
+    from squamata.run.device import check_device
 
-    _check_device(device)
-    with using_threads(threads):
-        loaded = _loaded(model, shape, recipe or "float")
-        with progress("timing") as advance:
-            result = measure(loaded, prompt, generate, batch, repeats, progress=advance)
+    check_device(device.value)
     name = model or f"{shape}, random weights"
-    _show(name, loaded.checkpoint.recipe.name, result)
-    content = result.to_dict() | {"agreement": asdict(result.agreement)}
-    about = {"model": model, "shape": shape, "recipe": loaded.checkpoint.recipe.name, "device": device.value}
-    write_json(json_file, content | about)
+    about = {"model": model, "shape": shape, "device": device.value}
+    if device is Device.cuda:
+        from squamata.cli.gpu_profile import profile_gpu
+
+        loaded = _loaded_for_gpu(model, shape, recipe or "float")
+        figures = profile_gpu(loaded, prompt, generate, batch)
+        _show_gpu(name, loaded.checkpoint.recipe.name, figures)
+        content = figures.to_dict() | {"agreement": asdict(figures.agreement)}
+    else:
+        from squamata.evaluate.profile import profile as measure
+        from squamata.evaluate.profile import threads as using_threads
+
+        with using_threads(threads):
+            loaded = _loaded(model, shape, recipe or "float")
+            with progress("timing") as advance:
+                result = measure(loaded, prompt, generate, batch, repeats, progress=advance)
+        _show(name, loaded.checkpoint.recipe.name, result)
+        content = result.to_dict() | {"agreement": asdict(result.agreement)}
+    write_json(json_file, content | about | {"recipe": loaded.checkpoint.recipe.name})
 
 
-def _check_device(device: Device) -> None:
+def _loaded_for_gpu(model: str | None, shape_name: str | None, recipe: str) -> LanguageModel:
+    """A checkpoint, or a shape with random codes made on the GPU itself."""
+    if model is not None:
+        return _loaded(model, None, recipe)
     import torch
 
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise SquamataError("--device cuda: torch sees no GPU here; use --device cpu")
-    if device is Device.cuda:
-        raise SquamataError("--device cuda: this version has no GPU kernels yet; use --device cpu")
+    from squamata.cli.random_codes import random_checkpoint
+    from squamata.models.config import shape
+    from squamata.models.lm import LanguageModel
+    from squamata.spec.recipe import Recipe
+
+    assert shape_name is not None
+    return LanguageModel(random_checkpoint(shape(shape_name), Recipe.read(recipe), "cuda"), dtype=torch.bfloat16)
 
 
 def _loaded(model: str | None, shape: str | None, recipe: str) -> LanguageModel:
@@ -107,3 +124,39 @@ def _show(name: str, recipe: str, result: Profile) -> None:
             ),
         ],
     )
+
+
+def _show_gpu(name: str, recipe: str, result: GpuProfile) -> None:
+    rows = [
+        [label, *(f"{spread[part]:.3f}" for part in ("median", "p10", "p90"))]
+        for label, spread in (("TTFT, ms", result.ttft_ms), ("TPOT, ms", result.tpot_ms))
+    ]
+    title = f"{name}, {recipe}; {result.gpu}; {result.prompt} tokens of prompt, batch {result.batch}"
+    table(title, ("<", "median", "p10", "p90"), [*rows, ["TTLT, ms", f"{result.ttlt_ms:.1f}", "", ""]])
+    table(
+        "",
+        ("<", "", "<"),
+        [
+            ("prefill", f"{result.prefill_tokens_per_s:.0f}", "tokens/s"),
+            ("decode", f"{result.decode_tokens_per_s:.0f}", "tokens/s"),
+            ("moved a token", size(result.bytes_per_step), f"at {result.achieved_bytes_per_s * 1e-12:.2f} TB/s"),
+            ("device copy", f"{result.copy_bytes_per_s * 1e-12:.2f}", "TB/s, read and written"),
+            ("floor of a token", f"{result.floor_ms:.3f}", f"ms, {100 * result.floor_share:.0f} % of TPOT"),
+            ("peak GPU memory", size(result.peak_gpu_bytes), ""),
+            (
+                "against the reference",
+                f"{result.agreement.error:.1e}",
+                f"relative error of logits; as timed {result.agreement.fast_error:.1e} against that",
+            ),
+        ],
+    )
+    for phase, kernels in result.kernels.items():
+        total = sum(entry["launches"] * entry["microseconds"] for entry in kernels.values())
+        found = sorted(kernels.items(), key=lambda entry: -entry[1]["launches"] * entry[1]["microseconds"])
+        lines = [
+            [kernel, f"{entry['launches']:.0f}", f"{entry['microseconds']:.2f}",
+             f"{entry['launches'] * entry['microseconds'] / 1e3:.3f}",
+             f"{100 * entry['launches'] * entry['microseconds'] / total:.0f}"]
+            for kernel, entry in found
+        ]  # fmt: skip
+        table(f"kernels of one {phase}, back to back", ("<kernel", "launches", "us each", "ms", "%"), lines)

@@ -21,7 +21,8 @@ FEW_ROWS = 8  # up to which the activations of every row are applied to a weight
 
 @dataclass(frozen=True)
 class Landing:
-    """Where the rows of a product go. All float32 (padded rows,): ``inverse`` 0 means that the row stays float.
+    """Where the rows of a product go. All float32 (padded rows,): ``inverse`` 0 means that the row stays float;
+    ``scale`` is for those who read a landed row as values.
 
     Rows ``ring_start`` to ``ring_stop`` go into slot ``position % slots`` of the convolution's ring.
     """
@@ -36,6 +37,17 @@ class Landing:
     any_codes: bool = True
     any_values: bool = True
     ring_codes: bool = True
+    scale: Tensor | None = None
+
+    @property
+    def codes_everywhere(self) -> bool:
+        """True if no row stays float: then stores need no mask that depends on data."""
+        return self.any_codes and not self.values_anywhere
+
+    @property
+    def values_anywhere(self) -> bool:
+        """True if any row stays float, in the ring or outside."""
+        return self.any_values or (self.ring_stop > self.ring_start and not self.ring_codes)
 
 
 @triton.jit

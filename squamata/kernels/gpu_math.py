@@ -57,6 +57,16 @@ def dot4(a, b, accumulator, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def dot_float(a, b, accumulator, NATIVE: tl.constexpr):
+    """accumulator + a b in float32; float32 operands are not shortened. The interpreter cannot multiply bfloat16."""
+    if NATIVE:
+        accumulator = tl.dot(a, b, accumulator, input_precision="ieee")
+    else:
+        accumulator = tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return accumulator
+
+
+@triton.jit
 def small_to_float(x):
     """int32 of magnitude below 2^22 as float32, by addition: integer conversions run at a quarter of the rate."""
     return (x + _MAGIC_BITS).to(tl.float32, bitcast=True) - _MAGIC

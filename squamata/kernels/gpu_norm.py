@@ -48,7 +48,7 @@ def _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, Q
             scale = tl.maximum(tl.div_rn(tl.max(tl.abs(y), axis=0), span), _SMALLEST_SCALE)
             tl.store(out_scale + row, scale)
             inverse = tl.div_rn(1.0, scale)
-        tl.store(out + offsets, to_codes(y, inverse, low, high, ROUNDING).to(tl.int8), mask=mask)
+        tl.store(out + offsets, to_codes(y, inverse, low, high, ROUNDING).to(out.dtype.element_ty), mask=mask)
     else:
         tl.store(out + offsets, y, mask=mask)
 
@@ -242,7 +242,7 @@ def _best_kernel(logits, best, where, V, PARTS: tl.constexpr, BV: tl.constexpr, 
 
 
 @triton.jit
-def _pick_kernel(best, where, ids, position, PARTS: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
+def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0)
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -251,18 +251,27 @@ def _pick_kernel(best, where, ids, position, PARTS: tl.constexpr, BP: tl.constex
     winner = tl.argmax(value, axis=0)
     tl.store(ids + row, tl.load(where + row * PARTS + winner).to(tl.int64))
     if row == 0:
-        tl.store(position, tl.load(position) + 1)
+        tl.store(position, tl.load(position) + advance)
 
 
-def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position: Tensor, pdl: bool) -> None:
-    """ids[row] = first index of the largest logit; position += 1. ``scratch``: float32, int32 (rows, parts)."""
+def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position: Tensor, pdl: bool,
+           advance: int = 1) -> None:  # fmt: skip
+    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32, int32 (rows, parts)."""
     rows, vocabulary = logits.shape
     parts = scratch[0].shape[1]
     _best_kernel[(parts, rows)](
         logits, *scratch, vocabulary, PARTS=parts, BV=GREEDY_PART, PDL=pdl, num_warps=4, **_launch(pdl)
     )
     _pick_kernel[(rows,)](
-        *scratch, ids, position, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1, **_launch(pdl)
+        *scratch,
+        ids,
+        position,
+        advance,
+        PARTS=parts,
+        BP=triton.next_power_of_2(parts),
+        PDL=pdl,
+        num_warps=1,
+        **_launch(pdl),
     )
 
 

@@ -22,7 +22,8 @@ class ConvolutionPlan:
 
     ``taps``: float32 (K, C), integers if the inputs are codes. All float32 (C,): ``factor`` (scale of input times
     weight), ``bias``, ``inverse`` (0: the output stays float), ``scale``, ``low``, ``high``. Roundings of u, and of
-    B and C: -1 where all stay float.
+    B and C: -1 where all stay float. ``all_codes``: every output has a grid; ``uniform``: B's channels share one
+    scale, and so do C's.
     """
 
     taps: Tensor
@@ -34,6 +35,8 @@ class ConvolutionPlan:
     high: Tensor
     rounding: int
     rounding_bc: int = -1
+    all_codes: bool = False
+    uniform: bool = False
 
 
 @dataclass(frozen=True)

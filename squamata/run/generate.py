@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from squamata.errors import SquamataError, nearest
+from squamata.models.lm import LanguageModel
+from squamata.run.device import DeviceModel, on_device
 from squamata.run.sampling import Sampler, SamplingOptions
 from squamata.run.stops import StopFilter
 
 if TYPE_CHECKING:
-    from squamata.models.lm import Cache, LanguageModel
+    from squamata.models.lm import Cache
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,19 @@ class Generation:
 
 
 def generate(
-    model: LanguageModel,
+    model: LanguageModel | DeviceModel,
     prompt: str | Sequence[int],
     on_piece: Callable[[Piece], None] | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> Generation:
     """Continue a prompt (text, or token ids used as they are). ``options``: the fields of ``SamplingOptions``.
 
-    ``on_piece`` is called with every piece as it comes.
+    ``on_piece`` is called with every piece as it comes. ``device``: *cpu* or *cuda*.
     """
     chosen = sampling_options(**options)
+    if isinstance(model, LanguageModel):
+        model = on_device(model, device)
     started = time.perf_counter()
     ids = prompt_ids(model, prompt)
     pieces, times = [], []
@@ -81,7 +86,7 @@ def generate(
 
 
 def generate_stream(
-    model: LanguageModel, prompt: str | Sequence[int], options: SamplingOptions | None = None
+    model: LanguageModel | DeviceModel, prompt: str | Sequence[int], options: SamplingOptions | None = None
 ) -> Iterator[Piece]:
     """The pieces of a continuation, as they come. SquamataError for a prompt that the model cannot read."""
     chosen = options or SamplingOptions()
@@ -89,7 +94,9 @@ def generate_stream(
     return continue_stream(model, ids, model.new_cache(batch=1), Sampler(chosen))
 
 
-def continue_stream(model: LanguageModel, ids: Sequence[int], cache: Cache, sampler: Sampler) -> Iterator[Piece]:
+def continue_stream(
+    model: LanguageModel | DeviceModel, ids: Sequence[int], cache: Cache, sampler: Sampler
+) -> Iterator[Piece]:
     """Feed ids (at least one) to the state in ``cache`` and generate on from there.
 
     Whenever a piece has come, the cache has taken in every id before it, but not its own.
@@ -121,7 +128,7 @@ def _rest(decoder: Any, stops: StopFilter) -> str:
     return stops.push("" if decoder is None else decoder.finish()) + stops.finish()
 
 
-def prompt_ids(model: LanguageModel, prompt: str | Sequence[int]) -> list[int]:
+def prompt_ids(model: LanguageModel | DeviceModel, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; text gets the begin token. SquamataError if there are none or the model has no such id."""
     if isinstance(prompt, str):
         if model.tokenizer is None:

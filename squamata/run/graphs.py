@@ -1,47 +1,34 @@
-"""Decoding on a GPU: a model's plan of fused kernels, captured once in a CUDA graph and replayed a token at a time."""
+"""Running on a GPU: a plan of fused kernels, captured in CUDA graphs and replayed, a prompt or a token at a time."""
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from squamata.errors import SquamataError
-from squamata.kernels.conv_selective_scan import SelectiveScanLayer
-from squamata.kernels.conv_ssd_scan import SSDScanLayer
-from squamata.kernels.decode.triton import (
-    Buffers,
-    DecodePlan,
-    InputStage,
-    LayerState,
-    Mamba1Layer,
-    Mamba2Layer,
-    OutputStage,
-    Projection,
-    ScanParameters,
-)
-from squamata.kernels.gpu_gemv import INTERPRETED, Landing, choose_shape
-from squamata.kernels.gpu_math import ROUNDINGS
-from squamata.kernels.gpu_norm import RowSite, plan_rotation
-from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan
-from squamata.kernels.gpu_tiles import tile_linear, weight_format
-from squamata.kernels.linear import Linear
-from squamata.kernels.qtensor import QTensor, Value, as_float
-from squamata.kernels.site import Site
-from squamata.models.block import Block, ScanCache
+from squamata.kernels.decode.triton import Kernel
+from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.prefill.triton import FEW_SEQUENCES, SequencePlan, Workspace
+from squamata.kernels.qtensor import QTensor
+from squamata.models.block import ScanCache
 from squamata.models.lm import Cache, LanguageModel
-from squamata.models.mamba1 import Mamba1
-from squamata.models.mamba2 import Mamba2
+from squamata.run.gpu_plan import Planner
+
+LENGTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # that a prefill graph is captured for
+MOST_TOKENS = 2**15  # of all sequences in one prefill graph
 
 
 class CapturedDecoder:
-    """A model's decode step on a GPU for ``batch`` sequences, without a host synchronisation or an allocation.
+    """A model on a GPU for ``batch`` sequences: prefill, and a decode step without host synchronisation or allocation.
 
     ``weights``: *bfloat16* or *float32* for the weights that the recipe leaves in float. ``state_dtype``: of a state
-    that the recipe leaves in float. ``pdl``: programmatic dependent launch (Hopper and later). Raises SquamataError
-    for a recipe that the fused kernels do not take. Where Triton interprets, the plan runs uncaptured.
+    that the recipe leaves in float. ``keep_rows``: hold a second copy of the large weights, laid out for prefill, which
+    saves a tenth of its time (by default if it fits in a quarter of the free memory). ``pdl``: programmatic dependent
+    launch (Hopper and later). Raises SquamataError for a recipe that the fused kernels do not take. Where Triton
+    interprets, the plan runs uncaptured. A batch of one to 16 decodes through matrix-vector products, a larger one
+    through the tensor cores.
     """
 
     def __init__(
@@ -52,15 +39,22 @@ class CapturedDecoder:
         weights: str = "bfloat16",
         state_dtype: torch.dtype = torch.float32,
         pdl: bool | None = None,
+        keep_rows: bool | None = None,
     ) -> None:
         self.device = torch.device(device)
         if pdl is None:
             pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
-        planner = Planner(batch, self.device, weights == "bfloat16", state_dtype, pdl)
-        self.plan = planner.model(model)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if not INTERPRETED:
-            self._capture()
+        self.batch = batch
+        self.exact = weights != "bfloat16"
+        self.plan = Planner(batch, self.device, not self.exact, state_dtype, pdl).model(model)
+        self.keep_rows = self._room_for_copies() if keep_rows is None else keep_rows
+        self._copies: dict[int, Tensor] = {}
+        self._many = self.sequence_plan(1) if batch > FEW_SEQUENCES else None
+        if self._many is not None:
+            self._many.work.ids = self.plan.buffers.ids
+        self._prefills: dict[int, tuple[SequencePlan, Callable[[], None]]] = {}
+        self._replay = captured(self.launch, self.device)
+        self.reset()
 
     @property
     def logits(self) -> Tensor:
@@ -72,6 +66,19 @@ class CapturedDecoder:
         """int64 (B,): what the next step takes in; a step leaves the likeliest next token here."""
         return self.plan.buffers.ids
 
+    @property
+    def longest(self) -> int:
+        """Tokens a sequence that one prefill graph takes; longer prompts go in pieces."""
+        return max((size for size in LENGTHS if size * self.batch <= MOST_TOKENS), default=LENGTHS[0])
+
+    def kernels(self) -> Iterator[Kernel]:
+        """Every launch of a step, in order, with the name of what it does."""
+        return (self._many or self.plan).kernels()
+
+    def launch(self) -> None:
+        """The kernels of a step, uncaptured."""
+        (self._many or self.plan).step()
+
     def step(self, ids: Tensor | None = None) -> Tensor:
         """One token for every sequence: ``ids`` (B,), or what the last step chose -> logits (B, V)."""
         if ids is not None:
@@ -81,10 +88,65 @@ class CapturedDecoder:
 
     def replay(self) -> None:
         """Launch a step; returns before it has run."""
-        if self._graph is None:
-            self.plan.step()
-        else:
-            self._graph.replay()
+        self._replay()
+
+    def prefill(self, ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Take in int64 ids (B, L) -> logits (B, V) of every sequence's last token; ``ids`` holds the likeliest next.
+
+        ``lengths``: tokens of every sequence, 1 to L, where they differ; what is beyond them is ignored. Goes on from
+        what the states hold. Returns before it has run.
+        """
+        longest = ids.shape[1]
+        wanted = torch.full((self.batch,), longest) if lengths is None else torch.tensor(list(lengths))
+        if ids.shape[0] != self.batch or len(wanted) != self.batch or not 1 <= int(wanted.min()) <= longest:
+            raise SquamataError(f"a prefill of {self.batch} sequences takes as many rows of ids and lengths of 1 to L")
+        most = self.longest
+        pieces = range(0, longest, most)
+        kept: tuple[Tensor, Tensor] | None = None
+        for start in pieces:
+            inside = (wanted - start).clamp(0, most)
+            self._take(ids[:, start : start + most], inside)
+            if len(pieces) == 1:
+                break
+            live = (inside > 0).to(self.device)
+            now = (self.logits.clone(), self.ids.clone())
+            kept = (
+                now
+                if kept is None
+                else (torch.where(live[:, None], now[0], kept[0]), torch.where(live, now[1], kept[1]))
+            )
+        if kept is not None:
+            self.logits.copy_(kept[0])
+            self.ids.copy_(kept[1])
+        return self.logits
+
+    def _take(self, ids: Tensor, lengths: Tensor) -> None:
+        """One piece of all sequences, padded to a length that has a graph."""
+        plan, replay = self.captured_prefill(ids.shape[1])
+        plan.work.ids.view(self.batch, -1)[:, : ids.shape[1]].copy_(ids, non_blocking=True)
+        plan.work.lengths.copy_(lengths, non_blocking=True)
+        replay()
+
+    def captured_prefill(self, length: int) -> tuple[SequencePlan, Callable[[], None]]:
+        """The plan for sequences of up to ``length`` tokens and its replay, captured at the first call."""
+        size = next((size for size in LENGTHS if size >= length), length)
+        if size not in self._prefills:
+            plan = self.sequence_plan(size)
+            plan.work.lengths.zero_()  # no tokens: the run that compiles leaves the states as they are
+            self._prefills[size] = plan, captured(plan.step, self.device)
+        return self._prefills[size]
+
+    def sequence_plan(self, length: int) -> SequencePlan:
+        """A plan for ``length`` places a sequence, with memory of its own."""
+        buffers = self.plan.buffers
+        work = Workspace(self.batch, length, buffers.width, self.device, self.exact, self.keep_rows, self._copies)
+        return SequencePlan(self.plan, work)
+
+    def _room_for_copies(self) -> bool:
+        """True if the integer weights take at most a quarter of the memory that is free."""
+        if self.device.type != "cuda":
+            return False
+        return self.plan.weight_bytes < 0.25 * torch.cuda.mem_get_info(self.device)[0]
 
     def reset(self) -> None:
         """Forget everything: zeroed states."""
@@ -107,277 +169,18 @@ class CapturedDecoder:
                 layer.scan.grid.scale.copy_(given.state.scale.reshape(-1))
         self.plan.buffers.position.fill_(slots)
 
-    def _capture(self) -> None:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self.plan.step()  # compiles
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        torch.cuda.synchronize(self.device)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.plan.step()
-        self.reset()
 
-
-class Planner:
-    """Turns a model's blocks into plans: repacks weights, expands scales, allocates states."""
-
-    def __init__(self, batch: int, device: torch.device, bfloat16: bool, state_dtype: torch.dtype, pdl: bool) -> None:
-        self.batch = batch
-        self.device = device
-        self.bfloat16 = bfloat16
-        self.state_dtype = state_dtype
-        self.pdl = pdl
-
-    def model(self, model: LanguageModel) -> DecodePlan:
-        """The whole model's plan."""
-        buffers = Buffers(self.batch, model.config.d_model, self.device, self.pdl)
-        layers = [self.layer(block) for block in model.blocks]
-        head = InputStage(
-            self.floats(model.final_norm),
-            model.config.norm_epsilon,
-            self.projection(model.head, model.head_site, (None,)),
-        )
-        table, scale = model.embedding, None
-        if isinstance(table, QTensor):
-            scale = table.scale.to(self.device).float().reshape(-1).expand(table.shape[0]).contiguous()
-            table = table.data
-        elif self.bfloat16:
-            table = table.to(torch.bfloat16)
-        return DecodePlan(table.to(self.device).contiguous(), scale, layers, head, buffers)
-
-    def layer(self, block: Block) -> Mamba1Layer | Mamba2Layer:
-        """One layer's plan."""
-        if isinstance(block, Mamba2):
-            return self.mamba2(block)
-        if isinstance(block, Mamba1):
-            return self.mamba1(block)
-        raise SquamataError(f"the GPU kernels have no {block.kind} layer yet")
-
-    def mamba2(self, block: Mamba2) -> Mamba2Layer:
-        sites, config, scan = block.sites, block.config, block.scan
-        names = ("z", "x", "B", "C", "dt")
-        inner, channels = config.d_inner, config.d_inner + 2 * config.n_groups * config.d_state
-        outputs = tuple(sites[name] for name in names)
-        ring = (inner, inner + channels)
-        entry = InputStage(
-            self.floats(block.norm),
-            config.norm_epsilon,
-            self.projection(block.in_proj, sites["in"], outputs, ring, config.d_conv),
-        )
-        landed = [sites[name] for name in ("u", "B_conv", "C_conv")]
-        conv = self.convolution(scan, list(outputs[1:4]), landed)
-        shape = (self.batch, config.n_heads, config.head_dim, config.d_state)
-        inputs = {"z": self.read(sites["z"]), "dt": self.read(sites["dt"])}
-        return Mamba2Layer(
-            entry=entry,
-            conv=conv,
-            scan=self.scan(scan, sites["state"], inputs),
-            exit=self.exit(block, block.gate_norm.weight, config.gate_norm_epsilon, config.n_groups),
-            state=self.state(channels, config.d_conv, entry.projection, sites["state"], shape),
-            starts=(0, inner + channels),
-            groups=config.n_groups,
-            limit=config.time_step_limit,
-        )
-
-    def mamba1(self, block: Mamba1) -> Mamba1Layer:
-        sites, config, scan = block.sites, block.config, block.scan
-        if scan.bcdt_norm_epsilon is not None:
-            raise SquamataError("the GPU kernels have no norm on dt, B and C yet: run FalconMamba on the CPU")
-        inner = config.d_inner
-        entry = InputStage(
-            self.floats(block.norm),
-            config.norm_epsilon,
-            self.projection(block.in_proj, sites["in"], (sites["x"], sites["z"]), (0, inner), config.d_conv),
-        )
-        both = [self.read(sites[name]) for name in ("B", "C")]
-        if both[0].codes != both[1].codes:
-            raise SquamataError("the GPU kernels want B and C both in float or both in int8")
-        inputs = {name: self.read(sites[name]) for name in ("z", "dt")}
-        inputs["BC"] = InputPlan(both[0].codes, torch.cat([part.scale for part in both]))
-        if "u_proj" in sites:
-            raise SquamataError("the GPU kernels let x_proj read u, which this recipe represents apart from 'u_proj'")
-        x_proj = self.projection(scan.x_proj, sites["u"], (sites["dt_low"], sites["B"], sites["C"]))
-        shape = (self.batch, inner, config.d_state)
-        inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
-        return Mamba1Layer(
-            entry=entry,
-            conv=self.convolution(scan, [sites["x"]], [sites["u"]]),
-            x_proj=x_proj,
-            dt_proj=self.projection(scan.dt_proj, sites["dt_low"], (sites["dt"],)),
-            scan=self.scan(scan, sites["state"], inputs),
-            exit=self.exit(block, None, 0.0, 1),
-            state=self.state(inner, config.d_conv, entry.projection, sites["state"], shape),
-            z_start=inner,
-            low_rank=config.dt_rank,
-        )
-
-    def exit(self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int) -> OutputStage:
-        rotation = plan_rotation(block.out_rotation, block.config.d_inner, self.device)
-        projection = self.projection(block.out_proj, block.sites["out"], (None,))
-        if projection.site.span > 0:
-            raise SquamataError("the GPU kernels take a static scale before out_proj, not one a token")
-        middle = row_site(block.sites["y"])
-        return OutputStage(None if gain is None else self.floats(gain), epsilon, groups, middle, rotation, projection)
-
-    def scan(
-        self, layer: SSDScanLayer | SelectiveScanLayer, site: Site, inputs: dict[str, InputPlan]
-    ) -> ScanParameters:
-        dt_bias, A, skip = (self.floats(part) for part in (layer.dt_bias, layer.A, layer.D))
-        return ScanParameters(dt_bias, A, skip, self.state_grid(site), inputs)
-
-    def floats(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device).float().contiguous()
-
-    def projection(
-        self,
-        layer: Linear,
-        into: Site,
-        out: tuple[Site | None, ...],
-        ring: tuple[int, int] = (0, 0),
-        slots: int = 1,
-    ) -> Projection:
-        """A product's plan: packed weight, scale of the input, and where its rows land."""
-        site = row_site(into)
-        quantized = isinstance(layer.weight, QTensor)
-        if site.quantized and not quantized:
-            raise SquamataError(
-                f"{into.name} is in int8 but the weight that reads it is not: the GPU kernels want both"
-            )
-        format = weight_format(layer, site.quantized, self.bfloat16)
-        shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format)
-        linear = tile_linear(layer, format, shape.tile_rows, self.device)
-        factor = linear.factor * site.scale if site.quantized and site.span == 0 else linear.factor
-        landing = None if out == (None,) else self.landing(layer, out, len(linear.factor), ring, slots)
-        return Projection(linear, factor, landing, site, shape)
-
-    def landing(
-        self, layer: Linear, out: tuple[Site | None, ...], padded: int, ring: tuple[int, int], slots: int
-    ) -> Landing:
-        grids = [self.grid(site, rows) for site, rows in zip(out, layer.rows, strict=True)]
-        columns = [torch.cat([grid[i] for grid in grids]) for i in (0, 2, 3)]
-        inverse, low, high = (torch.nn.functional.pad(part, (0, padded - len(part))) for part in columns)
-        inverse_rows = inverse[: sum(layer.rows)]
-        outside = torch.cat([inverse_rows[: ring[0]], inverse_rows[ring[1] :]]) if ring[1] > ring[0] else inverse_rows
-        return Landing(
-            inverse,
-            low,
-            high,
-            rounding=common_rounding(out),
-            ring_start=ring[0],
-            ring_stop=ring[1],
-            slots=slots,
-            any_codes=bool((inverse != 0).any()),
-            any_values=bool((outside == 0).any()),
-            ring_codes=bool((inverse_rows[ring[0] : ring[1]] != 0).any()),
-        )
-
-    def grid(self, site: Site | None, features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """inverse, scale, low, high of a site, float32 (features,); inverse 0 where it stays float."""
-        if site is None or not site.quantized:
-            zeros = torch.zeros(features, device=self.device)
-            return zeros, zeros + 1, zeros, zeros
-        check_static(site)
-        assert site.spec is not None
-        scale, inverse, _ = site.expanded()
-        low, high = (torch.full((features,), float(bound), device=self.device) for bound in site.spec.code_range)
-        expanded = (part.to(self.device).reshape(-1).expand(features).contiguous() for part in (inverse, scale))
-        return *expanded, low, high  # type: ignore[return-value]
-
-    def read(self, site: Site) -> InputPlan:
-        return InputPlan(site.quantized, self.grid(site, site.layout.flat_size)[1])
-
-    def convolution(
-        self, layer: SSDScanLayer | SelectiveScanLayer, inputs: list[Site], outputs: list[Site]
-    ) -> ConvolutionPlan:
-        if len({site.quantized for site in inputs}) > 1:
-            raise SquamataError("the GPU kernels want the convolution's inputs all in float or all in int8")
-        weight: Value = layer.conv_weight
-        grids = [self.grid(site, site.layout.flat_size) for site in outputs]
-        inverse, scale, low, high = (torch.cat(parts) for parts in zip(*grids, strict=True))
-        channels = len(inverse)
-        factor = torch.ones(channels, device=self.device)
-        taps = as_float(weight)
-        if inputs[0].quantized:
-            factor = torch.cat([self.grid(site, site.layout.flat_size)[1] for site in inputs])
-            if isinstance(weight, QTensor):
-                taps = weight.codes()
-                factor = factor * weight.element_scale().to(self.device).float().reshape(-1).expand(channels)
-        bias = torch.zeros(channels) if layer.conv_bias is None else layer.conv_bias
-        roundings = [landing_rounding(part) for part in (outputs[:1], outputs[1:])]
-        return ConvolutionPlan(self.floats(taps.T), factor, self.floats(bias), inverse, scale, low, high, *roundings)
-
-    def state_grid(self, site: Site) -> StatePlan | None:
-        if not site.quantized:
-            return None
-        spec, sizes = site.spec, site.layout.sizes
-        assert spec is not None
-        low, high = (float(bound) for bound in spec.code_range)
-        rounding = ROUNDINGS[spec.rounding]
-        if (
-            spec.dynamic
-            and spec.symmetric
-            and spec.linear_grid
-            and site.partition.kept == (*(True,) * (len(sizes) - 1), False)
-        ):
-            scale = torch.ones(self.batch * prod(sizes[:-1]), device=self.device)
-            return StatePlan(scale, scale, low, high, rounding, False, spec.span)
-        check_static(site)
-        expanded = [part.to(self.device) for part in site.expanded()[:2] if part is not None]
-        along = expanded[0].ndim == len(sizes) and expanded[0].shape[-1] > 1
-        shape = sizes if along else (*sizes[:-1], 1)
-        scale, inverse = (part.expand(shape).reshape(-1, shape[-1]).contiguous() for part in expanded)
-        return StatePlan(scale, inverse, low, high, rounding, along)
-
-    def state(
-        self, channels: int, slots: int, projection: Projection, site: Site, shape: tuple[int, ...]
-    ) -> LayerState:
-        landing = projection.landing
-        codes = landing is not None and landing.ring_codes
-        kind = torch.int8 if codes else torch.float32
-        ring = torch.zeros(slots, self.batch, channels, dtype=kind, device=self.device)
-        dtype = torch.int8 if site.quantized else self.state_dtype
-        return LayerState(ring, torch.zeros(shape, dtype=dtype, device=self.device))
-
-
-def row_site(site: Site) -> RowSite:
-    """A site whose rows have one scale each, or all the same. SquamataError for another granularity."""
-    if not site.quantized:
-        return RowSite()
-    spec = site.spec
-    assert spec is not None
-    if not (spec.symmetric and spec.linear_grid):
-        raise SquamataError(f"{site.name}: the GPU kernels take symmetric int8 sites only, not {spec.describe()}")
-    low, high = (float(bound) for bound in spec.code_range)
-    rounding = ROUNDINGS[spec.rounding]
-    if spec.dynamic:
-        if spec.granularity.axes != ("token",):
-            raise SquamataError(f"{site.name}: a dynamic scale on the GPU is one a token, not per {spec.granularity}")
-        return RowSite(True, 1.0, 1.0, low, high, spec.span, rounding)
-    scale, inverse, _ = site.expanded()
-    if scale.numel() != 1:
-        raise SquamataError(f"{site.name}: the GPU kernels take one scale here, not per {spec.granularity}")
-    return RowSite(True, float(scale), float(inverse), low, high, 0.0, rounding)
-
-
-def check_static(site: Site) -> None:
-    """SquamataError unless the site has a static, symmetric int8 grid."""
-    assert site.spec is not None
-    if site.spec.dynamic or not (site.spec.symmetric and site.spec.linear_grid):
-        raise SquamataError(
-            f"{site.name}: the GPU kernels take static symmetric int8 grids here: {site.spec.describe()}"
-        )
-
-
-def landing_rounding(sites: list[Site]) -> int:
-    """The rounding of some sites of which any is quantized, else -1."""
-    return common_rounding(tuple(sites)) if any(site.quantized for site in sites) else -1
-
-
-def common_rounding(sites: tuple[Site | None, ...]) -> int:
-    """The one rounding of some sites. SquamataError if they differ."""
-    found: set[Any] = {site.spec.rounding for site in sites if site is not None and site.quantized and site.spec}
-    if len(found) > 1:
-        raise SquamataError(f"the GPU kernels want one rounding for {', '.join(site.name for site in sites if site)}")
-    return ROUNDINGS[found.pop()] if found else 0
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A replay of ``step``'s launches, which run once beforehand to be compiled; ``step`` itself in the interpreter."""
+    if INTERPRETED:
+        return step
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

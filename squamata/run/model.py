@@ -51,7 +51,8 @@ class Model(LanguageModel):
         return self._decoder
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        """Continue a prompt; ``options`` are the fields of ``SamplingOptions``, and ``on_piece`` to see it come."""
+        """Continue a prompt; ``options`` are the fields of ``SamplingOptions``, ``on_piece`` to see it come, and
+        ``device`` (*cpu* or *cuda*)."""
         return generate(self, prompt, **options)
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Piece]:

@@ -57,7 +57,9 @@ class Sampler:
     def pick(self, logits: torch.Tensor) -> int:
         """The next id from logits float (V,). SquamataError if they hold NaN or infinity."""
         options = self.options
-        logits = logits.detach().float().cpu()
+        logits = logits.detach().float()
+        if options.temperature != 0 or options.repetition_penalty != 1:
+            logits = logits.cpu()  # the likeliest token is found where the logits are
         if not math.isfinite(logits.max().item()):
             raise SquamataError("the model gives logits that are not finite: its weights or scales are damaged")
         logits = penalize(logits, sorted(self._seen), options.repetition_penalty)

@@ -164,3 +164,14 @@ def test_a_recipe_that_the_kernels_do_not_take_is_refused_in_one_line() -> None:
     model = LanguageModel(quantized(config, perturbed_tensors(config), dynamic, []))
     with pytest.raises(SquamataError, match="static symmetric"):
         CapturedDecoder(model, 1, DEVICE, pdl=False)
+
+
+def test_sites_that_the_kernels_would_pass_over_are_refused() -> None:
+    config = small("mamba2")
+    checkpoint = quantized(config, perturbed_tensors(config), recipe("w8a8"), [random_ids(config, 2, 24)])
+    with pytest.raises(SquamataError, match="simulated"):
+        CapturedDecoder(LanguageModel(checkpoint, "simulate"), 1, DEVICE, pdl=False)
+    model = LanguageModel(checkpoint)
+    next(model.sites()).observer = lambda tensor: None
+    with pytest.raises(SquamataError, match="observed"):
+        CapturedDecoder(model, 1, DEVICE, pdl=False)

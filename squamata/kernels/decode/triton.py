@@ -15,6 +15,7 @@ from torch import Tensor
 
 from squamata.kernels.gpu_gemv import Landing, Shape, gemv
 from squamata.kernels.gpu_norm import RotationPlan, RowSite, embed, greedy, greedy_scratch, norm, rotate
+from squamata.kernels.gpu_rows import RowRotation
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, conv_step, selective_step, ssd_step
 from squamata.kernels.gpu_tiles import TiledLinear
 
@@ -65,6 +66,7 @@ class OutputStage:
     groups: int
     middle: RowSite
     rotation: RotationPlan
+    rows: RowRotation
     projection: Projection
 
 
@@ -249,7 +251,7 @@ class DecodePlan:
     def __post_init__(self) -> None:
         vocabulary = self.head.projection.linear.rows
         self.logits = self.buffers.get("logits", vocabulary)
-        self._scratch = greedy_scratch(self.buffers.rows, vocabulary, self.buffers.device)
+        self.scratch = greedy_scratch(self.buffers.rows, vocabulary, self.buffers.device)
 
     def kernels(self) -> Iterator[Kernel]:
         """Every launch of one token, in order, with the name of what it does."""
@@ -258,7 +260,7 @@ class DecodePlan:
         for index, layer in enumerate(self.layers):
             yield from layer.kernels(buffers, first=index == 0)
         yield from enter(self.head, Outputs(None, self.logits), None, buffers, first=not self.layers, name="head")
-        yield "greedy", lambda: greedy(self.logits, self._scratch, buffers.ids, buffers.position, buffers.pdl)
+        yield "greedy", lambda: greedy(self.logits, self.scratch, buffers.ids, buffers.position, buffers.pdl)
 
     def step(self) -> None:
         """Launch one token. Its first kernel waits for all of the last token: states are read ahead of time later."""

@@ -1,0 +1,85 @@
+# mypy: allow-untyped-defs
+"""Mamba-1's scan over many tokens of B sequences, from the decoder's state to the decoder's state."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squamata.kernels.gpu_gemm import permuted
+from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
+from squamata.kernels.gpu_sequence import Sequences
+
+SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; channels a program
+
+
+@triton.jit
+def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inverse, state_low, state_high,
+                      state_span, lengths, out, L, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr,
+                      T: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr,
+                      QUANTIZED: tl.constexpr, ALONG: tl.constexpr, DYNAMIC: tl.constexpr,
+                      STATE_ROUNDING: tl.constexpr):  # fmt: skip
+    """BE channels of one sequence, token by token, T tokens loaded ahead (Gu and Dao 2023, algorithm 2)."""
+    channel = tl.program_id(0) * BE + tl.arange(0, BE)
+    row = tl.program_id(1)
+    n = tl.arange(0, N)
+    live = channel < E
+    mask = live[:, None] & (n >= 0)[None, :]
+    place = (row.to(tl.int64) * E + channel)[:, None] * N + n[None, :]
+    scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
+    if DYNAMIC:
+        scale_place += row * E
+    grid_scale = tl.load(state_scale + scale_place, mask=live[:, None], other=0.0) if QUANTIZED else 1.0
+    s = _load_state(state, place, mask, grid_scale, QUANTIZED)
+    rate = tl.load(A + channel[:, None] * N + n[None, :], mask=mask, other=0.0) * 1.4426950408889634  # log2(e)
+    through = tl.load(skip + channel, mask=live, other=0.0)
+    unit = tl.load(u_scale + channel, mask=live, other=0.0) if CODES else 1.0
+    last = tl.load(lengths + row)
+    base = row.to(tl.int64) * L
+    u_at, dt_at = u + base * E + permuted(channel, FORMAT), dt + base * E + channel
+    bc_at, out_at = bc + base * (2 * N) + n, out + base * E + channel
+    for start in range(0, L, T):
+        us, dts, Bs, Cs = (), (), (), ()
+        for i in tl.static_range(T):
+            t = channel * 0 + (start + i)
+            inside = live if EVEN else live & (t < L)
+            us = us + (tl.load(u_at + t * E, mask=inside, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+            dts = dts + (tl.load(dt_at + t * E, mask=live & (t < last), other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+            given = (n >= 0) if EVEN else n * 0 + (start + i) < L
+            b_at = bc_at + (start + i) * (2 * N)
+            Bs = Bs + (tl.load(b_at, mask=given, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+            Cs = Cs + (tl.load(b_at + N, mask=given, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        for i in tl.static_range(T):
+            x = us[i].to(tl.float32) * unit
+            delta = dts[i].to(tl.float32)
+            s = tl.exp2(delta[:, None] * rate) * s + (delta * x)[:, None] * Bs[i][None, :]
+            y = tl.sum(s * Cs[i][None, :], axis=1) + through * x
+            if out.dtype.element_ty == tl.float16:
+                y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+            inside = live if EVEN else live & (channel * 0 + (start + i) < L)
+            tl.store(out_at + (start + i) * E, y.to(out.dtype.element_ty), mask=inside)
+    _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, live[:, None], state_low, state_high,
+                 state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
+
+
+def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Tensor, skip: Tensor, state: Tensor,
+                   grid: StatePlan | None, sequences: Sequences, out: Tensor, format: int) -> None:  # fmt: skip
+    """Mamba-1's scan with skip: out (B L, E); ``state`` (B, E, N) is moved on.
+
+    ``u``: int8 or float (B L, E), columns in the order of ``format``; ``dt``: after its softplus, (B L, E); ``bc``:
+    float32 (B L, 2 N).
+    """
+    rows, channels, states = state.shape
+    tokens = min(SCAN_TOKENS, sequences.length)
+    filler = skip
+    grids = (grid.scale, grid.inverse, grid.low, grid.high, grid.span) if grid else (filler, filler, 0.0, 0.0, 0.0)
+    _selective_kernel[(triton.cdiv(channels, SCAN_CHANNELS), rows)](
+        u, u_input.scale, dt, bc, A, skip, state, *grids, sequences.lengths, out, sequences.length, E=channels,
+        N=states, BE=SCAN_CHANNELS, T=tokens, EVEN=sequences.length % tokens == 0, FORMAT=format,
+        CODES=u.dtype == torch.int8,
+        QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
+        DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0, num_warps=1,
+    )  # fmt: skip

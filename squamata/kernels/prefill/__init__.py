@@ -1,0 +1,1 @@
+"""Many tokens at once through the layers of a decode plan, from its states to its states."""
