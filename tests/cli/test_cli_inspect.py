@@ -100,7 +100,9 @@ def test_differences_come_largest_first(
 def test_another_recipe_differs_in_format(
     succeed: Callable[..., dict[str, Any]], shipped: Callable[[str, str], Path]
 ) -> None:
-    rows = succeed("inspect", shipped("mamba2", "w4a16"), "--against", shipped("mamba2", "quamba-w8a8"))["differences"]
+    rows = succeed("inspect", shipped("mamba2", "w4a16"), "--against", shipped("mamba2", "quamba-w8a8-tied"))[
+        "differences"
+    ]
     by_site = {row["site"]: row for row in rows}
     assert (by_site["layers.0.mixer.u"]["first"], by_site["layers.0.mixer.rotation"]["first"]) == ("float", "absent")
     weight = by_site["layers.0.mixer.in_proj.weight"]

@@ -1,8 +1,4 @@
-"""Stress: models with injected outliers compute the same in float; naive W8A8 breaks, the recipes hold where they say.
-
-What a recipe holds against follows from its transforms (``AGAINST``): a pair that none of them treats is judged too,
-and must be as unprotected as this table says, so that a recipe which learns to hold is seen here.
-"""
+"""Stress: models with injected outliers compute the same in float; naive W8A8 breaks, the recipes hold."""
 
 from __future__ import annotations
 
@@ -21,32 +17,18 @@ from tiny import config_of, float_model, perturbed_tensors, random_ids
 from squamata.load.source import open_source
 from squamata.load.tokenizer import Tokenizer
 from squamata.pipeline import load, quantize
-from squamata.spec.recipe import Recipe
 from squamata.text import read_documents
 
 LOUD, QUIET = 64.0, 1 / 64  # outliers in the activations, or in the weights of the product
-AGAINST: dict[str, set[str]] = {  # transforms that make a recipe hold against outliers at a pair
-    "in": {"fold_norm", "rotate_residual"},
-    "head": {"fold_norm", "rotate_residual"},
-    "out": {"hadamard"},
-    "dt_low": set(),
-    "BC": set(),
+BOUND = {  # nats a token above the same recipe's KL without outliers, which is 0.004 for quamba-w8a8
+    "in": 0.05,  # fold_norm undoes the injection
+    "head": 0.05,
+    "out": 0.05,  # hadamard spreads it
+    "BC": 0.02,  # x_proj has a scale a row, B and C one a state index
+    "dt_low": 0.15,  # x_proj and dt_proj have scales a row, dt_low itself one for all: the weakest place
 }
-BOUND = 0.05  # nats a token above the same recipe's KL without outliers; 0.004 is that of quamba-w8a8
-UNTREATED = 0.03  # nats a token above its own: what an untreated pair costs at least
 BREAKS = 0.2  # nats a token above its own: what naive W8A8 loses at least to loud activations
 RECIPES = [name for name in ("quamba-w8a8", "quamba2-w8a8") if name in SHIPPED]
-ROWS = Recipe.from_mapping(
-    {
-        "name": "rows",
-        "extends": "quamba-w8a8",
-        "architectures": ["mamba1"],
-        "rules": [
-            {"site": "*.x_proj.weight", "spec": {"bits": 8, "granularity": "channel"}},
-            {"site": "*.mixer.[BC]", "spec": {"bits": 8, "granularity": "state"}},
-        ],
-    }
-)
 
 Divergence = Callable[..., float]
 
@@ -84,8 +66,7 @@ def divergence(tmp_path_factory: pytest.TempPathFactory, bundled_calibration: Pa
         source, out = folder, parent / f"{folder.name}-{recipe}-{name}-{factor}"
         if name is not None and not (source := parent / f"{folder.name}-{name}-{factor}").exists():
             injected_folder(folder, source, name, factor)
-        chosen = ROWS if recipe == ROWS.name else Recipe.read(recipe)
-        quantize(source, chosen, out, calibration=bundled_calibration, samples=8, length=128)
+        quantize(source, recipe, out, calibration=bundled_calibration, samples=8, length=128)
         plain, ids = logarithms(folder), excerpt(folder)
         with torch.no_grad():
             p, q = plain, load(out)(ids)[0].double().log_softmax(-1)
@@ -106,16 +87,14 @@ def excerpt(folder: Path, tokens: int = 512) -> torch.Tensor:
 
 
 def _cases(factors: tuple[float, ...], recipe: str = "w8a8") -> list[ParameterSet]:
-    """The recipe on every model that is here and every pair that it has; the 24M models are slow."""
-    architectures = ROWS.architectures if recipe == ROWS.name else Recipe.read(recipe).architectures
+    """The recipe on every model of 5M that is here and every pair that it has."""
     cases = []
-    for folder in model_folders():
+    for folder in model_folders("5m"):
         kind = open_source(folder).config.architecture
-        marks = [pytest.mark.slow] if "24m" in folder.name else []
         for name, factor in itertools.product(PAIRS, factors):
-            if kind in PAIRS[name].kinds and kind in architectures:
+            if kind in PAIRS[name].kinds:
                 label = f"{recipe}-{folder.name}-{name}-{factor:g}"
-                cases.append(pytest.param(recipe, folder, name, factor, id=label, marks=marks))
+                cases.append(pytest.param(recipe, folder, name, factor, id=label))
     return cases
 
 
@@ -125,21 +104,10 @@ def test_naive_quantization_breaks(recipe: str, folder: Path, name: str, factor:
     assert broken > plain + BREAKS, (broken, plain)
 
 
-def _judged() -> list[ParameterSet]:
-    """Every recipe everywhere; ``rows`` only where it differs."""
-    own = [case for case in _cases((LOUD, QUIET), ROWS.name) if case.values[2] == "BC"]
-    return [*(case for recipe in RECIPES for case in _cases((LOUD, QUIET), recipe)), *own]
-
-
-@pytest.mark.parametrize(("recipe", "folder", "name", "factor"), _judged())
-def test_a_recipe_holds_where_it_treats_the_pair(
-    recipe: str, folder: Path, name: str, factor: float, divergence: Divergence
-) -> None:
-    """Outliers among B and C cost quamba-w8a8 1.2 nats a token, ``rows`` nothing: scales follow what they multiply."""
-    transforms = (ROWS if recipe == ROWS.name else Recipe.read(recipe)).transforms
-    treated = {transform.name for transform in transforms} & AGAINST[name] or recipe == ROWS.name
+@pytest.mark.parametrize(
+    ("recipe", "folder", "name", "factor"), [case for recipe in RECIPES for case in _cases((LOUD, QUIET), recipe)]
+)
+def test_a_recipe_holds(recipe: str, folder: Path, name: str, factor: float, divergence: Divergence) -> None:
+    """Outliers among B and C cost quamba-w8a8 1.2 nats a token while x_proj had one scale."""
     plain, found = divergence(folder, recipe), divergence(folder, recipe, name, factor)
-    if treated:
-        assert found < plain + BOUND, (found, plain)
-    else:
-        assert found > plain + UNTREATED, f"{recipe} holds at '{name}' ({found:.3f}): say so in AGAINST"
+    assert found < plain + BOUND[name], (found, plain)
