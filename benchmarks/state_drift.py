@@ -17,7 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 import squamata
 from squamata.run.model import Model
@@ -68,6 +72,20 @@ def binned(values: torch.Tensor, edges: list[int]) -> list[tuple[float, float]]:
     return found
 
 
+def draw(rows: dict[str, Any], path: Path) -> None:
+    """KL by position, one line a format."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, row in rows.items():
+        means, errors = zip(*row["kl"], strict=True)
+        axes.errorbar(row["spans"], means, errors, marker="o", capsize=3, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens decoded")
+    axes.set_ylabel("KL(float state || quantized state), nats")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -75,6 +93,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     edges = [0, 1024, *(2**power for power in range(12, 20) if 2**power < arguments.tokens), arguments.tokens - 1]
     rows: dict[str, Any] = {}
@@ -92,6 +111,8 @@ def main() -> None:
         rows[name] = {"kl": bins, "spans": spans, "perplexity_ratio": math.exp(float(losses.mean()))}
         cells = " | ".join(f"{mean:.5f} ± {error:.5f}" for mean, error in bins)
         print(f"| {name} | {cells} | {rows[name]['perplexity_ratio']:.4f} |", flush=True)
+    if arguments.picture:
+        draw(rows, arguments.picture)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows))
 
