@@ -74,14 +74,14 @@ def binned(values: torch.Tensor, edges: list[int]) -> list[tuple[float, float]]:
 
 def draw(rows: dict[str, Any], path: Path) -> None:
     """KL by position, one line a format."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(9, 4))
     for name, row in rows.items():
         means, errors = zip(*row["kl"], strict=True)
         axes.errorbar(row["spans"], means, errors, marker="o", capsize=3, label=name)
     axes.set_yscale("log")
     axes.set_xlabel("tokens decoded")
     axes.set_ylabel("KL(float state || quantized state), nats")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 

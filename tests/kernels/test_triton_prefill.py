@@ -157,8 +157,12 @@ def test_rotation_of_rows_agrees_with_the_butterflies(size: int, groups: int, ex
         assert float((out.cpu() - wanted).norm() / wanted.norm()) < tolerance
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [(kind, case) for kind in ("mamba1", "mamba2") for case in CASES]
+    if DEVICE == "cuda"
+    else [("mamba1", "w4a16"), ("mamba2", "w8a8")],  # interpreted, one takes half a minute
+)
 def test_prompt_and_what_follows_agree_with_the_reference(kind: str, case: str) -> None:
     config = small(kind)
     checkpoint = quantized(config, perturbed_tensors(config), recipe(case), [random_ids(config, 2, 24)])
@@ -179,7 +183,7 @@ def test_prompt_and_what_follows_agree_with_the_reference(kind: str, case: str) 
         assert float((got - wanted).norm() / wanted.norm()) < tolerance
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"] if DEVICE == "cuda" else ["mamba2"])
 def test_sequences_of_other_lengths_do_not_disturb_each_other(kind: str) -> None:
     config = small(kind)
     model = LanguageModel(quantized(config, perturbed_tensors(config), recipe("float"), []))
@@ -195,7 +199,7 @@ def test_sequences_of_other_lengths_do_not_disturb_each_other(kind: str) -> None
             assert torch.allclose(after[row], model.step(ids[row : row + 1, 0], cache)[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"] if DEVICE == "cuda" else ["mamba1"])
 def test_a_large_batch_steps_as_the_reference(kind: str) -> None:
     config = small(kind)
     checkpoint = quantized(config, perturbed_tensors(config), recipe("w4a8"), [random_ids(config, 2, 24)])
