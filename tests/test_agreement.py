@@ -71,7 +71,7 @@ def test_integers_are_those_of_the_simulation(
     judge = judged(agreement, folder, bundled_folder)
     counts = list(judge.counts.values())
     assert not [count for count in counts if count.violated]
-    if recipe.startswith("quamba"):
+    if recipe.startswith("quamba") and "w4a16" not in recipe:
         compared = {(count.phase, count.site) for count in counts}
         assert {("prefill", site) for site in ("in", "z", "x", "dt", "u", "B_conv", "state", "out")} <= compared
         assert {("decode", "state"), ("decode", "inputs kept")} <= compared and judge.whole is not None
