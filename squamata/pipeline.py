@@ -46,6 +46,7 @@ from squamata.models.config import ModelConfig, shape
 from squamata.models.lm import LanguageModel, build_block, head_site, model_layouts
 from squamata.quantize import check as check_weight_quantizer
 from squamata.quantize import needs_inputs, quantize_tensors
+from squamata.run.device import check_device
 from squamata.run.generate import generate
 from squamata.run.model import Model
 from squamata.save.format import describe
@@ -194,7 +195,8 @@ class QuantizedParts:
     def __init__(self, source: TensorSource, recipe: Recipe, batches: list[Tensor], device: str = "cpu") -> None:
         self.source = source
         self.recipe = recipe
-        self.device = usable_device(device)
+        check_device(device)
+        self.device = torch.device(device)
         self.batches = [ids.to(self.device) for ids in batches]
         self.specs = recipe.resolve(source.config.blocks)
         self.sites = all_sites(source.config.blocks)
@@ -331,16 +333,6 @@ class QuantizedParts:
 
     def _quantize(self, tensors: Mapping[str, Tensor], grams: Mapping[str, Gram] | None = None) -> dict[str, Value]:
         return quantize_tensors(self.recipe, tensors, self.specs, self.layouts, grams)
-
-
-def usable_device(name: str) -> torch.device:
-    """A device by its name; SquamataError if it is not there."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise SquamataError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]}); use cpu") from None
-    return device
 
 
 @dataclass(frozen=True)

@@ -320,6 +320,27 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
 
+JOINS = GOES_ON.replace(
+    "quantize(source",
+    """from squamata.save.write import CheckpointWriter
+if resume == "anew":
+    CheckpointWriter._flush, flush = lambda self: (flush(self), os.kill(os.getpid(), 9)), CheckpointWriter._flush
+quantize(source""",
+)
+
+
+def test_a_run_killed_while_its_parts_become_shards_goes_on(tmp_path: Path, bundled_calibration: Path) -> None:
+    source, whole, out = write_tiny_folder(tmp_path / "source", "mamba2"), tmp_path / "whole", tmp_path / "out"
+    run_until(0, source, "w8a8", whole, bundled_calibration)
+    for resume, status, steps in (("anew", -9, ["1", "2", "3", "4"]), ("resume", 0, [])):
+        arguments = [sys.executable, "-c", JOINS, *map(str, (source, "w8a8", out, bundled_calibration, 0, resume))]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.split()) == (status, steps), done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "out"}
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert all(path.read_bytes() == (out / path.name).read_bytes() for path in whole.iterdir())
+
+
 def test_only_the_same_work_is_gone_on_with(tmp_path: Path, bundled_calibration: Path) -> None:
     source, out = write_tiny_folder(tmp_path / "source", "mamba1"), tmp_path / "out"
     run_until(2, source, "w8a8", out, bundled_calibration)

@@ -65,14 +65,16 @@ class PartFiles:
         path = self._state(self.saved)
         return safetensors.torch.load_file(path) if path.is_file() else {}
 
-    def take(self) -> Iterator[dict[str, Tensor]]:
-        """Every part's tensors in order; its file is gone by then."""
-        for number in range(self.count):
-            tensors = safetensors.torch.load_file(self._part(number))
-            self._part(number).unlink()
-            yield tensors
-        self._state(self.saved).unlink(missing_ok=True)
+    def each(self) -> Iterator[dict[str, Tensor]]:
+        """Every part's tensors in order."""
+        return (safetensors.torch.load_file(self._part(number)) for number in range(self.count))
+
+    def clear(self) -> None:
+        """Remove all of it, when the parts have become something else."""
         (self.folder / PROGRESS).unlink(missing_ok=True)
+        self._state(self.saved).unlink(missing_ok=True)
+        for number in range(self.count):
+            self._part(number).unlink()
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05}.safetensors"

@@ -176,12 +176,13 @@ class CheckpointWriter:
 
     def _join_parts(self) -> None:
         """Parts -> shards: a new one wherever ``shard_bytes`` are full."""
-        for tensors in self.parts.take():
+        for tensors in self.parts.each():
             self.pending |= tensors
             if sum(tensor.nbytes for tensor in self.pending.values()) >= self.shard_bytes:
                 self._flush()
         if self.pending or not self.shards:
             self._flush()
+        self.parts.clear()
 
     def _name_shards(self) -> None:
         count = len(self.shards)
