@@ -17,9 +17,10 @@ import torch
 
 from squamata.kernels.qtensor import QTensor
 from squamata.load.hub import bundled
+from squamata.load.random_model import RandomSource
 from squamata.load.source import open_source
 from squamata.models.config import SHAPES
-from squamata.pipeline import QuantizedParts, RandomSource
+from squamata.pipeline import QuantizedParts
 from squamata.spec.recipe import Recipe
 
 

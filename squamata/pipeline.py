@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +34,13 @@ from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import Evaluation
 from squamata.evaluate.perplexity import evaluate as judge
 from squamata.kernels import ops
-from squamata.kernels.qtensor import Value
+from squamata.kernels.partition import Layout, Partition
+from squamata.kernels.qtensor import Value, join_rows
 from squamata.kernels.site import Mode, Site
 from squamata.load.hub import resolve
 from squamata.load.quamba import is_quamba_checkpoint, read_quamba
-from squamata.load.random_model import random_tensors
-from squamata.load.source import is_squamata_checkpoint, open_source
+from squamata.load.random_model import RandomSource
+from squamata.load.source import TensorSource, is_squamata_checkpoint, open_source
 from squamata.load.tokenizer import Tokenizer, check_fits
 from squamata.memory import peak_rss_bytes
 from squamata.models.checkpoint import Checkpoint, under
@@ -60,16 +62,12 @@ from squamata.spec.sites import all_sites
 
 __all__ = ["Quantization", "evaluate", "generate", "load", "quantize"]
 
+TABLE_BLOCK = 2**27  # elements of the embedding or the head that are in float32 at a time
+
 Progress = Callable[[int, int], None]  # steps done, steps in all
-
-
-class TensorSource(Protocol):
-    """Float tensors under our names, read a layer at a time."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]: ...
+Tensors = Mapping[str, Tensor]
+Values = dict[str, Value]
+Grams = Mapping[str, Gram] | None
 
 
 @dataclass(frozen=True)
@@ -205,6 +203,7 @@ class QuantizedParts:
         tied = self.shares_table and not differ and not transform.unties(recipe)
         self.config = source.config.model_copy(update={"tie_embeddings": tied})
         self.layouts = model_layouts(source.config)
+        self.ends = partial(transform.apply_ends, recipe, self.config)
         self.bytes_read = 0
         self.seen: Stream = []
         self.rounded: Stream = []
@@ -213,7 +212,7 @@ class QuantizedParts:
     def count(self) -> int:
         return self.config.n_layers + 2
 
-    def make(self, number: int) -> dict[str, Value]:
+    def make(self, number: int) -> Values:
         """Part ``number``; all before it must have been made here, or restored."""
         with nullcontext() if self.device.type == "cpu" else self.device:  # the context costs every call a little
             if number == 0:
@@ -232,22 +231,24 @@ class QuantizedParts:
         named = {"seen": self.seen, "rounded": self.rounded}
         return {f"{name}.{batch}": h for name, stream in named.items() for batch, h in enumerate(stream)}
 
-    def restore(self, finished: int, streams: Mapping[str, Tensor]) -> None:
+    def restore(self, finished: int, streams: Tensors) -> None:
         """Go on after ``finished`` parts, with the streams that they left."""
         for name, stream in (("seen", self.seen), ("rounded", self.rounded)):
             inside = under(f"{name}.", streams) if finished else {}
             stream += [inside[str(batch)].to(self.device) for batch in range(len(inside))]
 
-    def _embedding(self) -> dict[str, Value]:
-        tensors = transform.apply_ends(self.recipe, self.config, self._read("embedding.weight"))
-        quantized = self._quantize(tensors)
+    def _embedding(self) -> Values:
+        name = "embedding.weight"
+        table = self._read(name)[name]
+        quantized = self._quantize_ends({name: table}, name)
         if calibrated_sites(self.recipe, self.config):
-            self.seen = [ops.embedding(ids, tensors["embedding.weight"], torch.float32) for ids in self.batches]
+            rows = [self.ends({name: table[ids.flatten()]})[name] for ids in self.batches]
+            self.seen = [part.float().reshape(*ids.shape, -1) for part, ids in zip(rows, self.batches, strict=True)]
         if needs_inputs(self.recipe):
-            self.rounded = [ops.embedding(ids, quantized["embedding.weight"], torch.float32) for ids in self.batches]
+            self.rounded = [ops.embedding(ids, quantized[name], torch.float32) for ids in self.batches]
         return quantized
 
-    def _layer(self, layer: int) -> dict[str, Value]:
+    def _layer(self, layer: int) -> Values:
         prefix = f"layers.{layer}."
         kind, read = self.config.blocks[layer], under(prefix, self._read(prefix))
         observed = self._observed(layer, read)
@@ -270,23 +271,37 @@ class QuantizedParts:
             run_layer(build_block(self.config, layer, under(prefix, quantized)), self.rounded)
         return {**scales_found, **quantized}
 
-    def _end(self) -> dict[str, Value]:
+    def _end(self) -> Values:
         tensors = self._read("final_norm.weight")
         if not self.config.tie_embeddings:
             name = "embedding.weight" if self.shares_table else "head.weight"
             tensors["head.weight"] = self._read(name, again=self.shares_table)[name]
-        tensors = transform.apply_ends(self.recipe, self.config, tensors)
+        few = {name: part[:1] if part.ndim > 1 else part for name, part in tensors.items()}
+        final_norm = self.ends(few)["final_norm.weight"]
         site = head_site(self.config)
         statistics = attach([site], self.specs)
-        watch_head(self.config, tensors["final_norm.weight"], self.seen, site)
+        watch_head(self.config, final_norm, self.seen, site)
         scales_found = scales_of(statistics, self.specs)
         grams: dict[str, Gram] = {}
         if "head.weight" in tensors:
             grams = self._watched_grams([site], tensors)
-            watch_head(self.config, tensors["final_norm.weight"], self.rounded, site)
-        return {**scales_found, **self._quantize(tensors, grams)}
+            watch_head(self.config, final_norm, self.rounded, site)
+        return {**scales_found, **self._quantize_ends(tensors, "head.weight", grams)}
 
-    def _observed(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Statistics]:
+    def _quantize_ends(self, tensors: Tensors, table: str, grams: Grams = None) -> Values:
+        """Transformed and quantized, the table some of its rows at a time unless rows share a scale: in float32 it may
+        be larger than all of the result.
+        """
+        whole, spec = tensors.get(table), self.specs.get(table)
+        if whole is None or (spec and not Partition(spec.granularity, self.layouts[table]).row_by_row):
+            return self._quantize(self.ends(tensors), grams)
+        parts = []
+        for rows in whole.split(max(1, TABLE_BLOCK // whole.shape[-1])):
+            layout = {table: self.layouts[table].of_rows(len(rows))}
+            parts.append(self._quantize(self.ends({**tensors, table: rows}), grams, layout))
+        return parts[0] | {table: join_rows([part[table] for part in parts])}
+
+    def _observed(self, layer: int, tensors: Tensors) -> dict[str, Statistics]:
         """What the recipe's transforms need to know of a layer as it is, by site (``mixer.u``)."""
         prefix = f"layers.{layer}."
         needed = transform.needs(self.recipe, self.config.blocks[layer])
@@ -298,7 +313,7 @@ class QuantizedParts:
         watch_layer(block, self.seen)
         return under(prefix, statistics)
 
-    def _grams(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Gram]:
+    def _grams(self, layer: int, tensors: Tensors) -> dict[str, Gram]:
         """What the layer's weights multiply when all layers before it are quantized."""
         if not self.rounded:
             return {}
@@ -308,7 +323,7 @@ class QuantizedParts:
         watch_layer(block, self.rounded)
         return grams
 
-    def _watched_grams(self, sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> dict[str, Gram]:
+    def _watched_grams(self, sites: Iterable[Site], tensors: Tensors) -> dict[str, Gram]:
         """Observers for the inputs of those of the weights that the recipe quantizes."""
         weights = [name for name in tensors if name in self.specs] if self.rounded else []
         return attach_grams(sites, {name: self._input_of(name) for name in weights})
@@ -331,18 +346,8 @@ class QuantizedParts:
         self.bytes_read += 0 if again else sum(tensor.nbytes for tensor in tensors.values())
         return tensors
 
-    def _quantize(self, tensors: Mapping[str, Tensor], grams: Mapping[str, Gram] | None = None) -> dict[str, Value]:
-        return quantize_tensors(self.recipe, tensors, self.specs, self.layouts, grams)
-
-
-@dataclass(frozen=True)
-class RandomSource:
-    """Random float tensors of a shape, made a layer at a time."""
-
-    config: ModelConfig
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        return random_tensors(self.config, prefix=prefix)
+    def _quantize(self, tensors: Tensors, grams: Grams = None, rows: dict[str, Layout] | None = None) -> Values:
+        return quantize_tensors(self.recipe, tensors, self.specs, self.layouts | (rows or {}), grams)
 
 
 def random_model(shape_name: str, recipe_name: str, progress: Progress | None = None) -> Model:

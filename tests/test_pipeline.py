@@ -20,17 +20,21 @@ from judged import SHIPPED, model_folders
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of, write_tiny_folder
 
 import squamata
+from squamata import pipeline
 from squamata.errors import SquamataError
 from squamata.evaluate import perplexity
 from squamata.kernels.dispatch import use_backend
+from squamata.kernels.qtensor import as_float
+from squamata.load.random_model import RandomSource
 from squamata.load.source import open_source
 from squamata.load.tokenizer import Tokenizer
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
-from squamata.pipeline import load, quantize
+from squamata.pipeline import QuantizedParts, load, quantize
 from squamata.save.read import read_checkpoint
 from squamata.save.write import write_checkpoint
 from squamata.scales.statistics import Statistics
+from squamata.spec.recipe import Recipe
 from squamata.text import read_documents
 from squamata.transform import TRANSFORMS, Transform
 
@@ -387,3 +391,15 @@ def test_seed_changes_the_sample_and_the_scales(tiny_mamba1: Path, tmp_path: Pat
         safetensors.torch.load_file(tmp_path / seed / "model.safetensors")["layers.0.mixer.u.scale"] for seed in "01"
     ]
     assert scales[0] != scales[1]
+
+
+@pytest.mark.parametrize("recipe", ["quamba-w8a8", "quamba-w4a8", "w4a16"])
+def test_a_table_dealt_with_some_rows_at_a_time_is_the_same(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, ids = config_of("mamba2"), random_ids(config_of("mamba2"), 2, 40)
+    whole = list(QuantizedParts(RandomSource(config), Recipe.read(recipe), [ids]).each())
+    monkeypatch.setattr(pipeline, "TABLE_BLOCK", 7 * config.d_model)  # the last rows do not fill a block
+    some = list(QuantizedParts(RandomSource(config), Recipe.read(recipe), [ids]).each())
+    for ours, theirs in zip(some, whole, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            torch.testing.assert_close(as_float(value), as_float(theirs[name]), rtol=0, atol=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -28,6 +28,10 @@ class Layout:
     @property
     def flat_size(self) -> int:
         return prod(self.sizes)
+
+    def of_rows(self, count: int) -> Layout:
+        """The layout of so many of the rows alone; segments are not theirs any more."""
+        return replace(self, sizes=(count, *self.sizes[1:]), segments=())
 
     def segment_index(self) -> Tensor:
         """Segment number of every row, int64 (out,)."""
@@ -56,6 +60,12 @@ class Partition:
             return ("out" in axes or "channel" in axes, False)
         every = "channel" in axes
         return tuple(axis in axes or (every and axis not in ("state", "tap")) for axis in self.layout.axes)
+
+    @property
+    def row_by_row(self) -> bool:
+        """True if no two rows (entries of the first of several axes) share a scale: they can be dealt with apart."""
+        apart = bool(self.granularity.group) or self.kept[0]
+        return len(self.layout.sizes) > 1 and apart and "segment" not in self.granularity.axes
 
     @property
     def _index(self) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,19 @@ class QTensor:
 
 
 Value = Tensor | QTensor
+
+
+def join_rows(parts: Sequence[Value]) -> Value:
+    """One tensor of the rows of several, none of which share a scale."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    tensors = [part for part in parts if isinstance(part, QTensor)]
+    second = [part.second for part in tensors if part.second is not None]
+    data, scale = torch.cat([part.data for part in tensors]), torch.cat([part.scale for part in tensors])
+    return QTensor(data, scale, first.spec, torch.cat(second) if second else None, first.length)
 
 
 def as_float(value: Value, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from zlib import crc32
 
 import torch
@@ -10,6 +11,16 @@ import torch
 from squamata.models.config import ModelConfig, parameter_shapes
 
 _KEPT_IN_FLOAT32 = ("A_log", ".D", "dt_bias", "norm.weight")
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """Random float tensors of a shape, made a layer at a time as ``Source`` reads them."""
+
+    config: ModelConfig
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        return random_tensors(self.config, prefix=prefix)
 
 
 def random_tensors(

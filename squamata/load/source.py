@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 
@@ -19,6 +19,15 @@ from squamata.models.config import ModelConfig, parameter_shapes
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _ELEMENTS_AT_A_TIME = 2**24
+
+
+class TensorSource(Protocol):
+    """Float tensors under our names, read a layer at a time."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)

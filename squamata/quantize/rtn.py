@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from math import prod
 
 import torch
@@ -44,14 +43,12 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics
 def find_scales(weight: Tensor, spec: QuantSpec, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """Scale and second number, stored form: a block of rows at a time where no scale serves two rows."""
     partition = Partition(spec.granularity, layout)
-    varies = bool(spec.granularity.group) or partition.kept[0]
-    if weight.ndim < 2 or not varies or "segment" in spec.granularity.axes:
+    if not partition.row_by_row:
         return _scales_of_all(weight, spec, partition)
     parts = []
     for rows in _row_blocks(weight.shape):
         some = weight[rows]
-        sizes = replace(layout, sizes=tuple(some.shape), segments=())
-        parts.append(_scales_of_all(some, spec, Partition(spec.granularity, sizes)))
+        parts.append(_scales_of_all(some, spec, Partition(spec.granularity, layout.of_rows(len(some)))))
     seconds = [second for _, second in parts if second is not None]
     return torch.cat([scale for scale, _ in parts]), torch.cat(seconds) if seconds else None
 
