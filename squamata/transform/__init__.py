@@ -36,8 +36,9 @@ class Transform:
 
     ``needs``: sites (``mixer.u``) it wants observed before it runs; ``statistics`` holds those that the kind has,
     each an ``Observed`` with a number a feature. A transform returns a kind that it does not know as it came.
-    ``ends``: ``(config, tensors) -> tensors`` of the model's two ends, called once with ``embedding.weight`` and once
-    with ``final_norm.weight`` and ``head.weight``. ``unties``: the head is no longer the embedding afterwards.
+    ``ends``: ``(config, tensors) -> tensors`` of the model's two ends: ``embedding.weight``, and ``final_norm.weight``
+    with ``head.weight``. Either table may come some of its rows at a time, so each row must change by itself.
+    ``unties``: the head is no longer the embedding afterwards.
     """
 
     function: Callable[..., Tensors]
