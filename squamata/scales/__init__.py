@@ -120,6 +120,8 @@ def as_stored(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _find(statistics: Statistics, spec: QuantSpec) -> Scale:
+    if spec.absolute:
+        return torch.ones(statistics.partition.shape()), None
     name = spec.scale.strategy
     return STRATEGIES[name].function(statistics, spec, **_parameters(spec, name))
 
