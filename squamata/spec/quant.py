@@ -29,7 +29,8 @@ GranularityField = Annotated[
 class ScaleSpec(Data):
     """Name of a strategy in ``squamata.scales`` and its parameters.
 
-    Recipe forms: ``minmax`` or ``{percentile: {alpha: 0.9999}}``.
+    Recipe forms: ``minmax``, ``{percentile: {alpha: 0.9999}}``, or for a search over several
+    ``{search: [percentile, mse], over: {alpha: [0.999, 0.9999]}, by: kl}``.
     """
 
     strategy: str = "minmax"
@@ -42,7 +43,12 @@ class ScaleSpec(Data):
             return {"strategy": value}
         if isinstance(value, dict) and len(value) == 1 and "strategy" not in value:
             ((strategy, parameters),) = value.items()
+            if strategy == "search" and isinstance(parameters, list):
+                parameters = {"candidates": parameters}
             return {"strategy": strategy, "parameters": parameters or {}}
+        if isinstance(value, dict) and isinstance(value.get("search"), list):
+            rest = {key: given for key, given in value.items() if key != "search"}
+            return {"strategy": "search", "parameters": {"candidates": value["search"]} | rest}
         return value
 
 
