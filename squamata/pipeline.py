@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from squamata import __version__, scales, transform
-from squamata.calibrate import learn
+from squamata.calibrate import learn, whole
 from squamata.calibrate.observe import (
     Stream,
     attach,
@@ -37,7 +37,7 @@ from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Mode, Site
 from squamata.load.hub import resolve
 from squamata.load.quamba import is_quamba_checkpoint, read_quamba
-from squamata.load.random_model import random_tensors
+from squamata.load.random_model import RandomSource
 from squamata.load.source import is_squamata_checkpoint, open_source
 from squamata.load.tokenizer import Tokenizer, check_fits
 from squamata.memory import peak_rss_bytes
@@ -61,6 +61,7 @@ from squamata.spec.sites import all_sites
 __all__ = ["Quantization", "evaluate", "generate", "load", "quantize"]
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
+FLOAT = Recipe.read("float")
 
 
 class TensorSource(Protocol):
@@ -115,6 +116,8 @@ def quantize(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     recipe = recipe.with_calibration(samples=samples, length=length).with_tables(embedding, head)
     check(recipe, opened.config)
+    if resume and (what := whole.needed(recipe, recipe.resolve(opened.config.blocks))):
+        raise SquamataError(f"{what} needs the model whole and leaves no finished parts to resume from: leave --resume out")
     drawn = _draw(opened.folder, opened.config, recipe, calibration, seed)
     record = {"seed": seed, "squamata_version": __version__, "calibration": drawn.record() if drawn else {}}
     parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [], device)
@@ -181,7 +184,7 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
         scales.check(spec, site)
     transform.check(recipe)
     check_weight_quantizer(recipe)
-    learn.check(recipe)
+    whole.check(recipe, config)
 
 
 class QuantizedParts:
@@ -208,6 +211,8 @@ class QuantizedParts:
         self.bytes_read = 0
         self.seen: Stream = []
         self.rounded: Stream = []
+        self.choices: whole.Choices = {}
+        self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
 
     @property
     def count(self) -> int:
@@ -216,9 +221,17 @@ class QuantizedParts:
     def make(self, number: int) -> dict[str, Value]:
         """Part ``number``; all before it must have been made here, or restored."""
         with nullcontext() if self.device.type == "cpu" else self.device:  # the context costs every call a little
-            if number == 0:
-                return self._embedding()
-            return self._layer(number - 1) if number <= self.config.n_layers else self._end()
+            if whole.needed(self.recipe, self.specs) and not self.refined:
+                parts = [self._part(one) for one in range(self.count)]
+                self.seen, self.rounded = [], []
+                original = LanguageModel(Checkpoint(self.source.config, self._read("", again=True), FLOAT), "float")
+                self.refined = whole.refined(self.recipe, original, self.config, parts, self.batches, self.choices)
+            return self.refined[number] if self.refined else self._part(number)
+
+    def _part(self, number: int) -> dict[str, Value]:
+        if number == 0:
+            return self._embedding()
+        return self._layer(number - 1) if number <= self.config.n_layers else self._end()
 
     def each(self, progress: Progress | None = None) -> Iterator[dict[str, Value]]:
         """Every part in order."""
@@ -254,15 +267,16 @@ class QuantizedParts:
         tensors = transform.apply(self.recipe, self.config, kind, read, observed)
         maps = self._take_maps(prefix, tensors)
         scales_found: dict[str, Tensor] = {}
+        tuned = self.recipe.tune is not None and not learn.aims_at_logits(self.recipe)
         if self.seen:
             block = build_block(self.config, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
-            entering = list(self.seen) if self.recipe.tune else []
+            entering = list(self.seen) if tuned else []
             run_layer(block, self.seen)
-            scales_found = scales_of(statistics, self.specs)
+            scales_found = self._scales_of(statistics)
         grams = self._grams(layer, tensors)
         quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
-        if self.seen and self.recipe.tune:
+        if self.seen and tuned:
             specs, start = under(prefix, self.specs), under(prefix, scales_found)
             student = build_block(self.config, layer, under(prefix, quantized), specs, start, "simulate")
             scales_found |= learn.tune(self.recipe, block, student, entering)
@@ -279,12 +293,17 @@ class QuantizedParts:
         site = head_site(self.config)
         statistics = attach([site], self.specs)
         watch_head(self.config, tensors["final_norm.weight"], self.seen, site)
-        scales_found = scales_of(statistics, self.specs)
+        scales_found = self._scales_of(statistics)
         grams: dict[str, Gram] = {}
         if "head.weight" in tensors:
             grams = self._watched_grams([site], tensors)
             watch_head(self.config, tensors["final_norm.weight"], self.rounded, site)
         return {**scales_found, **self._quantize(tensors, grams)}
+
+    def _scales_of(self, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+        searched = [name for name in statistics if scales.searched_by_output(self.specs[name])]
+        self.choices |= {name: scales.choices(statistics[name], self.specs[name]) for name in searched}
+        return scales_of(statistics, self.specs)
 
     def _observed(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Statistics]:
         """What the recipe's transforms need to know of a layer as it is, by site (``mixer.u``)."""
@@ -333,16 +352,6 @@ class QuantizedParts:
 
     def _quantize(self, tensors: Mapping[str, Tensor], grams: Mapping[str, Gram] | None = None) -> dict[str, Value]:
         return quantize_tensors(self.recipe, tensors, self.specs, self.layouts, grams)
-
-
-@dataclass(frozen=True)
-class RandomSource:
-    """Random float tensors of a shape, made a layer at a time."""
-
-    config: ModelConfig
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        return random_tensors(self.config, prefix=prefix)
 
 
 def random_model(shape_name: str, recipe_name: str, progress: Progress | None = None) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from zlib import crc32
 
 import torch
@@ -25,6 +26,16 @@ def random_tensors(
         for name, shape in parameter_shapes(config).items()
         if name.startswith(prefix)
     }
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """Random float tensors of a shape, made a layer at a time."""
+
+    config: ModelConfig
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        return random_tensors(self.config, prefix=prefix)
 
 
 def _initial(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
