@@ -1,10 +1,10 @@
 """Nothing but the scan's decay in few bits: KL and perplexity ratio to the float model, in parallel and decoding.
 
-    python benchmarks/decay_formats.py --models MODELS/mamba1-24m MODELS/mamba2-24m --calibration pile.jsonl --text heldout.jsonl
-        [--rows rows.jsonl] [--picture findings-decay.png]
+    python benchmarks/decay_formats.py --models MODELS/mamba1-24m MODELS/mamba2-24m --calibration pile.jsonl
+        --text heldout.jsonl [--rows rows.jsonl] [--picture findings-decay.png]
 
-Rows that ``--rows`` holds already are not measured again. Intervals are 95 % bootstrap intervals over documents; the ratio
-is of perplexities on the same tokens, so that its interval is that of the pair.
+Rows that ``--rows`` holds already are not measured again. Intervals are 95 % bootstrap intervals over documents; the
+ratio is of perplexities on the same tokens, so that its interval is that of the pair.
 """
 
 from __future__ import annotations

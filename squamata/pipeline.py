@@ -117,7 +117,7 @@ def quantize(
     recipe = recipe.with_calibration(samples=samples, length=length).with_tables(embedding, head)
     check(recipe, opened.config)
     if resume and (what := whole.needed(recipe, recipe.resolve(opened.config.blocks))):
-        raise SquamataError(f"{what} needs the model whole and leaves no finished parts to resume from: leave --resume out")
+        raise SquamataError(f"{what} needs the whole model, so nothing is left to resume from: leave --resume out")
     drawn = _draw(opened.folder, opened.config, recipe, calibration, seed)
     record = {"seed": seed, "squamata_version": __version__, "calibration": drawn.record() if drawn else {}}
     parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [], device)

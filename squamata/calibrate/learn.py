@@ -1,5 +1,5 @@
-"""Learned scales: trained until a layer's output is what the float layer gives, or (``whole.py``) the model's logits what
-the float model's are. No labels.
+"""Learned scales: trained until a layer's output is what the float layer gives, or (``whole.py``) the model's logits
+are what the float model gives. No labels.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def train(
 ) -> dict[str, Tensor]:
     """Adam on log(scale) of those of the sites that have a static scale to learn, its rate falling linearly to zero.
 
-    ``slopes(step, chosen)`` adds the loss's gradient to the chosen scales, leaves by site name. Returns ``NAME.scale`` in
-    stored form; those it started from if ``error()`` has not become smaller.
+    ``slopes(step, chosen)`` adds the loss's gradient to the chosen scales, leaves by site name. Returns ``NAME.scale``
+    in stored form; those it started from if ``error()`` has not become smaller.
     """
     sites = [site for site in sites if _learnable(site)]
     start = {site.name: _scale(site) for site in sites}
@@ -99,7 +99,9 @@ def check_tuner(recipe: Recipe) -> None:
             raise SquamataError(f"recipe {recipe.name}: no way to tune named '{recipe.tune.name}'{known}")
         against = recipe.tune.parameters.get("against", "layer")
         if against not in AGAINST:
-            raise SquamataError(f"tune {recipe.tune.name}: against '{against}' is nothing{nearest(str(against), AGAINST)}")
+            raise SquamataError(
+                f"tune {recipe.tune.name}: against '{against}' is nothing{nearest(str(against), AGAINST)}"
+            )
         parameters_of(recipe)
 
 

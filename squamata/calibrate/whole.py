@@ -1,14 +1,15 @@
 """What needs the whole model: scales chosen or trained by KL(float || simulated) of the logits. No labels.
 
-A second pass, after every layer was quantized by itself. Memory: the float and the quantized model, what the float model
-gives on the calibration text before its head (samples x length x d_model x 4 bytes), the same of one sequence for every
-layer, and one layer's graph: gradients are swept back a layer at a time, each from the stream that entered it.
+A second pass, after every layer was quantized by itself. Memory: the float and the quantized model, what the float
+model gives on the calibration text before its head (samples x length x d_model x 4 bytes), the same of one sequence
+for every layer, and one layer's graph: gradients are swept back a layer at a time, from the stream that entered it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,7 +47,9 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
     infos = all_sites(config.blocks)
     for site, spec in recipe.resolve(config.blocks).items():
         if scales.searched_by_output(spec) and (infos[site].kind != "activation" or spec.dynamic):
-            what = "a state, which a parallel pass rounds only after its last token" if infos[site].kind == "state" else ""
+            what = (
+                "a state, which a parallel pass rounds only after its last token" if infos[site].kind == "state" else ""
+            )
             instead = what or ("a run-time scale" if spec.dynamic else "a weight or parameter")
             raise SquamataError(f"{site}: 'by: kl' chooses scales of activations, not of {instead}; use 'by: mse'")
 
@@ -62,8 +65,8 @@ def refined(
 ) -> list[dict[str, Value]]:
     """The parts of a quantized model with the scales that its logits are best with.
 
-    ``config``: of the quantized model. ``batches``: calibration ids (B, L). ``choices``: what each candidate of a search
-    by output makes of a site. First the searches, in the order the data meets the sites; then the training, if any.
+    ``config``: of the quantized model. ``batches``: calibration ids (B, L). ``choices``: what each candidate of a
+    search by output makes of a site. First the searches, in the order the data meets the sites; then the training.
     """
     everything = {name: value for part in parts for name, value in part.items()}
     sites = {name: value for name, value in everything.items() if name.rpartition(".")[2] in SITE_PARTS}
@@ -126,12 +129,13 @@ def choose(student: LanguageModel, examples: Sequence[Example], choices: Choices
     found: dict[str, Tensor] = {}
     stream = [ops.embedding(example.ids, student.embedding, student.dtype) for example in examples] if choices else []
     for number, block in enumerate(student.blocks if choices else ()):
-        rest = student.blocks[number:]
+        cost = partial(_kl, student, examples, stream, student.blocks[number:])
         for site in (site for site in block.sites.values() if site.name in choices):
-            found |= _best(site, choices[site.name], lambda rest=rest: _kl(student, examples, stream, rest))
+            found |= _best(site, choices[site.name], cost)
         stream = [advanced(block, h) for h in stream]
     if student.head_site.name in choices:
-        found |= _best(student.head_site, choices[student.head_site.name], lambda: _kl(student, examples, stream, ()))
+        site = student.head_site
+        found |= _best(site, choices[site.name], partial(_kl, student, examples, stream, ()))
     return found
 
 
@@ -188,9 +192,10 @@ def lsq(
 
 
 def sweep(student: LanguageModel, example: Example, chosen: Mapping[str, Tensor]) -> float:
-    """KL of an example with these scales (leaves, by site name); adds to each its gradient. One layer's graph at a time.
+    """KL of an example with these scales (leaves, by site name); adds to each its gradient.
 
-    The layers are run twice: forwards for the stream that enters each, and backwards, each from that stream.
+    One layer's graph at a time: the layers are run twice, forwards for the stream that enters each, and backwards, each
+    from that stream.
     """
     put(student.sites(), {name: leaf.detach() for name, leaf in chosen.items()})
     with torch.no_grad():

@@ -27,17 +27,21 @@ def expanded(
     if not strategies:
         problem = "nothing to search 'over', strategies are missing"
         raise SquamataError(f"{problem}: {{search: [percentile, mse], over: {{alpha: [0.999, 0.9999]}}}}")
-    free = [[key for key in grid if key in known.get(one.strategy, ()) and key not in one.parameters] for one in strategies]
+    free = [
+        [key for key in grid if key in known.get(one.strategy, ()) and key not in one.parameters] for one in strategies
+    ]
     taken = {key for keys in free for key in keys}
     for key, values in grid.items():
         if key not in taken:
             possible = {name for one in strategies for name in known.get(one.strategy, ())}
-            raise SquamataError(f"over: none of the strategies takes '{key}'{nearest(key, possible) if possible else ''}")
+            raise SquamataError(
+                f"over: none of the strategies takes '{key}'{nearest(key, possible) if possible else ''}"
+            )
         if not values:
             raise SquamataError(f"over: '{key}' has no values to try")
     found = []
     for one, keys in zip(strategies, free, strict=True):
-        for values in itertools.product(*(grid[key] for key in keys)):
-            parameters = one.parameters | dict(zip(keys, values, strict=True))
+        for chosen in itertools.product(*(grid[key] for key in keys)):
+            parameters = one.parameters | dict(zip(keys, chosen, strict=True))
             found.append(ScaleSpec(strategy=one.strategy, parameters=parameters))
     return found

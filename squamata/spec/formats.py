@@ -22,8 +22,8 @@ quarter-log2 (b = 5 .. 7)   steps of s/4 up to 8 s, then 8 s + 2^k s/4, k = 0 ..
                             here the nearer power is taken, and the exponents are those that the bits leave.
 outlier-piecewise (b >= 5)  steps s up to 2^(b-1) - 8 (120 with 8 bits), then 7 steps ``tail``
 log2 (b = 2 .. 6)           s 2^(m - top), m = 1 .. top = 2^(b-1) - 1, and 0
-ltsq (b = 2 .. 5)           1 - 2^-m, m = 0 .. 2^b - 1, at most 24: the logarithm of what is missing to 1, for the decay
-                            exp(dt A) of the scan (QMamba, arXiv 2501.13624). No sign and no scale; m is rounded, not the
+ltsq (b = 2 .. 5)           1 - 2^-m, m = 0 .. 2^b - 1, at most 24: the logarithm of what is missing to 1, for the
+                            scan's decay exp(dt A) (QMamba, arXiv 2501.13624). No sign, no scale; m is rounded, not the
                             value. 5 bits hold every level that float32 tells from 1, so more bits would add nothing.
 ltsq-fine (b = 5 .. 8)      1 - 2^(-m 2^(4-b)), m = 0 .. 2^b - 1: ltsq's range of 4 bits, where a further bit halves the
                             step of the logarithm instead of doubling its range. Ours: what QMamba's leaves out.

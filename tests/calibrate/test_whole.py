@@ -194,7 +194,9 @@ def test_it_cannot_be_resumed_and_says_so(tmp_path: Path) -> None:
     folder = write_tiny_folder(tmp_path / "model", "mamba2")
     text = tmp_path / "text.txt"
     text.write_text("The snake slept in the sun. " * 40)
-    recipe = recipe_of(*STATIC, tune={"lsq": {"steps": 2, "against": "logits"}}, calibration={"samples": 2, "length": 16})
+    recipe = recipe_of(
+        *STATIC, tune={"lsq": {"steps": 2, "against": "logits"}}, calibration={"samples": 2, "length": 16}
+    )
     with pytest.raises(SquamataError, match="leave --resume out"):
         pipeline.quantize(folder, recipe, tmp_path / "out", text, resume=True)
     assert not (tmp_path / "out").exists()
@@ -207,7 +209,10 @@ def test_it_cannot_be_resumed_and_says_so(tmp_path: Path) -> None:
     [
         ({"tune": {"lsq": {"against": "logit"}}}, ["did you mean 'logits'"]),
         ({"tune": {"lsq": {"against": "logits", "step": 3}}}, ["did you mean 'steps'"]),
-        ({"rules": [{"site": "*.state", "spec": {"bits": 8, "scale": {"search": ["mse"], "by": "kl"}}}]}, ["last token"]),
+        (
+            {"rules": [{"site": "*.state", "spec": {"bits": 8, "scale": {"search": ["mse"], "by": "kl"}}}]},
+            ["last token"],
+        ),
         ({"rules": [{"site": "*.D", "spec": {"bits": 8, "scale": {"search": ["mse"], "by": "kl"}}}]}, ["parameter"]),
     ],
 )
