@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from squamata import __version__, scales, transform
-from squamata.calibrate import learn
+from squamata.calibrate import learn, whole
 from squamata.calibrate.observe import (
     Stream,
     attach,
@@ -68,6 +68,7 @@ Progress = Callable[[int, int], None]  # steps done, steps in all
 Tensors = Mapping[str, Tensor]
 Values = dict[str, Value]
 Grams = Mapping[str, Gram] | None
+FLOAT = Recipe.read("float")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def quantize(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     recipe = recipe.with_calibration(samples=samples, length=length).with_tables(embedding, head)
     check(recipe, opened.config)
+    if resume and (what := whole.needed(recipe, recipe.resolve(opened.config.blocks))):
+        raise SquamataError(f"{what} needs the whole model, so nothing is left to resume from: leave --resume out")
     drawn = _draw(opened.folder, opened.config, recipe, calibration, seed)
     record = {"seed": seed, "squamata_version": __version__, "calibration": drawn.record() if drawn else {}}
     parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [], device)
@@ -179,7 +182,7 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
         scales.check(spec, site)
     transform.check(recipe)
     check_weight_quantizer(recipe)
-    learn.check(recipe)
+    whole.check(recipe, config)
 
 
 class QuantizedParts:
@@ -207,6 +210,8 @@ class QuantizedParts:
         self.bytes_read = 0
         self.seen: Stream = []
         self.rounded: Stream = []
+        self.choices: whole.Choices = {}
+        self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
 
     @property
     def count(self) -> int:
@@ -215,9 +220,17 @@ class QuantizedParts:
     def make(self, number: int) -> Values:
         """Part ``number``; all before it must have been made here, or restored."""
         with nullcontext() if self.device.type == "cpu" else self.device:  # the context costs every call a little
-            if number == 0:
-                return self._embedding()
-            return self._layer(number - 1) if number <= self.config.n_layers else self._end()
+            if whole.needed(self.recipe, self.specs) and not self.refined:
+                parts = [self._part(one) for one in range(self.count)]
+                self.seen, self.rounded = [], []
+                original = LanguageModel(Checkpoint(self.source.config, self._read("", again=True), FLOAT), "float")
+                self.refined = whole.refined(self.recipe, original, self.config, parts, self.batches, self.choices)
+            return self.refined[number] if self.refined else self._part(number)
+
+    def _part(self, number: int) -> Values:
+        if number == 0:
+            return self._embedding()
+        return self._layer(number - 1) if number <= self.config.n_layers else self._end()
 
     def each(self, progress: Progress | None = None) -> Iterator[dict[str, Value]]:
         """Every part in order."""
@@ -255,15 +268,16 @@ class QuantizedParts:
         tensors = transform.apply(self.recipe, self.config, kind, read, observed)
         maps = self._take_maps(prefix, tensors)
         scales_found: dict[str, Tensor] = {}
+        tuned = self.recipe.tune is not None and not learn.aims_at_logits(self.recipe)
         if self.seen:
             block = build_block(self.config, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
-            entering = list(self.seen) if self.recipe.tune else []
+            entering = list(self.seen) if tuned else []
             run_layer(block, self.seen)
-            scales_found = scales_of(statistics, self.specs)
+            scales_found = self._scales_of(statistics)
         grams = self._grams(layer, tensors)
         quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
-        if self.seen and self.recipe.tune:
+        if self.seen and tuned:
             specs, start = under(prefix, self.specs), under(prefix, scales_found)
             student = build_block(self.config, layer, under(prefix, quantized), specs, start, "simulate")
             scales_found |= learn.tune(self.recipe, block, student, entering)
@@ -281,7 +295,7 @@ class QuantizedParts:
         site = head_site(self.config)
         statistics = attach([site], self.specs)
         watch_head(self.config, final_norm, self.seen, site)
-        scales_found = scales_of(statistics, self.specs)
+        scales_found = self._scales_of(statistics)
         grams: dict[str, Gram] = {}
         if "head.weight" in tensors:
             grams = self._watched_grams([site], tensors)
@@ -292,14 +306,19 @@ class QuantizedParts:
         """Transformed and quantized, the table some of its rows at a time unless rows share a scale: in float32 it may
         be larger than all of the result.
         """
-        whole, spec = tensors.get(table), self.specs.get(table)
-        if whole is None or (spec and not Partition(spec.granularity, self.layouts[table]).row_by_row):
+        every_row, spec = tensors.get(table), self.specs.get(table)
+        if every_row is None or (spec and not Partition(spec.granularity, self.layouts[table]).row_by_row):
             return self._quantize(self.ends(tensors), grams)
         parts = []
-        for rows in whole.split(max(1, TABLE_BLOCK // whole.shape[-1])):
+        for rows in every_row.split(max(1, TABLE_BLOCK // every_row.shape[-1])):
             layout = {table: self.layouts[table].of_rows(len(rows))}
             parts.append(self._quantize(self.ends({**tensors, table: rows}), grams, layout))
         return parts[0] | {table: join_rows([part[table] for part in parts])}
+
+    def _scales_of(self, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+        searched = [name for name in statistics if scales.searched_by_output(self.specs[name])]
+        self.choices |= {name: scales.choices(statistics[name], self.specs[name]) for name in searched}
+        return scales_of(statistics, self.specs)
 
     def _observed(self, layer: int, tensors: Tensors) -> dict[str, Statistics]:
         """What the recipe's transforms need to know of a layer as it is, by site (``mixer.u``)."""

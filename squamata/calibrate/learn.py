@@ -1,9 +1,12 @@
-"""Learned scales: a layer's site scales are trained until its output is what the float layer gives. No labels."""
+"""Learned scales: trained until a layer's output is what the float layer gives, or (``whole.py``) the model's logits
+are what the float model gives. No labels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -20,6 +23,7 @@ from squamata.spec.parameters import checked_parameters
 from squamata.spec.recipe import Recipe
 
 OWN_ARGUMENTS = 3  # teacher, student, stream: what a recipe does not set
+AGAINST = ("layer", "logits")
 
 Steps = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -37,41 +41,73 @@ def lsq(
     not become smaller. The state's scale stays too: a parallel pass rounds the state only after the last token.
     Deterministic.
     """
-    sites = [site for site in student.sites.values() if _learnable(site)]
+    sequences = [h[row, None] for h in stream for row in range(len(h))]
+
+    def slopes(step: int, chosen: Mapping[str, Tensor]) -> None:
+        put(student.sites.values(), chosen)
+        with torch.enable_grad(), allow_mutation_on_saved_tensors():  # caches are updated in place
+            _loss(teacher, student, sequences[step % len(sequences)]).backward()  # type: ignore[no-untyped-call]
+
+    error = partial(reconstruction_error, teacher, student, stream)
+    return train(list(student.sites.values()), slopes, error, steps, learning_rate)
+
+
+def train(
+    sites: list[Site],
+    slopes: Callable[[int, Mapping[str, Tensor]], None],
+    error: Callable[[], float],
+    steps: int,
+    learning_rate: float,
+) -> dict[str, Tensor]:
+    """Adam on log(scale) of those of the sites that have a static scale to learn, its rate falling linearly to zero.
+
+    ``slopes(step, chosen)`` adds the loss's gradient to the chosen scales, leaves by site name. Returns ``NAME.scale``
+    in stored form; those it started from if ``error()`` has not become smaller.
+    """
+    sites = [site for site in sites if _learnable(site)]
     start = {site.name: _scale(site) for site in sites}
-    logs = {name: scale.log().requires_grad_() for name, scale in start.items()}
+    logs = {name: scale.log() for name, scale in start.items()}
     if not logs:
         return {}
-    sequences = [h[row, None] for h in stream for row in range(len(h))]
     optimizer = torch.optim.Adam(logs.values(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with use_backend("ref"):
-        before = reconstruction_error(teacher, student, stream)
+        before = error()
         for step in range(steps):
-            _put(sites, {name: log.exp() for name, log in logs.items()})
-            optimizer.zero_grad()
-            with torch.enable_grad(), allow_mutation_on_saved_tensors():  # caches are updated in place
-                _loss(teacher, student, sequences[step % len(sequences)]).backward()  # type: ignore[no-untyped-call]
+            chosen = {name: log.exp().requires_grad_() for name, log in logs.items()}
+            slopes(step, chosen)
+            for name, scale in chosen.items():
+                logs[name].grad = None if scale.grad is None else scale.grad * scale.detach()  # d / d log(scale)
             optimizer.step()
             schedule.step()
-        learned = {site.name: _stored(site, logs[site.name].detach().exp()) for site in sites}
-        _put(sites, learned)
-        if reconstruction_error(teacher, student, stream) >= before:
+        learned = {site.name: stored(site, logs[site.name].exp()) for site in sites}
+        put(sites, learned)
+        if error() >= before:
             learned = start
-            _put(sites, start)
+            put(sites, start)
     return {f"{name}.scale": scale for name, scale in learned.items()}
 
 
 TUNERS: dict[str, Callable[..., dict[str, Tensor]]] = {"lsq": lsq}
 
 
-def check(recipe: Recipe) -> None:
+def check_tuner(recipe: Recipe) -> None:
     """Refuse an unknown tuner or parameter, naming the nearest."""
     if recipe.tune is not None:
         if recipe.tune.name not in TUNERS:
             known = nearest(recipe.tune.name, TUNERS)
             raise SquamataError(f"recipe {recipe.name}: no way to tune named '{recipe.tune.name}'{known}")
-        _parameters(recipe)
+        against = recipe.tune.parameters.get("against", "layer")
+        if against not in AGAINST:
+            raise SquamataError(
+                f"tune {recipe.tune.name}: against '{against}' is nothing{nearest(str(against), AGAINST)}"
+            )
+        parameters_of(recipe)
+
+
+def aims_at_logits(recipe: Recipe) -> bool:
+    """True if the recipe trains scales against the model's logits, not a layer's output."""
+    return recipe.tune is not None and recipe.tune.parameters.get("against") == "logits"
 
 
 def tune(recipe: Recipe, teacher: Block, student: Block, stream: Stream) -> dict[str, Tensor]:
@@ -80,7 +116,7 @@ def tune(recipe: Recipe, teacher: Block, student: Block, stream: Stream) -> dict
         return {}
     for site in teacher.sites.values():
         site.observer = None  # it has seen the stream already
-    return TUNERS[recipe.tune.name](teacher, student, stream, **_parameters(recipe))
+    return TUNERS[recipe.tune.name](teacher, student, stream, **parameters_of(recipe))
 
 
 @torch.no_grad()
@@ -101,7 +137,8 @@ def _output(block: Block, h: Tensor) -> Tensor:
 
 
 def _learnable(site: Site) -> bool:
-    return site.scale is not None and site.layout.flat  # an activation, whose features arrive as one axis
+    spec = site.spec  # an activation's features arrive as one axis
+    return site.scale is not None and site.layout.flat and spec is not None and not spec.absolute
 
 
 def _scale(site: Site) -> Tensor:
@@ -109,18 +146,22 @@ def _scale(site: Site) -> Tensor:
     return site.scale.detach().clone()
 
 
-def _stored(site: Site, scale: Tensor) -> Tensor:
+def stored(site: Site, scale: Tensor) -> Tensor:
+    """The scale in the precision that the site stores."""
     assert site.spec is not None
     with about(site.name):
         return scales.as_stored(scale, site.spec)
 
 
-def _put(sites: list[Site], chosen: dict[str, Tensor]) -> None:
+def put(sites: Iterable[Site], chosen: Mapping[str, Tensor]) -> None:
+    """Give those of the sites that are named these scales; second numbers stay."""
     for site in sites:
-        site.set_scale(chosen[site.name], site.second)
+        if site.name in chosen:
+            site.set_scale(chosen[site.name], site.second)
 
 
-def _parameters(recipe: Recipe) -> dict[str, object]:
+def parameters_of(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe sets of its tuner, ``against`` excepted; SquamataError for what it does not take."""
     assert recipe.tune is not None
-    tuner = TUNERS[recipe.tune.name]
-    return checked_parameters(tuner, recipe.tune.parameters, OWN_ARGUMENTS, f"tune {recipe.tune.name}")
+    given = {key: value for key, value in recipe.tune.parameters.items() if key != "against"}
+    return checked_parameters(TUNERS[recipe.tune.name], given, OWN_ARGUMENTS, f"tune {recipe.tune.name}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.grid import Grid, round_codes
-from squamata.spec.formats import levels
+from squamata.spec.formats import EXPONENTS, levels
 from squamata.spec.quant import QuantSpec
 
 SMALLEST = 1e-8  # of any step
@@ -34,7 +34,7 @@ def encode(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     scaled = x.float() * grid.inverse
     with torch.no_grad():
         magnitude = _MAGNITUDES.get(spec.codec, _interpolated)(x.detach().float(), scaled.abs(), grid, spec)
-        codes = torch.copysign(magnitude, scaled)
+        codes = magnitude if spec.absolute else torch.copysign(magnitude, scaled)
     if scaled.requires_grad:
         low, high = outermost(grid.scale, grid.second, spec)
         inside = (x.detach() >= low) & (x.detach() <= high)
@@ -61,6 +61,8 @@ def beyond(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     fine, coarse = tables(spec.codec, spec.bits, x.device)
     _, high = outermost(grid.scale, grid.second, spec)
     step = (fine[-1] - fine[-2]) * grid.scale
+    if spec.absolute:
+        return (x < -(fine[1] * grid.scale) / 2) | (x > high + step / 2)
     if coarse is not None and grid.second is not None:
         step = step + (coarse[-1] - coarse[-2]) * grid.second
     return x.abs() > high + step / 2
@@ -72,7 +74,7 @@ def outermost(scale: Tensor, second: Tensor | None, spec: QuantSpec) -> tuple[Te
     high = fine.max() * scale
     if coarse is not None and second is not None:
         high = torch.maximum(high, fine[-1] * scale + coarse[-1] * second)
-    return -high, high
+    return torch.zeros_like(high) if spec.absolute else -high, high
 
 
 def second_number(scale: Tensor, largest: Tensor, spec: QuantSpec) -> Tensor:
@@ -113,4 +115,13 @@ def _dual(x: Tensor, y: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     return torch.where(nearer & (coarse > 0), top + coarse, fine)
 
 
-_MAGNITUDES = {"outlier-piecewise": _piecewise, "dual-scale": _dual, "dynamic-outlier": _dual}
+def _complement(x: Tensor, y: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    """round(-log2(1 - x)), in steps that the bits say (QMamba's LtSQ; in float64, so that 1 - x is exact)."""
+    fine, _ = tables(spec.codec, spec.bits, x.device)
+    step = -torch.log2(1.0 - fine[1].double())
+    missing = (1.0 - x.double()).clamp(2.0 ** -(EXPONENTS + 1), 1.0)
+    return round_codes(-torch.log2(missing) / step, spec.rounding).clamp(0, len(fine) - 1).float()
+
+
+_LOGARITHMIC = dict.fromkeys(("ltsq", "ltsq-fine"), _complement)
+_MAGNITUDES = {"outlier-piecewise": _piecewise, "dual-scale": _dual, "dynamic-outlier": _dual, **_LOGARITHMIC}

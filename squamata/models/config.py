@@ -120,11 +120,13 @@ def site_sizes(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     D, E, N, R = config.d_model, config.d_inner, config.d_state, config.dt_rank
     if kind == "mamba1":
         inner = dict.fromkeys(("x", "z", "u", "u_proj", "dt", "y", "out"), (E,))
-        return {"in": (D,), "dt_low": (R,), "B": (N,), "C": (N,), "state": (E, N), **inner}
+        both = dict.fromkeys(("state", "decay", "log_decay"), (E, N))
+        return {"in": (D,), "dt_low": (R,), "B": (N,), "C": (N,), **both, **inner}
     G, H, P = config.n_groups, config.n_heads, config.head_dim
     heads = dict.fromkeys(("z", "x", "u", "y"), (H, P))
     groups = dict.fromkeys(("B", "C", "B_conv", "C_conv"), (G, N))
-    return {"in": (D,), "dt": (H,), "state": (H, P, N), "out": (E,), **heads, **groups}
+    steps = dict.fromkeys(("dt", "decay", "log_decay"), (H,))
+    return {"in": (D,), "state": (H, P, N), "out": (E,), **steps, **heads, **groups}
 
 
 def segments(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:

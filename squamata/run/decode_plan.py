@@ -120,6 +120,8 @@ def _layer(block: Block) -> LayerPlan:
     if not isinstance(block, (Mamba1, Mamba2)):
         raise NotPlannableError(f"a layer of kind {block.kind}")
     sites = block.sites
+    if "decay" in sites or "log_decay" in sites:
+        raise NotPlannableError("the decay is represented in few bits")
     conv, integer_conv = _convolution(block)
     plans = {name: plan for name, site in sites.items() if name != "state" and (plan := _site(site, name))}
     if integer_conv:

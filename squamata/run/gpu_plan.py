@@ -74,6 +74,10 @@ class Planner:
 
     def layer(self, block: Block) -> Mamba1Layer | Mamba2Layer:
         """One layer's plan."""
+        if "decay" in block.sites or "log_decay" in block.sites:
+            raise SquamataError(
+                "the GPU kernels keep the decay in float: leave 'mixer.decay' and 'mixer.log_decay' out"
+            )
         if isinstance(block, Mamba2):
             return self.mamba2(block)
         if isinstance(block, Mamba1):

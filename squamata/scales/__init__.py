@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from inspect import signature
 from operator import or_
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from squamata.errors import SquamataError, about, nearest
@@ -26,9 +26,12 @@ from squamata.scales.lnorm import density_needs, lnorm, mse
 from squamata.scales.minmax import minmax
 from squamata.scales.outlier_aware import outlier_aware, outlier_aware_needs
 from squamata.scales.percentile import percentile, percentile_needs
+from squamata.scales.search import Over, expanded
 from squamata.scales.statistics import Needs, Statistics
 from squamata.spec.parameters import checked_parameters
 from squamata.spec.quant import QuantSpec, ScaleSpec
+
+By = Literal["mse", "codes", "kl"]
 
 OWN_ARGUMENTS = 2  # statistics, spec: what a recipe does not set
 
@@ -54,26 +57,48 @@ class Strategy:
 def search(
     statistics: Statistics,
     spec: QuantSpec,
-    over: Annotated[list[ScaleSpec], Field(min_length=1)],
-    by: Literal["mse", "kl"] = "mse",
+    candidates: list[ScaleSpec] | None = None,
+    over: Over | None = None,
+    by: By = "mse",
 ) -> Scale:
     """The best of several strategies at this site, one for all its groups; the first of equally good ones.
 
-    ``over``: strategies as a recipe writes them. ``by``: what counts, both at the site itself: ``mse``, the squared
-    error of its values; ``kl``, the information about them that their codes lose (``error.information_lost``). Neither
-    sees what the error does to the model's output.
+    ``{search: [percentile, mse], over: {alpha: [0.999, 0.9999]}, by: mse}``: ``over`` gives the strategies' parameters
+    several values each, or is the list of strategies, as a recipe writes them. ``by``: what counts. At the site itself:
+    ``mse``, the squared error of its values; ``codes``, the information about them that their codes lose
+    (``error.information_lost``). At the model's output: ``kl``, KL(float || quantized) of its logits, which a second
+    pass sees (``calibrate.whole``); until then it is the choice by ``mse``.
     """
-    cost = mean_error if by == "mse" else information_lost
-    found = [_find(statistics, spec.model_copy(update={"scale": one})) for one in over]
+    cost = information_lost if by == "codes" else mean_error
+    found = [_find(statistics, one) for one in _candidate_specs(spec, candidates, over)]
     assert statistics.histogram is not None
     weights = statistics.histogram.counts.sum(1).double()
     costs = [float((cost(statistics, scale, zero, spec) * weights).sum()) for scale, zero in found]
     return found[costs.index(min(costs))]
 
 
-def _search_needs(spec: QuantSpec, over: list[ScaleSpec], by: str = "mse") -> Needs:
-    each = [_needs(spec.model_copy(update={"scale": one}), "over") for one in over]
+def _search_needs(
+    spec: QuantSpec, candidates: list[ScaleSpec] | None = None, over: Over | None = None, by: str = "mse"
+) -> Needs:
+    each = [_needs(one, "over") for one in _candidate_specs(spec, candidates, over)]
     return reduce(or_, each, density_needs(spec))
+
+
+def _candidate_specs(spec: QuantSpec, candidates: list[ScaleSpec] | None, over: Over | None) -> list[QuantSpec]:
+    known = {name: list(signature(one.function).parameters)[OWN_ARGUMENTS:] for name, one in STRATEGIES.items()}
+    return [spec.model_copy(update={"scale": one}) for one in expanded(candidates, over, known)]
+
+
+def searched_by_output(spec: QuantSpec) -> bool:
+    """True if the scale is chosen by what the model's output loses."""
+    return spec.scale.strategy == "search" and spec.scale.parameters.get("by") == "kl"
+
+
+def choices(statistics: Statistics, spec: QuantSpec) -> list[Scale]:
+    """What every candidate of the spec's search makes of a site, as ``compute`` gives it."""
+    parameters = _parameters(spec, spec.scale.strategy)
+    specs = _candidate_specs(spec, parameters.get("candidates"), parameters.get("over"))
+    return [compute(statistics, one) for one in specs]
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -120,6 +145,8 @@ def as_stored(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _find(statistics: Statistics, spec: QuantSpec) -> Scale:
+    if spec.absolute:
+        return torch.ones(statistics.partition.shape()), None
     name = spec.scale.strategy
     return STRATEGIES[name].function(statistics, spec, **_parameters(spec, name))
 
@@ -134,5 +161,5 @@ def _needs(spec: QuantSpec, where: str) -> Needs:
         return STRATEGIES[name].needs(spec, **parameters)
 
 
-def _parameters(spec: QuantSpec, where: str) -> dict[str, object]:
+def _parameters(spec: QuantSpec, where: str) -> dict[str, Any]:
     return checked_parameters(STRATEGIES[spec.scale.strategy].function, spec.scale.parameters, OWN_ARGUMENTS, where)

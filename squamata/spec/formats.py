@@ -22,6 +22,11 @@ quarter-log2 (b = 5 .. 7)   steps of s/4 up to 8 s, then 8 s + 2^k s/4, k = 0 ..
                             here the nearer power is taken, and the exponents are those that the bits leave.
 outlier-piecewise (b >= 5)  steps s up to 2^(b-1) - 8 (120 with 8 bits), then 7 steps ``tail``
 log2 (b = 2 .. 6)           s 2^(m - top), m = 1 .. top = 2^(b-1) - 1, and 0
+ltsq (b = 2 .. 5)           1 - 2^-m, m = 0 .. 2^b - 1, at most 24: the logarithm of what is missing to 1, for the
+                            scan's decay exp(dt A) (QMamba, arXiv 2501.13624). No sign, no scale; m is rounded, not the
+                            value. 5 bits hold every level that float32 tells from 1, so more bits would add nothing.
+ltsq-fine (b = 5 .. 8)      1 - 2^(-m 2^(4-b)), m = 0 .. 2^b - 1: ltsq's range of 4 bits, where a further bit halves the
+                            step of the logarithm instead of doubling its range. Ours: what QMamba's leaves out.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from functools import cache
 from itertools import pairwise
 
 TAIL = 7  # levels of outlier-piecewise above the threshold
+EXPONENTS = 24  # 1 - 2^-24 is the float32 before 1
 
 Levels = tuple[float, ...]
 Knots = tuple[tuple[int, float], ...]
@@ -43,7 +49,8 @@ class Format:
 
     ``fine``, ``coarse``: the factors of every magnitude. ``span``: threshold / scale, where the threshold is the value
     that a scale strategy wants represented (a format with a tail represents larger ones too). ``second``: name of the
-    second number in a checkpoint. ``live``: the second number is not stored but taken from every token.
+    second number in a checkpoint. ``live``: the second number is not stored but taken from every token. ``absolute``:
+    the levels are the values themselves, never negative: no sign is stored, and the scale is 1.
     """
 
     fewest: int
@@ -53,6 +60,7 @@ class Format:
     coarse: Callable[[int], Levels] | None = None
     second: str | None = None
     live: bool = False
+    absolute: bool = False
 
 
 def _through(knots: Knots) -> Levels:
@@ -87,6 +95,11 @@ def _quarter_log2(bits: int) -> Levels:
 def _log2(bits: int) -> Levels:
     top = 2 ** (bits - 1) - 1
     return (0.0, *(2.0 ** (m - top) for m in range(1, top + 1)))
+
+
+def _complement(bits: int, finest: int) -> Levels:
+    """1 - 2^-q for q = 0, 1/finest, 2/finest ..., as many as the bits and float32 hold."""
+    return tuple(1.0 - 2.0 ** (-m / finest) for m in range(min(2**bits, EXPONENTS * finest + 1)))
 
 
 def _dual_top(bits: int) -> int:
@@ -125,6 +138,8 @@ FORMATS: dict[str, Format] = {
     "quarter-log2": Format(5, 7, _quarter_log2, lambda bits: 2**bits - 1),
     "outlier-piecewise": Format(5, 9, _piecewise_fine, _knee, _piecewise_coarse, second="tail"),
     "log2": Format(2, 6, _log2, lambda bits: 1.0),
+    "ltsq": Format(2, 5, lambda bits: _complement(bits, 1), lambda bits: 1.0, absolute=True),
+    "ltsq-fine": Format(5, 8, lambda bits: _complement(bits, 2 ** (bits - 4)), lambda bits: 1.0, absolute=True),
 }
 
 

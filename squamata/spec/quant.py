@@ -29,7 +29,8 @@ GranularityField = Annotated[
 class ScaleSpec(Data):
     """Name of a strategy in ``squamata.scales`` and its parameters.
 
-    Recipe forms: ``minmax`` or ``{percentile: {alpha: 0.9999}}``.
+    Recipe forms: ``minmax``, ``{percentile: {alpha: 0.9999}}``, or for a search over several
+    ``{search: [percentile, mse], over: {alpha: [0.999, 0.9999]}, by: kl}``.
     """
 
     strategy: str = "minmax"
@@ -42,7 +43,12 @@ class ScaleSpec(Data):
             return {"strategy": value}
         if isinstance(value, dict) and len(value) == 1 and "strategy" not in value:
             ((strategy, parameters),) = value.items()
+            if strategy == "search" and isinstance(parameters, list):
+                parameters = {"candidates": parameters}
             return {"strategy": strategy, "parameters": parameters or {}}
+        if isinstance(value, dict) and isinstance(value.get("search"), list):
+            rest = {key: given for key, given in value.items() if key != "search"}
+            return {"strategy": "search", "parameters": {"candidates": value["search"]} | rest}
         return value
 
 
@@ -90,6 +96,8 @@ class QuantSpec(Data):
             raise ValueError(f"codec '{self.codec}' takes {form.fewest} to {form.most} bits, not {self.bits}")
         if not self.symmetric or self.full_range:
             raise ValueError(f"codec '{self.codec}' has a sign and a magnitude: leave 'symmetric' and 'full_range' out")
+        if self.dynamic and form.absolute:
+            raise ValueError(f"codec '{self.codec}' has no scale to take at run time: remove 'dynamic: true'")
         if self.dynamic and form.second is not None:
             raise ValueError(f"codec '{self.codec}' needs a calibrated threshold: remove 'dynamic: true'")
         return self
@@ -98,6 +106,11 @@ class QuantSpec(Data):
     def linear_grid(self) -> bool:
         """True if a value is its int8 code (less the zero point) times the scale, so that codes can enter a product."""
         return self.codec == "uniform" and self.bits <= 8
+
+    @property
+    def absolute(self) -> bool:
+        """True if the codec's levels are the values themselves: nothing negative, and no scale but 1."""
+        return self.codec in FORMATS and FORMATS[self.codec].absolute
 
     @property
     def form(self) -> str:
@@ -129,7 +142,7 @@ class QuantSpec(Data):
         """Smallest and largest integer code."""
         if self.codec in FORMATS:
             largest = len(levels(self.codec, self.bits)[0]) - 1
-            return -largest, largest
+            return 0 if self.absolute else -largest, largest
         largest = 2 ** (self.bits - 1) - 1
         return (-largest - 1 if self.full_range or not self.symmetric else -largest), largest
 

@@ -21,7 +21,8 @@ class SiteInfo:
     over these axes, so no scale may vary along them. ``kind``: weights are split in ``out`` x ``in``; parameters are
     small tensors that are always dequantized before use. ``reads``: the site whose tensor a weight multiplies.
     ``apart``: the site, by its last word, from which the product reads instead once a recipe represents that one.
-    ``on_request``: such a site, absent unless a rule names it.
+    ``on_request``: a site that is absent unless a rule names it: such a one; the scan's decay
+    exp(dt A) (``decay``) and its exponent dt A (``log_decay``).
     """
 
     axes: tuple[str, ...]
@@ -54,6 +55,8 @@ MAMBA1 = {
     "mixer.B": SiteInfo(("state",)),
     "mixer.C": SiteInfo(("state",)),
     "mixer.dt": SiteInfo(("channel",)),
+    "mixer.log_decay": SiteInfo(("channel", "state"), on_request=True),
+    "mixer.decay": SiteInfo(("channel", "state"), on_request=True),
     "mixer.state": SiteInfo(("channel", "state"), "state"),
     "mixer.y": SiteInfo(("channel",)),
     "mixer.out": SiteInfo(("channel",), summed=("channel",)),
@@ -77,6 +80,8 @@ MAMBA2 = {
     "mixer.u": SiteInfo(("head", "channel")),
     "mixer.B_conv": SiteInfo(("ssd_group", "state")),
     "mixer.C_conv": SiteInfo(("ssd_group", "state")),
+    "mixer.log_decay": SiteInfo(("head",), on_request=True),
+    "mixer.decay": SiteInfo(("head",), on_request=True),
     "mixer.state": SiteInfo(("head", "channel", "state"), "state"),
     "mixer.y": SiteInfo(("head", "channel")),
     "mixer.out": SiteInfo(("channel",), summed=("channel",)),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
 
-from squamata.calibrate.learn import check, lsq, reconstruction_error
+from squamata.calibrate.learn import check_tuner as check
+from squamata.calibrate.learn import lsq, reconstruction_error
 from squamata.calibrate.observe import attach, run_layer, scales_of
 from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend

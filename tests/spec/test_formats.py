@@ -27,6 +27,10 @@ COARSE_LEVELS: dict[tuple[str, int], list[float]] = {
     ("outlier-piecewise", 8): [*[0] * 121, *range(1, 8)],
     ("dual-scale", 5): [*[0] * 8, *range(1, 8)],
 }
+FINE_LEVELS |= {  # 1 - 2^-q, and q in halves
+    ("ltsq", 3): [0, 1 / 2, 3 / 4, 7 / 8, 15 / 16, 31 / 32, 63 / 64, 127 / 128],
+    ("ltsq-fine", 5): [1 - 2 ** -(half / 2) for half in range(32)],
+}
 SPANS = {("soft-edge", 9): 127, ("half-scale", 9): 127, ("quarter-scale", 9): 127, ("quarter-log2", 7): 127}
 SPANS |= {("outlier-piecewise", 8): 120, ("dual-scale", 5): 7, ("log2", 4): 1}
 
@@ -50,7 +54,10 @@ def test_levels_are_those_of_the_papers(codec: str, bits: int) -> None:
 def test_codes_fit_into_the_bits(codec: str, bits: int) -> None:
     spec = QuantSpec(bits=bits, codec=codec)
     low, high = spec.code_range
-    assert -low == high <= 2 ** (bits - 1) - 1
+    if FORMATS[codec].absolute:
+        assert low == 0 and high <= 2**bits - 1
+    else:
+        assert -low == high <= 2 ** (bits - 1) - 1
     assert spec.carrier == ("int8" if high <= 127 else "int16")
     fine, coarse = levels(codec, bits)
     assert len(fine) == high + 1 and (coarse is None or len(coarse) == high + 1)

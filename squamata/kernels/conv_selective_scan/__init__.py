@@ -37,5 +37,6 @@ def conv_selective_scan(  # type: ignore[empty-body]
     """``causal_conv1d`` onto u; ``linear`` onto dt_low, B, C; ``linear`` onto dt; ``selective_scan`` onto y.
 
     x_proj reads u, or what the convolution's output becomes on ``u_proj`` if that site has a spec.
+    The scan's exp(dt A) lands on ``decay``, dt A on ``log_decay`` if these sites have a spec: then in the reference.
     ``conv`` (B, E, K - 1) and ``state`` (B, E, N), in the storage of their sites, are updated in place.
     """

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
 from squamata.kernels.causal_conv1d import causal_conv1d
 from squamata.kernels.conv_selective_scan import SelectiveScanLayer
+from squamata.kernels.decay import DecaySites
 from squamata.kernels.linear import linear
 from squamata.kernels.qtensor import QTensor, Value, as_float, store
 from squamata.kernels.rms_norm.ref import normalize
+from squamata.kernels.selective_scan import ref as reference
 from squamata.kernels.selective_scan import selective_scan
 from squamata.kernels.site import Site
 
@@ -26,13 +29,15 @@ def run(x: Value, z: Value, layer: SelectiveScanLayer, conv: Value, state: Value
         normed = (normalize(as_float(part), layer.bcdt_norm_epsilon) for part in parts)
         dt_low, B, C = (sites[name].land(part) for name, part in zip(("dt_low", "B", "C"), normed, strict=True))
     (dt,) = linear(dt_low, layer.dt_proj, (sites["dt"],))
+    decay = DecaySites.of(sites)
+    scan = selective_scan if decay is None else partial(reference.run, sites=decay)
     running = as_float(state, layer.A.dtype)
     length = u.shape[1]
     span = OBSERVED_EVERY if sites["state"].mode == "observe" else length
     ys = []
     for start in range(0, length, span):
         u_, dt_, B_, C_, z_ = (tokens(value, start, start + span) for value in (u, dt, B, C, z))
-        y, running = selective_scan(u_, dt_, layer.A, B_, C_, layer.D, z_, layer.dt_bias, running, sites["y"])
+        y, running = scan(u_, dt_, layer.A, B_, C_, layer.D, z_, layer.dt_bias, running, sites["y"])
         landed = sites["state"].land(running)
         ys.append(y)
     store(state, landed)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from squamata.kernels.decay import DecaySites
 from squamata.kernels.qtensor import Value, as_float
 from squamata.kernels.ssd_scan import HeadLayout
 
@@ -13,11 +14,14 @@ FEW = 4  # tokens up to which stepping is cheaper than a chunk
 
 
 def run(
-    u: Value, dt: Value, A: Tensor, B: Value, C: Value, D: Tensor, dt_bias: Tensor, state: Tensor, layout: HeadLayout
-) -> tuple[Tensor, Tensor]:
+    u: Value, dt: Value, A: Tensor, B: Value, C: Value, D: Tensor, dt_bias: Tensor, state: Tensor, layout: HeadLayout,
+    sites: DecaySites | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The contract's, and with ``sites`` the decay as they represent it, which no other backend has."""
     u, dt, B, C = (as_float(value, A.dtype) for value in (u, dt, B, C))
     batch, length, _ = u.shape
     dt = softplus(dt + dt_bias).clamp(*layout.time_step_limit)  # (B, L, H)
+    exponent = dt * A if sites is None else sites.logarithm(dt, A)
     u = u.reshape(batch, length, layout.heads, layout.head_dim)
     B = B.reshape(batch, length, layout.groups, layout.d_state)
     C = C.reshape(batch, length, layout.groups, layout.d_state)
@@ -25,22 +29,22 @@ def run(
     ys = []
     for start in range(0, length, 1 if length <= FEW else layout.chunk):
         span = slice(start, start + (1 if length <= FEW else layout.chunk))
-        y, state = advance(u[:, span], dt[:, span], A, B[:, span], C[:, span], state)
+        y, state = advance(u[:, span], dt[:, span], exponent[:, span], B[:, span], C[:, span], state)
         ys.append(y)
     y = torch.cat(ys, dim=1) + D[:, None] * u
     return y.reshape(batch, length, -1), state
 
 
-def _step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _step(u: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     per_group = state.shape[1] // B.shape[2]
     B = B[:, 0].repeat_interleave(per_group, dim=1)  # (B, H, N)
     C = C[:, 0].repeat_interleave(per_group, dim=1)
-    decay = torch.exp(dt[:, 0] * A)[..., None, None]
+    decay = torch.exp(exponent[:, 0]).to(u.dtype)[..., None, None]
     state = decay * state + (dt[:, 0, :, None] * u[:, 0])[..., None] * B[:, :, None, :]
     return (state * C[:, :, None, :]).sum(-1).unsqueeze(1), state
 
 
-def _chunk(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(u: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One chunk of l tokens: inside it as masked attention, the state before it by its decay (section 6).
 
     Decays are differences of sums that grow with the chunk: in float32 their rounding would be the scan's largest
@@ -48,7 +52,7 @@ def _chunk(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
     """
     batch, length, heads, _ = u.shape
     groups = B.shape[2]
-    log_decay = (dt * A).double().cumsum(1).transpose(1, 2)  # (B, H, l), from before the chunk to token t
+    log_decay = exponent.double().cumsum(1).transpose(1, 2)  # (B, H, l), from before the chunk to token t
     between = (log_decay[..., :, None] - log_decay[..., None, :]).to(u.dtype)  # (B, H, t, s)
     causal = torch.ones(length, length, dtype=torch.bool, device=u.device).tril()
     between = torch.exp(between.masked_fill(~causal, -torch.inf))
