@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +31,9 @@ from squamata.calibrate.tokens import CalibrationSet, sample
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import Evaluation
 from squamata.evaluate.perplexity import evaluate as judge
+from squamata.evaluate.windows import Corpus
 from squamata.kernels import ops
+from squamata.kernels.dispatch import use_backend
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Mode, Site
 from squamata.load.hub import resolve
@@ -49,6 +50,7 @@ from squamata.quantize import needs_inputs, quantize_tensors
 from squamata.run.device import check_device
 from squamata.run.generate import generate
 from squamata.run.model import Model
+from squamata.run.simulated import placed
 from squamata.save.format import describe
 from squamata.save.read import read_checkpoint
 from squamata.save.write import CheckpointWriter
@@ -100,6 +102,7 @@ def quantize(
     embedding: str | None = None,
     head: str | None = None,
     device: str = "cpu",
+    recoverable: bool = True,
 ) -> Quantization:
     """Quantize a float checkpoint by a recipe and write the result to the folder ``out``.
 
@@ -107,8 +110,8 @@ def quantize(
     static activation scales or a weight quantizer that sees its inputs; ``samples`` documents of ``length`` tokens (the
     recipe's numbers unless given). ``resume``: go on after the last layer that a killed call with the same arguments
     finished. ``embedding``, ``head``: float, int8 or int4 for these two tables instead of what the recipe says.
-    ``device``: where it is computed, ``cpu`` or ``cuda``. Raises SquamataError for anything the caller can put right;
-    then nothing is written.
+    ``device``: where it is computed, ``cpu`` or ``cuda``. ``recoverable``: leave what ``resume`` needs after a layer.
+    Raises SquamataError for anything the caller can put right; then nothing is written.
     """
     started = time.perf_counter()
     opened = open_source(source)
@@ -125,7 +128,8 @@ def quantize(
         sizes = writer.parts.record.get("bytes_float", 0)
         for number in range(writer.parts.count, parts.count):
             tensors = parts.make(number)
-            writer.add(tensors, parts.streams(), {"bytes_float": sizes + parts.bytes_read})
+            state = parts.streams() if recoverable else {}
+            writer.add(tensors, state, {"bytes_float": sizes + parts.bytes_read})
             if progress:
                 progress(number + 1, parts.count)
         writer.publish(description, opened.folder)
@@ -159,17 +163,21 @@ def load(path: str | Path, mode: Mode = "integer") -> Model:
 
 def evaluate(
     model: LanguageModel | str | Path,
-    text: str | Path | Sequence[str],
+    text: str | Path | Sequence[str] | Corpus,
     against: LanguageModel | str | Path | None = None,
     window: int = 2048,
     max_tokens: int | None = None,
     mode: str = "parallel",
     batch: int | None = None,
     progress: Progress | None = None,
+    device: str = "cpu",
 ) -> Evaluation:
-    """Judge a model, or the checkpoint at a path, on a text: see ``squamata.evaluate.perplexity.evaluate``."""
-    first = load(model) if isinstance(model, str | Path) else model
-    second = load(against) if isinstance(against, str | Path) else against
+    """Judge a model, or the checkpoint at a path, on a text: see ``squamata.evaluate.perplexity.evaluate``.
+
+    ``device``: where checkpoints given by their paths run, ``cpu`` or (simulated, see ``run.simulated``) ``cuda``.
+    """
+    first = placed(load(model), device) if isinstance(model, str | Path) else model
+    second = placed(load(against), device) if isinstance(against, str | Path) else against
     return judge(first, text, second, window, max_tokens, mode, batch, progress)
 
 
@@ -215,10 +223,15 @@ class QuantizedParts:
 
     def make(self, number: int) -> dict[str, Value]:
         """Part ``number``; all before it must have been made here, or restored."""
-        with nullcontext() if self.device.type == "cpu" else self.device:  # the context costs every call a little
-            if number == 0:
-                return self._embedding()
-            return self._layer(number - 1) if number <= self.config.n_layers else self._end()
+        if self.device.type == "cpu":
+            return self._part(number)
+        with self.device, use_backend("ref"):  # tensors are made there; the context costs every call a little
+            return self._part(number)
+
+    def _part(self, number: int) -> dict[str, Value]:
+        if number == 0:
+            return self._embedding()
+        return self._layer(number - 1) if number <= self.config.n_layers else self._end()
 
     def each(self, progress: Progress | None = None) -> Iterator[dict[str, Value]]:
         """Every part in order."""
