@@ -26,7 +26,7 @@ class AtOnce:
         return max(1, self.logits // (length * vocabulary))
 
 
-HOST, ACCELERATOR = AtOnce(), AtOnce(logits=2**28, sequences=256, steps=16, kept=2**32)
+HOST, ACCELERATOR = AtOnce(), AtOnce(logits=2**27, sequences=256, steps=16, kept=2**32)
 
 
 def at_once(model: object) -> AtOnce:

@@ -293,7 +293,7 @@ def _read_recipe(name: str, study: Path) -> Recipe:
 def _meaning(recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
     """What a recipe does to this model, whatever rules say so."""
     specs = {site: spec.model_dump(mode="json") for site, spec in recipe.resolve(config.blocks).items()}
-    return recipe.model_dump(mode="json", include={"transforms", "weights"}) | {"specs": specs}
+    return recipe.model_dump(mode="json", include={"transforms", "weights", "tune"}) | {"specs": specs}
 
 
 def vary(recipe: Recipe, reference: str, override: Override, config: ModelConfig, origin: Path) -> Recipe:
