@@ -20,7 +20,7 @@ from squamata.load.hub import bundled
 from squamata.load.random_model import RandomSource
 from squamata.load.source import open_source
 from squamata.models.config import SHAPES
-from squamata.pipeline import QuantizedParts
+from squamata.parts import QuantizedParts
 from squamata.spec.recipe import Recipe
 
 

@@ -28,7 +28,8 @@ from squamata.evaluate.perplexity import evaluate
 from squamata.evaluate.uncertainty import ratio_interval
 from squamata.load.source import open_source
 from squamata.models.checkpoint import Checkpoint
-from squamata.pipeline import QuantizedParts, load
+from squamata.parts import QuantizedParts
+from squamata.pipeline import load
 from squamata.run.model import Model
 from squamata.spec.quant import SITE_PARTS
 from squamata.spec.recipe import Recipe

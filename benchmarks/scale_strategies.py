@@ -20,7 +20,8 @@ from squamata.calibrate.tokens import sample
 from squamata.evaluate.perplexity import evaluate
 from squamata.load.source import open_source
 from squamata.models.checkpoint import Checkpoint
-from squamata.pipeline import QuantizedParts, load
+from squamata.parts import QuantizedParts
+from squamata.pipeline import load
 from squamata.run.model import Model
 from squamata.spec.recipe import Recipe
 

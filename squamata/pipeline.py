@@ -1,17 +1,11 @@
-"""The whole story on one screen: load -> transform -> observe -> quantize -> save, a layer at a time.
-
-Memory is bounded by the embedding table, one layer, the calibration stream (samples x length x d_model x 8 bytes) and
-one shard, however many layers the model has.
-"""
+"""What users call: quantize, load, evaluate. ``parts.py`` is how a model is quantized, a layer at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +13,37 @@ import torch
 from torch import Tensor
 
 from squamata import __version__, scales, transform
-from squamata.calibrate import learn, whole
-from squamata.calibrate.observe import (
-    Stream,
-    attach,
-    attach_grams,
-    run_layer,
-    scales_of,
-    watch_head,
-    watch_layer,
-)
+from squamata.calibrate import whole
 from squamata.calibrate.tokens import CalibrationSet, sample
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import Evaluation
 from squamata.evaluate.perplexity import evaluate as judge
-from squamata.kernels import ops
-from squamata.kernels.partition import Layout, Partition
-from squamata.kernels.qtensor import Value, join_rows
-from squamata.kernels.site import Mode, Site
+from squamata.evaluate.windows import Corpus
+from squamata.kernels.site import Mode
 from squamata.load.hub import resolve
 from squamata.load.quamba import is_quamba_checkpoint, read_quamba
 from squamata.load.random_model import RandomSource
-from squamata.load.source import TensorSource, is_squamata_checkpoint, open_source
+from squamata.load.source import is_squamata_checkpoint, open_source
 from squamata.load.tokenizer import Tokenizer, check_fits
 from squamata.memory import peak_rss_bytes
-from squamata.models.checkpoint import Checkpoint, under
+from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig, shape
-from squamata.models.lm import LanguageModel, build_block, head_site, model_layouts
+from squamata.models.lm import LanguageModel
+from squamata.parts import QuantizedParts, calibrated_sites
 from squamata.quantize import check as check_weight_quantizer
-from squamata.quantize import needs_inputs, quantize_tensors
-from squamata.run.device import check_device
+from squamata.quantize import needs_inputs
 from squamata.run.generate import generate
 from squamata.run.model import Model
+from squamata.run.simulated import placed
 from squamata.save.format import describe
 from squamata.save.read import read_checkpoint
 from squamata.save.write import CheckpointWriter
-from squamata.scales.gram import Gram
-from squamata.scales.statistics import Statistics
 from squamata.spec.quant import SITE_PARTS
 from squamata.spec.recipe import Recipe
-from squamata.spec.sites import all_sites
 
 __all__ = ["Quantization", "evaluate", "generate", "load", "quantize"]
 
-TABLE_BLOCK = 2**27  # elements of the embedding or the head that are in float32 at a time
-
 Progress = Callable[[int, int], None]  # steps done, steps in all
-Tensors = Mapping[str, Tensor]
-Values = dict[str, Value]
-Grams = Mapping[str, Gram] | None
-FLOAT = Recipe.read("float")
 
 
 @dataclass(frozen=True)
@@ -99,6 +74,7 @@ def quantize(
     embedding: str | None = None,
     head: str | None = None,
     device: str = "cpu",
+    recoverable: bool = True,
 ) -> Quantization:
     """Quantize a float checkpoint by a recipe and write the result to the folder ``out``.
 
@@ -106,8 +82,8 @@ def quantize(
     static activation scales or a weight quantizer that sees its inputs; ``samples`` documents of ``length`` tokens (the
     recipe's numbers unless given). ``resume``: go on after the last layer that a killed call with the same arguments
     finished. ``embedding``, ``head``: float, int8 or int4 for these two tables instead of what the recipe says.
-    ``device``: where it is computed, ``cpu`` or ``cuda``. Raises SquamataError for anything the caller can put right;
-    then nothing is written.
+    ``device``: where it is computed, ``cpu`` or ``cuda``. ``recoverable``: leave what ``resume`` needs after a layer.
+    Raises SquamataError for anything the caller can put right; then nothing is written.
     """
     started = time.perf_counter()
     opened = open_source(source)
@@ -126,7 +102,8 @@ def quantize(
         sizes = writer.parts.record.get("bytes_float", 0)
         for number in range(writer.parts.count, parts.count):
             tensors = parts.make(number)
-            writer.add(tensors, parts.streams(), {"bytes_float": sizes + parts.bytes_read})
+            state = parts.streams() if recoverable else {}
+            writer.add(tensors, state, {"bytes_float": sizes + parts.bytes_read})
             if progress:
                 progress(number + 1, parts.count)
         writer.publish(description, opened.folder)
@@ -160,17 +137,21 @@ def load(path: str | Path, mode: Mode = "integer") -> Model:
 
 def evaluate(
     model: LanguageModel | str | Path,
-    text: str | Path | Sequence[str],
+    text: str | Path | Sequence[str] | Corpus,
     against: LanguageModel | str | Path | None = None,
     window: int = 2048,
     max_tokens: int | None = None,
     mode: str = "parallel",
     batch: int | None = None,
     progress: Progress | None = None,
+    device: str = "cpu",
 ) -> Evaluation:
-    """Judge a model, or the checkpoint at a path, on a text: see ``squamata.evaluate.perplexity.evaluate``."""
-    first = load(model) if isinstance(model, str | Path) else model
-    second = load(against) if isinstance(against, str | Path) else against
+    """Judge a model, or the checkpoint at a path, on a text: see ``squamata.evaluate.perplexity.evaluate``.
+
+    ``device``: where checkpoints given by their paths run, ``cpu`` or (simulated, see ``run.simulated``) ``cuda``.
+    """
+    first = placed(load(model), device) if isinstance(model, str | Path) else model
+    second = placed(load(against), device) if isinstance(against, str | Path) else against
     return judge(first, text, second, window, max_tokens, mode, batch, progress)
 
 
@@ -185,190 +166,6 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
     whole.check(recipe, config)
 
 
-class QuantizedParts:
-    """The quantized model in parts, made in order: the embedding, every layer, then final norm and head.
-
-    ``seen``: the calibration stream through the float model, which gives the sites' scales. ``rounded``: the same
-    through the layers as they are quantized, which a weight quantizer that sees its inputs works with. Both, and one
-    layer at a time, are on ``device``.
-    """
-
-    def __init__(self, source: TensorSource, recipe: Recipe, batches: list[Tensor], device: str = "cpu") -> None:
-        self.source = source
-        self.recipe = recipe
-        check_device(device)
-        self.device = torch.device(device)
-        self.batches = [ids.to(self.device) for ids in batches]
-        self.specs = recipe.resolve(source.config.blocks)
-        self.sites = all_sites(source.config.blocks)
-        differ = self.specs.get("head.weight") != self.specs.get("embedding.weight")
-        self.shares_table = source.config.tie_embeddings
-        tied = self.shares_table and not differ and not transform.unties(recipe)
-        self.config = source.config.model_copy(update={"tie_embeddings": tied})
-        self.layouts = model_layouts(source.config)
-        self.ends = partial(transform.apply_ends, recipe, self.config)
-        self.bytes_read = 0
-        self.seen: Stream = []
-        self.rounded: Stream = []
-        self.choices: whole.Choices = {}
-        self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
-
-    @property
-    def count(self) -> int:
-        return self.config.n_layers + 2
-
-    def make(self, number: int) -> Values:
-        """Part ``number``; all before it must have been made here, or restored."""
-        with nullcontext() if self.device.type == "cpu" else self.device:  # the context costs every call a little
-            if whole.needed(self.recipe, self.specs) and not self.refined:
-                parts = [self._part(one) for one in range(self.count)]
-                self.seen, self.rounded = [], []
-                original = LanguageModel(Checkpoint(self.source.config, self._read("", again=True), FLOAT), "float")
-                self.refined = whole.refined(self.recipe, original, self.config, parts, self.batches, self.choices)
-            return self.refined[number] if self.refined else self._part(number)
-
-    def _part(self, number: int) -> Values:
-        if number == 0:
-            return self._embedding()
-        return self._layer(number - 1) if number <= self.config.n_layers else self._end()
-
-    def each(self, progress: Progress | None = None) -> Iterator[dict[str, Value]]:
-        """Every part in order."""
-        for number in range(self.count):
-            yield self.make(number)
-            if progress:
-                progress(number + 1, self.count)
-
-    def streams(self) -> dict[str, Tensor]:
-        """What the next part needs of those before it."""
-        named = {"seen": self.seen, "rounded": self.rounded}
-        return {f"{name}.{batch}": h for name, stream in named.items() for batch, h in enumerate(stream)}
-
-    def restore(self, finished: int, streams: Tensors) -> None:
-        """Go on after ``finished`` parts, with the streams that they left."""
-        for name, stream in (("seen", self.seen), ("rounded", self.rounded)):
-            inside = under(f"{name}.", streams) if finished else {}
-            stream += [inside[str(batch)].to(self.device) for batch in range(len(inside))]
-
-    def _embedding(self) -> Values:
-        name = "embedding.weight"
-        table = self._read(name)[name]
-        quantized = self._quantize_ends({name: table}, name)
-        if calibrated_sites(self.recipe, self.config):
-            rows = [self.ends({name: table[ids.flatten()]})[name] for ids in self.batches]
-            self.seen = [part.float().reshape(*ids.shape, -1) for part, ids in zip(rows, self.batches, strict=True)]
-        if needs_inputs(self.recipe):
-            self.rounded = [ops.embedding(ids, quantized[name], torch.float32) for ids in self.batches]
-        return quantized
-
-    def _layer(self, layer: int) -> Values:
-        prefix = f"layers.{layer}."
-        kind, read = self.config.blocks[layer], under(prefix, self._read(prefix))
-        observed = self._observed(layer, read)
-        tensors = transform.apply(self.recipe, self.config, kind, read, observed)
-        maps = self._take_maps(prefix, tensors)
-        scales_found: dict[str, Tensor] = {}
-        tuned = self.recipe.tune is not None and not learn.aims_at_logits(self.recipe)
-        if self.seen:
-            block = build_block(self.config, layer, tensors, site_tensors=maps)
-            statistics = attach(block.sites.values(), self.specs)
-            entering = list(self.seen) if tuned else []
-            run_layer(block, self.seen)
-            scales_found = self._scales_of(statistics)
-        grams = self._grams(layer, tensors)
-        quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
-        if self.seen and tuned:
-            specs, start = under(prefix, self.specs), under(prefix, scales_found)
-            student = build_block(self.config, layer, under(prefix, quantized), specs, start, "simulate")
-            scales_found |= learn.tune(self.recipe, block, student, entering)
-        if self.rounded:
-            run_layer(build_block(self.config, layer, under(prefix, quantized)), self.rounded)
-        return {**scales_found, **quantized}
-
-    def _end(self) -> Values:
-        tensors = self._read("final_norm.weight")
-        if not self.config.tie_embeddings:
-            name = "embedding.weight" if self.shares_table else "head.weight"
-            tensors["head.weight"] = self._read(name, again=self.shares_table)[name]
-        few = {name: part[:1] if part.ndim > 1 else part for name, part in tensors.items()}
-        final_norm = self.ends(few)["final_norm.weight"]
-        site = head_site(self.config)
-        statistics = attach([site], self.specs)
-        watch_head(self.config, final_norm, self.seen, site)
-        scales_found = self._scales_of(statistics)
-        grams: dict[str, Gram] = {}
-        if "head.weight" in tensors:
-            grams = self._watched_grams([site], tensors)
-            watch_head(self.config, final_norm, self.rounded, site)
-        return {**scales_found, **self._quantize_ends(tensors, "head.weight", grams)}
-
-    def _quantize_ends(self, tensors: Tensors, table: str, grams: Grams = None) -> Values:
-        """Transformed and quantized, the table some of its rows at a time unless rows share a scale: in float32 it may
-        be larger than all of the result.
-        """
-        every_row, spec = tensors.get(table), self.specs.get(table)
-        if every_row is None or (spec and not Partition(spec.granularity, self.layouts[table]).row_by_row):
-            return self._quantize(self.ends(tensors), grams)
-        parts = []
-        for rows in every_row.split(max(1, TABLE_BLOCK // every_row.shape[-1])):
-            layout = {table: self.layouts[table].of_rows(len(rows))}
-            parts.append(self._quantize(self.ends({**tensors, table: rows}), grams, layout))
-        return parts[0] | {table: join_rows([part[table] for part in parts])}
-
-    def _scales_of(self, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
-        searched = [name for name in statistics if scales.searched_by_output(self.specs[name])]
-        self.choices |= {name: scales.choices(statistics[name], self.specs[name]) for name in searched}
-        return scales_of(statistics, self.specs)
-
-    def _observed(self, layer: int, tensors: Tensors) -> dict[str, Statistics]:
-        """What the recipe's transforms need to know of a layer as it is, by site (``mixer.u``)."""
-        prefix = f"layers.{layer}."
-        needed = transform.needs(self.recipe, self.config.blocks[layer])
-        if not needed:
-            return {}
-        block = build_block(self.config, layer, tensors)
-        wanted = {prefix + site: spec for site, spec in needed.items()}
-        statistics = attach(block.sites.values(), wanted, transform.Observed)
-        watch_layer(block, self.seen)
-        return under(prefix, statistics)
-
-    def _grams(self, layer: int, tensors: Tensors) -> dict[str, Gram]:
-        """What the layer's weights multiply when all layers before it are quantized."""
-        if not self.rounded:
-            return {}
-        block = build_block(self.config, layer, tensors)
-        prefix = f"layers.{layer}."
-        grams = self._watched_grams(block.sites.values(), {prefix + name: tensors[name] for name in tensors})
-        watch_layer(block, self.rounded)
-        return grams
-
-    def _watched_grams(self, sites: Iterable[Site], tensors: Tensors) -> dict[str, Gram]:
-        """Observers for the inputs of those of the weights that the recipe quantizes."""
-        weights = [name for name in tensors if name in self.specs] if self.rounded else []
-        return attach_grams(sites, {name: self._input_of(name) for name in weights})
-
-    def _input_of(self, weight: str) -> str:
-        """Full name of the site that a weight reads; empty if it reads none."""
-        reads = self.sites[weight].reads
-        return weight[: weight.index("mixer.")] + reads if reads.startswith("mixer.") else reads
-
-    def _take_maps(self, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the index maps that transforms left out of the tensors; those of sites that the recipe makes ragged."""
-        maps = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".index")}
-        sites = {name: self.specs.get(prefix + name.removesuffix(".index")) for name in maps}
-        return {name: maps[name] for name, spec in sites.items() if spec is not None and spec.granularity.ragged}
-
-    def _read(self, prefix: str, again: bool = False) -> dict[str, Tensor]:
-        with torch.device("cpu"):
-            read = self.source.tensors(prefix)
-        tensors = {name: tensor.to(self.device) for name, tensor in read.items()}
-        self.bytes_read += 0 if again else sum(tensor.nbytes for tensor in tensors.values())
-        return tensors
-
-    def _quantize(self, tensors: Tensors, grams: Grams = None, rows: dict[str, Layout] | None = None) -> Values:
-        return quantize_tensors(self.recipe, tensors, self.specs, self.layouts | (rows or {}), grams)
-
-
 def random_model(shape_name: str, recipe_name: str, progress: Progress | None = None) -> Model:
     """A published shape with random weights, quantized in memory with scales from 2 x 64 random tokens."""
     config, recipe = shape(shape_name), Recipe.read(recipe_name)
@@ -380,14 +177,6 @@ def random_model(shape_name: str, recipe_name: str, progress: Progress | None = 
     tensors = {name: value for name, value in everything.items() if name not in sites}
     site_tensors = {name: value for name, value in sites.items() if isinstance(value, Tensor)}
     return Model(Checkpoint(parts.config, tensors, recipe, site_tensors))
-
-
-def calibrated_sites(recipe: Recipe, config: ModelConfig) -> list[str]:
-    """Sites whose values must be seen beforehand: those with a static scale, and those that transforms look at."""
-    looked_at = [
-        f"layers.{layer}.{site}" for layer, kind in enumerate(config.blocks) for site in transform.needs(recipe, kind)
-    ]
-    return [*recipe.static_sites(config.blocks), *looked_at]
 
 
 def _must_see(recipe: Recipe, config: ModelConfig) -> str:

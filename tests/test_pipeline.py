@@ -20,7 +20,7 @@ from judged import SHIPPED, model_folders
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of, write_tiny_folder
 
 import squamata
-from squamata import pipeline
+from squamata import parts
 from squamata.errors import SquamataError
 from squamata.evaluate import perplexity
 from squamata.kernels.dispatch import use_backend
@@ -30,7 +30,8 @@ from squamata.load.source import open_source
 from squamata.load.tokenizer import Tokenizer
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
-from squamata.pipeline import QuantizedParts, load, quantize
+from squamata.parts import QuantizedParts
+from squamata.pipeline import load, quantize
 from squamata.save.read import read_checkpoint
 from squamata.save.write import write_checkpoint
 from squamata.scales.statistics import Statistics
@@ -397,7 +398,7 @@ def test_seed_changes_the_sample_and_the_scales(tiny_mamba1: Path, tmp_path: Pat
 def test_a_table_dealt_with_some_rows_at_a_time_is_the_same(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, ids = config_of("mamba2"), random_ids(config_of("mamba2"), 2, 40)
     whole = list(QuantizedParts(RandomSource(config), Recipe.read(recipe), [ids]).each())
-    monkeypatch.setattr(pipeline, "TABLE_BLOCK", 7 * config.d_model)  # the last rows do not fill a block
+    monkeypatch.setattr(parts, "TABLE_BLOCK", 7 * config.d_model)  # the last rows do not fill a block
     some = list(QuantizedParts(RandomSource(config), Recipe.read(recipe), [ids]).each())
     for ours, theirs in zip(some, whole, strict=True):
         assert ours.keys() == theirs.keys()

@@ -17,7 +17,7 @@ from squamata.load.random_model import random_tensors
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
-from squamata.pipeline import QuantizedParts
+from squamata.parts import QuantizedParts
 from squamata.spec.quant import SITE_PARTS
 from squamata.spec.recipe import Recipe
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from squamata.cli.output import JsonFile, check_files, check_json, interval, progress, table, write_json
+from squamata.cli.output import Device, JsonFile, check_files, check_json, interval, progress, table, write_json
 from squamata.errors import SquamataError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def evaluate(
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Holds TASK.jsonl of the tasks.")] = None,
     limit: Annotated[int | None, typer.Option(help="First so many examples of LAMBADA and of each task.")] = None,
+    device: Annotated[Device, typer.Option(help="cpu: the integer kernels; cuda: simulated.")] = Device.cpu,
     json_file: JsonFile = None,
 ) -> None:
     """Judge a model: perplexity of a text, KL and agreement with another model, LAMBADA, multiple-choice tasks."""
@@ -47,11 +48,14 @@ def evaluate(
         raise SquamataError("--tasks needs --data FOLDER, the folder that holds their JSONL files")
     check_files(text, lambada)
     from squamata import pipeline
+    from squamata.run.device import check_device
+    from squamata.run.simulated import placed
 
-    loaded = pipeline.load(model)
-    found: dict[str, Any] = {"model": model, "recipe": loaded.checkpoint.recipe.name}
+    check_device(device.value)
+    loaded = placed(pipeline.load(model), device.value)
+    found: dict[str, Any] = {"model": model, "recipe": loaded.checkpoint.recipe.name, "device": device.value}
     if text is not None:
-        reference = None if against is None else pipeline.load(against)
+        reference = None if against is None else placed(pipeline.load(against), device.value)
         with progress(f"perplexity, {mode.value}") as advance:
             result = pipeline.evaluate(loaded, text, reference, window, max_tokens, mode.value, progress=advance)
         found |= result.to_dict() | {"against": against, "text": text}

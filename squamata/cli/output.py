@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,13 @@ LONGEST_UNBROKEN = 32  # characters of a cell; columns with longer ones are the 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file, as JSON.")
 ]
+
+
+class Device(StrEnum):
+    """Where models run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 def stdout() -> Console:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squamata.cli.output import JsonFile, check_json, progress, size, table, write_json
+from squamata.cli.output import Device, JsonFile, check_json, progress, size, table, write_json
 from squamata.errors import SquamataError
 
 if TYPE_CHECKING:
     from squamata.cli.gpu_profile import GpuProfile
     from squamata.evaluate.profile import Profile
     from squamata.models.lm import LanguageModel
-
-
-class Device(StrEnum):
-    """Where the model runs."""
-
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 def profile(

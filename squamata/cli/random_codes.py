@@ -37,7 +37,7 @@ def random_checkpoint(config: ModelConfig, recipe: Recipe, device: str, seed: in
             with torch.device("cpu"):
                 drawn = {name: _random_tensor(config, name, size)}
                 quantized = quantize_tensors(recipe, drawn, specs, layouts)
-            tensors[name] = moved(quantized[name], device)
+            tensors[name] = quantized[name].to(device)
         elif name in specs:
             tensors[name] = _random_codes(size, specs[name], Partition(specs[name].granularity, layouts[name]), device)
         else:
@@ -85,10 +85,3 @@ def _random_sites(config: ModelConfig, specs: Mapping[str, QuantSpec], device: s
                 SITE_RANGE.get(name.rsplit(".", 1)[-1], 4.0) / spec.span, device=device
             )
     return found
-
-
-def moved(value: Value, device: str) -> Value:
-    """The value on another device."""
-    if isinstance(value, QTensor):
-        return QTensor(value.data.to(device), value.scale.to(device), value.spec, value.second, value.length)
-    return value.to(device)

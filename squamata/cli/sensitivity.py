@@ -12,6 +12,7 @@ import yaml
 
 from squamata.cli.evaluate import EvaluationMode
 from squamata.cli.output import (
+    Device,
     JsonFile,
     check_files,
     check_json,
@@ -73,6 +74,7 @@ def sensitivity(
     samples: Annotated[int | None, typer.Option(help="Calibration documents; the recipe says how many.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of each; the recipe says how many.")] = None,
     seed: Annotated[int, typer.Option(help="Of the calibration draw and the search.")] = 0,
+    device: Annotated[Device, typer.Option(help="cpu: the integer kernels; cuda: simulated.")] = Device.cpu,
     budget_bytes: Annotated[int | None, typer.Option(help="Mix two recipes: stored bytes of the model.")] = None,
     budget_bits: Annotated[float | None, typer.Option(help="The same, in stored bits a parameter.")] = None,
     upgrade: Annotated[str, typer.Option(help="The recipe of the better form.")] = "float",
@@ -92,13 +94,15 @@ def sensitivity(
     from squamata.report.forms import CalibrationChoice
     from squamata.report.page import check_out, write_page
     from squamata.report.sensitivity import Judge, as_data, measure_sensitivity
+    from squamata.run.device import check_device
 
     check_out(out)
-    drawn = CalibrationChoice(calibration_of(model, calibration), samples, length, seed)
+    check_device(device.value)
+    drawn = CalibrationChoice(calibration_of(model, calibration), samples, length, seed, device.value)
     with progress("calibrating and quantizing") as advance:
         advance(0, 1)
         forms = _forms(model, recipe, budget, drawn)
-    judging = Judge.of(model, text, verbs(), window, max_tokens, mode.value)
+    judging = Judge.of(model, text, verbs(), window, max_tokens, mode.value, device.value)
     with progress(f"one {per.value} at a time") as advance:
         measured = measure_sensitivity(forms, "low", per.value, judging, advance)
     _show(model, recipe, measured)

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from squamata.cli.output import JsonFile, check_files, check_json, interval, note, progress, size, table, write_json
+from squamata.cli.output import (
+    Device,
+    JsonFile,
+    check_files,
+    check_json,
+    interval,
+    note,
+    progress,
+    size,
+    table,
+    write_json,
+)
 from squamata.errors import SquamataError
 from squamata.models.config import ModelConfig
 from squamata.spec.recipe import Recipe
@@ -30,6 +41,9 @@ def run(
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Measure on this Ray cluster ('auto': the one here).")
     ] = None,
+    device: Annotated[
+        Device, typer.Option(help="cpu: the integer kernels; cuda: simulated, workers on GPUs in turn.")
+    ] = Device.cpu,
     models: Folder = None,
     data: Folder = None,
     json_file: JsonFile = None,
@@ -41,10 +55,15 @@ def run(
         raise SquamataError(f"--workers must be at least 1, not {workers}")
     from squamata.report.plan import Places, Study
     from squamata.report.study import run_study
+    from squamata.report.workers import Workforce
+    from squamata.run.device import check_device
 
+    if ray is None:
+        check_device(device.value)
+    force = Workforce(workers, ray, device.value)
     study = Study.read(file)
     with progress(f"study {study.name}") as advance:
-        done = run_study(study, Places(file, models, data), out, verbs(), workers, ray, advance)
+        done = run_study(study, Places(file, models, data), out, verbs(), force, advance)
     for line in done.notes:
         note(line)
     show_rows(study.model_dump(mode="json"), done.rows, out)

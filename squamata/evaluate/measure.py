@@ -8,13 +8,31 @@ import torch
 
 from squamata.errors import SquamataError
 
-_LOGITS_AT_ONCE = 2**25  # 128 MiB of float32 logits in one forward pass
 _SOFTMAX_AT_ONCE = 2**21  # 8 MiB of log-probabilities at a time
 
 
-def rows_that_fit(length: int, vocabulary: int) -> int:
-    """How many sequences of this length keep their logits (B, L, V) within the memory set aside for them."""
-    return max(1, _LOGITS_AT_ONCE // (length * vocabulary))
+@dataclass(frozen=True)
+class AtOnce:
+    """How much of a model runs at once where it lives. ``logits``: float32 numbers of a forward pass; ``sequences``
+    that step side by side; ``steps`` whose logits are measured together; ``kept``: bytes of a reference's logits."""
+
+    logits: int = 2**25
+    sequences: int = 32
+    steps: int = 1
+    kept: int = 2**30
+
+    def rows(self, length: int, vocabulary: int) -> int:
+        """How many sequences of this length keep their logits (B, L, V) within the memory set aside for them."""
+        return max(1, self.logits // (length * vocabulary))
+
+
+HOST, ACCELERATOR = AtOnce(), AtOnce(logits=2**27, sequences=256, steps=16, kept=2**32)
+
+
+def at_once(model: object) -> AtOnce:
+    """What suits the place where a model lives: the host's memory, unless it says that its device is another."""
+    device: torch.device | None = getattr(model, "device", None)
+    return HOST if device is None or device.type == "cpu" else ACCELERATOR
 
 
 @dataclass(frozen=True)

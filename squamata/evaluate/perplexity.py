@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,16 +14,13 @@ import numpy as np
 import torch
 
 from squamata.errors import SquamataError, nearest
-from squamata.evaluate.measure import Measured, measure, rows_that_fit
+from squamata.evaluate.measure import AtOnce, Measured, at_once, measure
 from squamata.evaluate.result import Result
 from squamata.evaluate.uncertainty import FEWEST_UNITS, Interval, ratio_interval
-from squamata.evaluate.windows import Batch, Corpus, Progress, batches, cut, tokenizer_of
-from squamata.text import read_documents
+from squamata.evaluate.windows import Batch, Corpus, Progress, batches, corpus_of, tokenizer_of
 
 if TYPE_CHECKING:
     from squamata.models.lm import LanguageModel
-
-_RECURRENT_ROWS = 32  # windows that step side by side
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Evaluation(Result):
 
 def evaluate(
     model: LanguageModel,
-    text: str | Path | Sequence[str],
+    text: str | Path | Sequence[str] | Corpus,
     against: LanguageModel | None = None,
     window: int = 2048,
     max_tokens: int | None = None,
@@ -70,21 +68,19 @@ def evaluate(
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Judge a model on a text: a ``.txt`` or ``.jsonl`` file, or a list of documents.
+    """Judge a model on a text: a ``.txt`` or ``.jsonl`` file, a list of documents, or a corpus that is ``cut`` already.
 
     Windows of ``window`` tokens do not overlap, and each starts from a fresh state. ``mode``: ``parallel`` runs a
     window in one forward pass, ``recurrent`` token by token through the (quantized) state. ``batch``: windows side by
     side; by default as many as memory for their logits allows. The reference runs in the same mode. SquamataError for
     a bad file, a text of fewer than two tokens, models of different vocabularies, and logits that are not finite.
     """
-    runner = _runner(mode, model.config.vocab_size, batch)
-    tokenizer = tokenizer_of(model)
+    runner = _runner(mode, model.config.vocab_size, batch, at_once(model))
     if against is not None and against.config.vocab_size != model.config.vocab_size:
         sizes = f"{model.config.vocab_size} and {against.config.vocab_size}"
         raise SquamataError(f"the two models have vocabularies of {sizes} tokens: compare models that share one")
     started = time.perf_counter()
-    documents = read_documents(text) if isinstance(text, str | Path) else text
-    corpus = cut(documents, tokenizer, window, max_tokens)
+    corpus = text if isinstance(text, Corpus) else corpus_of(text, tokenizer_of(model), window, max_tokens)
     sums = _unit_sums(corpus, _measurements(corpus, model, against, runner, progress))
     return _summarize(corpus, sums, mode, window, time.perf_counter() - started)
 
@@ -98,13 +94,14 @@ class _Runner:
     mixed_lengths: bool
 
 
-def _runner(mode: str, vocabulary: int, batch: int | None) -> _Runner:
+def _runner(mode: str, vocabulary: int, batch: int | None, some: AtOnce) -> _Runner:
     if batch is not None and batch < 1:
         raise SquamataError(f"batch must be at least 1, not {batch}")
     if mode == "parallel":
-        return _Runner(_one_pass, lambda length: batch or rows_that_fit(length, vocabulary), mixed_lengths=False)
+        return _Runner(_one_pass, lambda length: batch or some.rows(length, vocabulary), mixed_lengths=False)
     if mode == "recurrent":
-        return _Runner(_step_by_step, lambda length: batch or _RECURRENT_ROWS, mixed_lengths=True)
+        stepping = partial(_step_by_step, steps=some.steps)
+        return _Runner(stepping, lambda length: batch or some.sequences, mixed_lengths=True)
     raise SquamataError(f"no evaluation mode '{mode}'{nearest(mode, ('parallel', 'recurrent'))}")
 
 
@@ -112,10 +109,10 @@ def _one_pass(model: LanguageModel, ids: torch.Tensor) -> Iterator[torch.Tensor]
     yield model(ids)
 
 
-def _step_by_step(model: LanguageModel, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+def _step_by_step(model: LanguageModel, ids: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
     cache = model.new_cache(batch=len(ids))
-    for position in range(ids.shape[1]):
-        yield model.step(ids[:, position], cache)[:, None]
+    for positions in ids.split(steps, dim=1):
+        yield torch.stack([model.step(column, cache) for column in positions.unbind(1)], dim=1)
 
 
 def _measurements(
@@ -143,12 +140,13 @@ def _measure_piece(
     mask = batch.mask[:, here]
     rows = torch.tensor(batch.windows)[:, None].expand_as(mask)[mask]
     kept_reference = None if reference is None else _kept(reference, mask)
-    measured = measure(_kept(logits, mask), batch.targets[:, here][mask], kept_reference)
+    measured = measure(_kept(logits, mask), batch.targets[:, here][mask].to(logits.device), kept_reference)
     return rows, measured
 
 
 def _kept(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return logits.flatten(0, 1) if mask.all() else logits[mask]  # (n, V), no copy when nothing is padding
+    """(n, V), no copy when nothing is padding."""
+    return logits.flatten(0, 1) if mask.all() else logits[mask.to(logits.device)]
 
 
 def _unit_sums(corpus: Corpus, measurements: Iterator[tuple[torch.Tensor, Measured]]) -> UnitSums:
@@ -160,7 +158,7 @@ def _unit_sums(corpus: Corpus, measurements: Iterator[tuple[torch.Tensor, Measur
         columns = (ones, measured.nats, measured.kl, measured.agrees)
         for total, values in zip(by_window, columns, strict=True):
             if values is not None:
-                total.index_add_(0, rows, values)
+                total.index_add_(0, rows, values.cpu())
     kind = "windows" if corpus.documents < FEWEST_UNITS else "documents"
     if kind == "documents":
         documents = torch.tensor([window.document for window in corpus.windows])

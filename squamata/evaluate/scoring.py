@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from squamata.errors import SquamataError
-from squamata.evaluate.measure import measure, rows_that_fit
+from squamata.evaluate.measure import HOST, measure
 from squamata.evaluate.windows import Progress, Tokenizer, Window, batches
 from squamata.text import read_rows
 
@@ -54,9 +54,9 @@ def score(model: LanguageModel, requests: Sequence[Request], progress: Progress 
     windows = [Window(number, item.ids) for number, item in enumerate(requests)]
     scores: dict[int, Score] = {}
     vocabulary = model.config.vocab_size
-    for batch in batches(windows, lambda length: rows_that_fit(length, vocabulary), mixed_lengths=True):
+    for batch in batches(windows, lambda length: HOST.rows(length, vocabulary), mixed_lengths=True):
         with torch.no_grad():
-            logits = model(batch.ids)  # (B, L, V)
+            logits = model(batch.ids).cpu()  # (B, L, V)
         for row, number in enumerate(batch.windows):
             end = windows[number].predicted
             answer = slice(end - requests[number].scored, end)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from squamata.errors import SquamataError
+from squamata.text import read_documents
 
 if TYPE_CHECKING:
     from squamata.models.lm import LanguageModel
@@ -104,6 +106,14 @@ def cut(documents: Sequence[str], tokenizer: Tokenizer, window: int, max_tokens:
     if kept < 2:
         raise SquamataError("the text is shorter than 2 tokens, too short to judge a model by: give a longer one")
     return Corpus(tuple(windows), used, text_bytes)
+
+
+def corpus_of(
+    text: str | Path | Sequence[str], tokenizer: Tokenizer, window: int, max_tokens: int | None = None
+) -> Corpus:
+    """A ``.txt`` or ``.jsonl`` file, or documents, ``cut``."""
+    documents = read_documents(text) if isinstance(text, str | Path) else text
+    return cut(documents, tokenizer, window, max_tokens)
 
 
 def batches(windows: Sequence[Window], rows: Callable[[int], int], mixed_lengths: bool) -> Iterator[Batch]:

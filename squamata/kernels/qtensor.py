@@ -77,6 +77,11 @@ class QTensor:
         second = None if self.second is None else self._per_element(self.second)
         return CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), second, self.spec, dtype)
 
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same on another device."""
+        second = None if self.second is None else self.second.to(device)
+        return QTensor(self.data.to(device), self.scale.to(device), self.spec, second, self.length)
+
     @property
     def nbytes(self) -> int:
         second = 0 if self.second is None else self.second.nbytes

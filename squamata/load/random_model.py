@@ -38,16 +38,6 @@ def random_tensors(
     }
 
 
-@dataclass(frozen=True)
-class RandomSource:
-    """Random float tensors of a shape, made a layer at a time."""
-
-    config: ModelConfig
-
-    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        return random_tensors(self.config, prefix=prefix)
-
-
 def _initial(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))  # torch's CPU generator keeps 32 bits
     if name.endswith((".D", "norm.weight")):

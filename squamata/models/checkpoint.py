@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from squamata.kernels.qtensor import Value
@@ -30,6 +31,12 @@ class Checkpoint:
     site_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+
+    def on(self, device: torch.device | str) -> Checkpoint:
+        """The same with every tensor on a device."""
+        tensors = {name: value.to(device) for name, value in self.tensors.items()}
+        site_tensors = {name: tensor.to(device) for name, tensor in self.site_tensors.items()}
+        return replace(self, tensors=tensors, site_tensors=site_tensors)
 
 
 def under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def levels_of(site: Site) -> np.ndarray:
         return np.zeros(0)
     smallest, largest = site.spec.code_range
     codes = torch.arange(smallest, largest + 1, dtype=torch.float32)
-    second = None if site.second is None else site.second.float().median()
-    values = QTensor(codes, site.scale.float().median(), site.spec, second).dequantize()
+    second = None if site.second is None else site.second.float().median().cpu()
+    values = QTensor(codes, site.scale.float().median().cpu(), site.spec, second).dequantize()
     return np.unique(values.numpy().astype(np.float64))
 
 
@@ -105,6 +105,6 @@ def _widen(ranges: dict[str, tuple[float, float]]) -> Callable[[Site, Tensor], N
 def _count(ranges: dict[str, tuple[float, float]], counts: dict[str, Tensor]) -> Callable[[Site, Tensor], None]:
     def see(site: Site, x: Tensor) -> None:
         low, high = ranges[site.name]
-        counts[site.name] += torch.histc(x.detach().float(), BINS, low, max(high, low + 1e-12)).double()
+        counts[site.name] += torch.histc(x.detach().float(), BINS, low, max(high, low + 1e-12)).double().cpu()
 
     return see

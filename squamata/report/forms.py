@@ -29,12 +29,13 @@ FLOAT = "float"
 @dataclass(frozen=True)
 class CalibrationChoice:
     """What ``quantize`` is told of calibration: a text (None where no recipe needs one), its draw, the recipe's
-    numbers unless given."""
+    numbers unless given; ``device``: where it is computed."""
 
     text: Path | None = None
     samples: int | None = None
     length: int | None = None
     seed: int = 0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Forms:
 
 def _make(model: str, recipe: Recipe, calibration: CalibrationChoice, verbs: Verbs, out: Path) -> tuple[Form, Model]:
     drawn = (calibration.text, calibration.samples, calibration.length, calibration.seed)
-    verbs.quantize(model, recipe, out, *drawn)
+    verbs.quantize(model, recipe, out, *drawn, device=calibration.device, recoverable=False)
     loaded = verbs.load(out)
     stored = dict(tensor_bytes(loaded))
     for name, tensor in loaded.checkpoint.site_tensors.items():

@@ -12,12 +12,13 @@ from squamata import __version__
 from squamata.errors import SquamataError, about
 from squamata.evaluate.size import bytes_by_part
 from squamata.memory import peak_rss_bytes
+from squamata.models.lm import LanguageModel
 from squamata.report.distributions import observe_distributions
 from squamata.report.plan import RowPlan
 from squamata.report.reference import References, beginning, parameter_count
 from squamata.report.rows import Arrays, pack_sums
 from squamata.report.verbs import Verbs
-from squamata.run.model import Model
+from squamata.run.simulated import described, placed
 
 DISTRIBUTION_TOKENS = 2048
 
@@ -34,30 +35,33 @@ class Outcome:
     error: str | None = None
 
 
-def measure_row(plan: RowPlan, verbs: Verbs, scratch: Path | None = None) -> Outcome:
+def measure_row(plan: RowPlan, verbs: Verbs, scratch: Path | None = None, device: str = "cpu") -> Outcome:
     """Measure a row. ``scratch``: where the checkpoint lives meanwhile; the system's folder for such unless given.
+    ``device``: *cpu*, by the integer kernels; *cuda*: the current GPU, by simulation, which they agree with.
 
     What a user can put right becomes the outcome's ``error``: the other rows are still worth measuring.
     """
     try:
         with about(plan.name), tempfile.TemporaryDirectory(dir=scratch) as folder:
-            return _measure(plan, verbs, Path(folder) / "checkpoint")
+            return _measure(plan, verbs, Path(folder) / "checkpoint", device)
     except SquamataError as error:
         return Outcome(plan, error=str(error))
 
 
-def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path) -> Outcome:
+def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outcome:
     started = time.perf_counter()
-    done = verbs.quantize(plan.model, plan.recipe, checkpoint, plan.calibration, seed=plan.seed)
+    options = {"seed": plan.seed, "device": device, "recoverable": False}
+    done = verbs.quantize(plan.model, plan.recipe, checkpoint, plan.calibration, **options)
     model = verbs.load(checkpoint)
     quantized = time.perf_counter()
-    evaluations, details = _judge(plan, verbs, model)
+    judged_model = placed(model, device)
+    evaluations, details = _judge(plan, verbs, judged_model, device)
     judged = time.perf_counter()
     distributions = plan.description["distributions"]
     if distributions:
         first = next(iter(plan.texts.values()))
         details |= observe_distributions(
-            model, beginning(first, DISTRIBUTION_TOKENS), distributions, DISTRIBUTION_TOKENS
+            judged_model, beginning(first, DISTRIBUTION_TOKENS), distributions, DISTRIBUTION_TOKENS
         )
     row = {"id": plan.id} | plan.labels | {"seed": plan.seed, "architecture": model.config.architecture}
     row |= {name: evaluations[0][name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
@@ -70,21 +74,23 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path) -> Outcome:
         "provenance": provenance | {"squamata_version": __version__, "calibration_drawn": done.calibration},
         "quantize_seconds": quantized - started,
         "evaluate_seconds": judged - quantized,
+        "measured_on": described(device),
         "peak_rss_bytes": peak_rss_bytes(),
     }
     return Outcome(plan, row, details)
 
 
-def _judge(plan: RowPlan, verbs: Verbs, model: Model) -> tuple[list[dict[str, Any]], Arrays]:
-    """Every text in every mode."""
-    reference = _references.get(plan.model, verbs)
-    max_tokens, window = plan.description["max_tokens"], plan.description["window"]
+def _judge(plan: RowPlan, verbs: Verbs, model: LanguageModel, device: str) -> tuple[list[dict[str, Any]], Arrays]:
+    """Every text in every mode that is asked of it."""
+    reference = _references.get(plan.model, verbs, device)
+    max_tokens, window, modes = (plan.description[name] for name in ("max_tokens", "window", "modes"))
     evaluations: list[dict[str, Any]] = []
     details: Arrays = {}
     for label, path in plan.texts.items():
-        documents = beginning(path, max_tokens)
-        for mode in plan.description["modes"]:
-            judged = verbs.evaluate(model, documents, reference, window, max_tokens, mode)
-            details |= pack_sums(len(evaluations), judged.sums)
-            evaluations.append({"text": label} | judged.to_dict())
+        corpus = _references.corpus(path, window, max_tokens)
+        for mode in modes:
+            if isinstance(modes, list) or label in modes[mode]:
+                judged = verbs.evaluate(model, corpus, reference, window, max_tokens, mode)
+                details |= pack_sums(len(evaluations), judged.sums)
+                evaluations.append({"text": label} | judged.to_dict())
     return evaluations, details

@@ -18,7 +18,7 @@ YAML form::
     text: wikitext2-test.txt               # or 'bundled', or {label: path}
     max_tokens: 16384
     window: 512
-    modes: [parallel, recurrent]
+    modes: [parallel, recurrent]           # or which texts in which: {parallel: [a, b], recurrent: [a]}
     distributions: ["layers.0.mixer.u"]    # histograms of what lands there
     baseline: {recipe: quamba-w8a8}        # what the others are compared with; else the first row of a model
 """
@@ -43,6 +43,8 @@ from squamata.report.rules import Change, changed_specs, rules_for
 from squamata.report.verbs import Verbs
 from squamata.spec.quant import Data
 from squamata.spec.recipe import Calibration, Recipe
+
+ModeName = Literal["parallel", "recurrent"]
 
 AS_IT_IS = "as it is"  # the override that changes nothing
 BUNDLED = {"calibration": "calibration.jsonl", "text": "excerpt.jsonl"}
@@ -89,7 +91,7 @@ class Study(Data):
     text: Annotated[dict[str, str], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     window: Annotated[int, Field(ge=1)] = 2048
-    modes: Annotated[tuple[Literal["parallel", "recurrent"], ...], Field(min_length=1)] = ("parallel",)
+    modes: Annotated[tuple[ModeName, ...] | dict[ModeName, tuple[str, ...]], Field(min_length=1)] = ("parallel",)
     distributions: tuple[str, ...] = ()
     baseline: Baseline | None = None
 
@@ -122,7 +124,16 @@ class Study(Data):
         except ValidationError as error:
             raise SquamataError(f"{path}: {_first_problem(error)}") from None
         study._refuse_unknown_recipes(str(path))
+        study._refuse_unknown_texts(str(path))
         return study
+
+    def _refuse_unknown_texts(self, origin: str) -> None:
+        named = self.modes.values() if isinstance(self.modes, dict) else ()
+        for label in (label for labels in named for label in labels):
+            if label not in self.text:
+                raise SquamataError(f"{origin}: modes: '{label}' is no text of this study{nearest(label, self.text)}")
+        if isinstance(self.modes, dict) and not any(named):
+            raise SquamataError(f"{origin}: modes: name the texts to judge on, as in {{parallel: [a, b]}}")
 
     def _refuse_unknown_recipes(self, origin: str) -> None:
         named = [name for override in self.overrides for name in override.recipes or ()]
@@ -207,6 +218,8 @@ class _Planner:
     def __init__(self, study: Study, places: Places, verbs: Verbs) -> None:
         self.study, self.places, self.verbs = study, places, verbs
         self.texts = {label: places.text(path, "text") for label, path in study.text.items()}
+        modes = study.modes
+        self.modes = {mode: list(texts) for mode, texts in modes.items()} if isinstance(modes, dict) else list(modes)
         self.prints = _Fingerprints()
         self.rows: list[RowPlan] = []
         self.notes: list[str] = []
@@ -267,7 +280,7 @@ class _Planner:
             "text_sha256": {label: self.prints.file(Path(path)) for label, path in self.texts.items()},
             "max_tokens": study.max_tokens,
             "window": study.window,
-            "modes": list(study.modes),
+            "modes": self.modes,
             "distributions": list(study.distributions),
         }
 
@@ -280,7 +293,7 @@ def _read_recipe(name: str, study: Path) -> Recipe:
 def _meaning(recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
     """What a recipe does to this model, whatever rules say so."""
     specs = {site: spec.model_dump(mode="json") for site, spec in recipe.resolve(config.blocks).items()}
-    return recipe.model_dump(mode="json", include={"transforms", "weights"}) | {"specs": specs}
+    return recipe.model_dump(mode="json", include={"transforms", "weights", "tune"}) | {"specs": specs}
 
 
 def vary(recipe: Recipe, reference: str, override: Override, config: ModelConfig, origin: Path) -> Recipe:

@@ -10,13 +10,15 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from squamata.evaluate.measure import at_once
+from squamata.evaluate.windows import Corpus, corpus_of, tokenizer_of
 from squamata.load.source import open_source
 from squamata.models.config import parameter_shapes
 from squamata.models.lm import Cache, LanguageModel
 from squamata.report.verbs import Verbs
+from squamata.run.simulated import placed
 from squamata.text import read_documents
 
-KEPT_BYTES = 2**30
 CHARACTERS_A_TOKEN = 40  # a document is cut to this many a token that is wanted, before it is tokenised
 
 
@@ -27,9 +29,9 @@ class Remembering:
     all the tokens before them. What is not kept any more is computed, a step by stepping through its tokens again.
     """
 
-    def __init__(self, model: LanguageModel, budget: int = KEPT_BYTES) -> None:
+    def __init__(self, model: LanguageModel, budget: int | None = None) -> None:
         self._model = model
-        self._left = budget
+        self._left = at_once(model).kept if budget is None else budget
         self._kept: dict[str, Tensor] = {}
         self.computed = 0
 
@@ -82,18 +84,29 @@ class _Past:
 
 
 class References:
-    """The float models of a worker: the last one used, with its logits."""
+    """The float models of a worker: the last one used, with its logits and the texts as it reads them."""
 
     def __init__(self) -> None:
-        self._path: str | None = None
+        self._place: tuple[str, str] | None = None
         self._model: LanguageModel | None = None
+        self._corpora: dict[tuple[str, int, int | None], Corpus] = {}
 
-    def get(self, path: str, verbs: Verbs) -> LanguageModel:
-        if self._path != path or self._model is None:
+    def get(self, path: str, verbs: Verbs, device: str = "cpu") -> LanguageModel:
+        if self._place != (path, device) or self._model is None:
             self._model = None  # before the next is read
-            self._model = remembering(verbs.load(path))
-            self._path = path
+            self._corpora = {}
+            self._model = remembering(placed(verbs.load(path), device))
+            self._place = (path, device)
         return self._model
+
+    def corpus(self, text: str, window: int, max_tokens: int | None) -> Corpus:
+        """The beginning of a text, cut for the last model used."""
+        assert self._model is not None
+        key = (text, window, max_tokens)
+        if key not in self._corpora:
+            tokenizer = tokenizer_of(self._model)
+            self._corpora[key] = corpus_of(beginning(text, max_tokens), tokenizer, window, max_tokens)
+        return self._corpora[key]
 
 
 def remembering(model: LanguageModel) -> LanguageModel:

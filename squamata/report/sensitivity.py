@@ -13,6 +13,7 @@ from squamata.models.lm import LanguageModel
 from squamata.report.forms import Forms, sites_at, units_of
 from squamata.report.reference import beginning, remembering
 from squamata.report.verbs import Verbs
+from squamata.run.simulated import placed
 
 Progress = Callable[[int, int], None]
 
@@ -27,20 +28,24 @@ class Judge:
     window: int = 512
     max_tokens: int | None = None
     mode: str = "parallel"
+    device: str = "cpu"
 
     @classmethod
     def of(
-        cls, model: str, text: str | Path, verbs: Verbs, window: int, max_tokens: int | None, mode: str = "parallel"
-    ) -> Judge:
-        """A judge who compares with the model at this path."""
-        return cls(verbs, beginning(text, max_tokens), remembering(verbs.load(model)), window, max_tokens, mode)
+        cls, model: str, text: str | Path, verbs: Verbs, window: int, max_tokens: int | None, mode: str = "parallel",
+        device: str = "cpu",
+    ) -> Judge:  # fmt: skip
+        """A judge who compares with the model at this path; ``device``: where all models run, see ``run.simulated``."""
+        reference = remembering(placed(verbs.load(model), device))
+        return cls(verbs, beginning(text, max_tokens), reference, window, max_tokens, mode, device)
 
     def on(self, text: str | Path) -> Judge:
         """The same judge on another text."""
         return replace(self, documents=beginning(text, self.max_tokens))
 
     def __call__(self, model: LanguageModel) -> Evaluation:
-        return self.verbs.evaluate(model, self.documents, self.reference, self.window, self.max_tokens, self.mode)
+        twin = placed(model, self.device)
+        return self.verbs.evaluate(twin, self.documents, self.reference, self.window, self.max_tokens, self.mode)
 
 
 @dataclass(frozen=True)

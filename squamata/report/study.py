@@ -12,8 +12,9 @@ from squamata.report.measure import Outcome
 from squamata.report.plan import Places, Study, plan_rows
 from squamata.report.rows import append_row, locked, read_rows, read_study, write_parquet, write_plan
 from squamata.report.verbs import Verbs
-from squamata.report.workers import measure_all
+from squamata.report.workers import Workforce, measure_all
 
+ALONE = Workforce()
 SCRATCH = "scratch"  # checkpoints while they are judged
 
 
@@ -33,8 +34,7 @@ def run_study(
     places: Places,
     out: Path,
     verbs: Verbs,
-    workers: int = 1,
-    ray_address: str | None = None,
+    force: Workforce = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> StudyRun:
     """Measure the rows of a study that ``out`` does not have yet. SquamataError before any work if a row cannot run.
@@ -52,7 +52,7 @@ def run_study(
         scratch.mkdir()
         failures: list[str] = []
         try:
-            for number, outcome in enumerate(measure_all(waiting, verbs, workers, ray_address, scratch), start=1):
+            for number, outcome in enumerate(measure_all(waiting, verbs, force, scratch), start=1):
                 _keep(out, outcome, failures)
                 if progress is not None:
                     progress(len(plans) - len(waiting) + number, len(plans))

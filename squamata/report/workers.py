@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
@@ -17,27 +19,41 @@ from squamata.errors import SquamataError
 from squamata.report.measure import Outcome, measure_row
 from squamata.report.plan import RowPlan
 from squamata.report.verbs import Verbs
+from squamata.run.simulated import share_devices
 
 INSTALL = "pip install 'squamata[studies]'"
 LIVES = 5  # how often a row begins again on another node of a cluster after its own has gone
 
 
-def measure_all(
-    plans: Sequence[RowPlan], verbs: Verbs, workers: int, ray_address: str | None, scratch: Path
-) -> Iterator[Outcome]:
+@dataclass(frozen=True)
+class Workforce:
+    """Who measures: ``workers`` processes here, or the Ray cluster at ``ray``. ``device``: *cpu*, or *cuda*: the
+    workers share out the GPUs in turn, so there may be several on each."""
+
+    workers: int = 1
+    ray: str | None = None
+    device: str = "cpu"
+
+
+def measure_all(plans: Sequence[RowPlan], verbs: Verbs, force: Workforce, scratch: Path) -> Iterator[Outcome]:
     """The outcome of every row, as each is ready."""
-    if ray_address is not None:
-        yield from _on_ray(plans, verbs, ray_address)
-    elif workers > 1 and len(plans) > 1:
-        yield from _in_processes(plans, verbs, min(workers, len(plans)), scratch)
+    if force.ray is not None:
+        yield from _on_ray(plans, verbs, force.ray, force.device)
+    elif force.workers > 1 and len(plans) > 1:
+        yield from _in_processes(plans, verbs, force, scratch)
     else:
-        yield from (measure_row(plan, verbs, scratch) for plan in plans)
+        yield from (measure_row(plan, verbs, scratch, force.device) for plan in plans)
 
 
-def _in_processes(plans: Sequence[RowPlan], verbs: Verbs, workers: int, scratch: Path) -> Iterator[Outcome]:
+def _in_processes(plans: Sequence[RowPlan], verbs: Verbs, force: Workforce, scratch: Path) -> Iterator[Outcome]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_become_worker) as pool:
-        futures = [pool.submit(measure_row, plan, verbs, scratch) for plan in plans]
+    workers = min(force.workers, len(plans))
+    numbers = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+    begin = (_become_worker, (numbers, force.device))
+    with ProcessPoolExecutor(workers, context, *begin) as pool:
+        futures = [pool.submit(measure_row, plan, verbs, scratch, force.device) for plan in plans]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -49,9 +65,10 @@ def _in_processes(plans: Sequence[RowPlan], verbs: Verbs, workers: int, scratch:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _become_worker() -> None:
-    """One thread for every worker, and no life after the parent's, which may be killed without a word."""
+def _become_worker(numbers: Queue[int], device: str) -> None:
+    """One thread for every worker, and no life after the parent's, which may be killed without a word; its GPU."""
     _calm()
+    share_devices(device, numbers.get())
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -70,8 +87,9 @@ def _calm() -> None:
         numba.set_num_threads(1)
 
 
-def _on_ray(plans: Sequence[RowPlan], verbs: Verbs, address: str) -> Iterator[Outcome]:
-    """Rows as tasks of a cluster; a row whose node dies begins again on another."""
+def _on_ray(plans: Sequence[RowPlan], verbs: Verbs, address: str, device: str) -> Iterator[Outcome]:
+    """Rows as tasks of a cluster, each with a GPU of its own if it needs one; a row whose node dies begins again on
+    another."""
     if importlib.util.find_spec("ray") is None:
         raise SquamataError(f"--ray needs the library 'ray': {INSTALL}")
     import ray
@@ -80,9 +98,9 @@ def _on_ray(plans: Sequence[RowPlan], verbs: Verbs, address: str) -> Iterator[Ou
         ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise SquamataError(f"--ray {address}: no cluster answers there ({str(error).splitlines()[0]})") from None
-    task = ray.remote(num_cpus=1, max_retries=LIVES)(_measure_on_node)
+    task = ray.remote(num_cpus=1, num_gpus=int(device != "cpu"), max_retries=LIVES)(_measure_on_node)
     try:
-        waiting = [task.remote(plan, verbs) for plan in plans]
+        waiting = [task.remote(plan, verbs, device) for plan in plans]
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1)
             yield from ray.get(ready)
@@ -92,6 +110,6 @@ def _on_ray(plans: Sequence[RowPlan], verbs: Verbs, address: str) -> Iterator[Ou
         ray.shutdown()
 
 
-def _measure_on_node(plan: RowPlan, verbs: Verbs) -> Outcome:
+def _measure_on_node(plan: RowPlan, verbs: Verbs, device: str) -> Outcome:
     _calm()
-    return measure_row(plan, verbs)
+    return measure_row(plan, verbs, device=device)

@@ -32,7 +32,8 @@ class Sample:
             self._keys = [torch.empty(0, dtype=torch.float64) for _ in parts]
             self._seen = [0] * len(parts)
         for number, part in enumerate(parts):
-            keys = torch.rand(part.shape[1], generator=self._generator, dtype=torch.float64)
+            keys = torch.rand(part.shape[1], generator=self._generator, dtype=torch.float64, device="cpu")
+            keys = keys.to(part.device)
             old = self._keys[number]
             chosen = keys < old.max() if len(old) == self.size else torch.ones_like(keys, dtype=torch.bool)
             keys = torch.cat([old, keys[chosen]])

@@ -13,7 +13,7 @@ from squamata.kernels.hadamard import Rotation
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
-from squamata.pipeline import QuantizedParts
+from squamata.parts import QuantizedParts
 
 WIDTHS = {"2^k": 32, "12*2^k": 48, "20*2^k": 80, "28*2^k": 56, "40*2^k": 160, "no-matrix": 36}
 COMPOSITIONS = [
