@@ -107,7 +107,7 @@ def main(root: Path) -> int:
     for function in measured:
         if not function.kernel and function.lines > FUNCTION_LINES:
             over.append(f"{function.place}: {function.lines} lines")
-        verb = function.place.startswith("cli/") or function.place.startswith("pipeline.py")  # the same options in Python
+        verb = function.place.startswith(("cli/", "pipeline.py"))  # the same options in Python
         if not function.kernel and not verb and function.parameters > PARAMETERS:
             over.append(f"{function.place}: {function.parameters} parameters")
     print("\n".join(["", "over budget:", *over] if over else ["", "within budget"]))
