@@ -55,8 +55,9 @@ from squamata.text import read_documents
 NEAR = 1e-3  # codes: how far from a tie a value may be that rounds the other way
 SHARE = 1e-5  # of the values of a float site
 CONTESTANTS = {"simulation": ("simulate", "ref"), "reference": ("integer", "ref"), "cpu": ("integer", "cpu")}
-BEFORE_STATE = ("in", "z", "x", "u", "B_conv", "C_conv", "dt_low", "B", "C", "dt")
-AFTER_FLOAT = ("in", "u", "B_conv", "C_conv", "state", "y", "out")  # a norm, SiLU, scan or rotation comes before
+BEFORE_STATE = ("in", "z", "x", "u", "B_conv", "C_conv", "dt_low", "B", "C", "dt", "log_decay", "decay")
+# a norm, SiLU, scan, exponential or rotation comes before
+AFTER_FLOAT = ("in", "u", "B_conv", "C_conv", "log_decay", "decay", "state", "y", "out")
 Class = Literal["exact", "float", "run-time"]
 
 
