@@ -53,11 +53,19 @@ class QuantizedParts:
 
     ``seen``: the calibration stream through the float model, which gives the sites' scales. ``rounded``: the same
     through the layers as they are quantized, which a weight quantizer that sees its inputs works with. Both, and one
-    layer at a time, are on ``device``.
+    layer at a time, are on ``device``. ``progress`` is told of every part, and of the steps of a second pass.
     """
 
-    def __init__(self, source: TensorSource, recipe: Recipe, batches: list[Tensor], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        recipe: Recipe,
+        batches: list[Tensor],
+        device: str = "cpu",
+        progress: Progress | None = None,
+    ) -> None:
         self.source = source
+        self.progress = progress
         self.recipe = recipe
         check_device(device)
         self.device = torch.device(device)
@@ -92,10 +100,15 @@ class QuantizedParts:
         if not whole.needed(self.recipe, self.specs):
             return self._part(number)
         if not self.refined:
-            parts = [self._part(one) for one in range(self.count)]
+            parts = []
+            for one in range(self.count):
+                parts.append(self._part(one))
+                self.tell(one + 1)
             self.seen, self.rounded = [], []
             original = LanguageModel(Checkpoint(self.source.config, self._read("", again=True), FLOAT), "float")
-            self.refined = whole.refined(self.recipe, original, self.config, parts, self.batches, self.choices)
+            self.refined = whole.refined(
+                self.recipe, original, self.config, parts, self.batches, self.choices, self.progress
+            )
         return self.refined[number]
 
     def _part(self, number: int) -> Values:
@@ -103,12 +116,16 @@ class QuantizedParts:
             return self._embedding()
         return self._layer(number - 1) if number <= self.config.n_layers else self._end()
 
-    def each(self, progress: Progress | None = None) -> Iterator[dict[str, Value]]:
+    def each(self) -> Iterator[Values]:
         """Every part in order."""
         for number in range(self.count):
             yield self.make(number)
-            if progress:
-                progress(number + 1, self.count)
+            self.tell(number + 1)
+
+    def tell(self, done: int) -> None:
+        """Say how many parts are done, unless a second pass has told more."""
+        if self.progress and not self.refined:
+            self.progress(done, self.count)
 
     def streams(self) -> dict[str, Tensor]:
         """What the next part needs of those before it."""

@@ -94,7 +94,7 @@ def quantize(
         raise SquamataError(f"{what} needs the whole model, so nothing is left to resume from: leave --resume out")
     drawn = _draw(opened.folder, opened.config, recipe, calibration, seed)
     record = {"seed": seed, "squamata_version": __version__, "calibration": drawn.record() if drawn else {}}
-    parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [], device)
+    parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [], device, progress)
     description = describe(parts.config, recipe.to_mapping(), record)
     work = hashlib.sha256(repr((description, opened.fingerprint(), device)).encode()).hexdigest()
     with CheckpointWriter(Path(out), opened.config, force, work=work, resume=resume) as writer:
@@ -104,8 +104,7 @@ def quantize(
             tensors = parts.make(number)
             state = parts.streams() if recoverable else {}
             writer.add(tensors, state, {"bytes_float": sizes + parts.bytes_read})
-            if progress:
-                progress(number + 1, parts.count)
+            parts.tell(number + 1)
         writer.publish(description, opened.folder)
     return Quantization(
         recipe=recipe.name,
@@ -171,8 +170,8 @@ def random_model(shape_name: str, recipe_name: str, progress: Progress | None = 
     config, recipe = shape(shape_name), Recipe.read(recipe_name)
     check(recipe, config)
     ids = torch.randint(config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    parts = QuantizedParts(RandomSource(config), recipe, [ids])
-    everything = {name: value for some in parts.each(progress) for name, value in some.items()}
+    parts = QuantizedParts(RandomSource(config), recipe, [ids], progress=progress)
+    everything = {name: value for some in parts.each() for name, value in some.items()}
     sites = {name: value for name, value in everything.items() if name.rpartition(".")[2] in SITE_PARTS}
     tensors = {name: value for name, value in everything.items() if name not in sites}
     site_tensors = {name: value for name, value in sites.items() if isinstance(value, Tensor)}

@@ -67,6 +67,7 @@ def refined(
 
     ``config``: of the quantized model. ``batches``: calibration ids (B, L). ``choices``: what each candidate of a
     search by output makes of a site. First the searches, in the order the data meets the sites; then the training.
+    ``progress``: blocks searched, then training steps.
     """
     everything = {name: value for part in parts for name, value in part.items()}
     sites = {name: value for name, value in everything.items() if name.rpartition(".")[2] in SITE_PARTS}
@@ -75,7 +76,7 @@ def refined(
     student = LanguageModel(Checkpoint(config, tensors, recipe, site_tensors), "simulate")
     with use_backend("ref"):
         examples = [Example.of(float_model, ids) for ids in batches]
-        found = choose(student, examples, choices)
+        found = choose(student, examples, choices, progress)
         if aims_at_logits(recipe):
             rows = [row for example in examples for row in example.rows()]
             found |= lsq(student, rows, progress=progress, **parameters_of(recipe))
@@ -122,7 +123,9 @@ def advanced(block: Block, h: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def choose(student: LanguageModel, examples: Sequence[Example], choices: Choices) -> dict[str, Tensor]:
+def choose(
+    student: LanguageModel, examples: Sequence[Example], choices: Choices, progress: Progress | None = None
+) -> dict[str, Tensor]:
     """At every site of ``choices``, in the order the data meets them, the candidate with the least KL, the first of
     equally good ones; all other sites are as quantized, those before it as chosen already. Stored site tensors.
     """
@@ -133,6 +136,8 @@ def choose(student: LanguageModel, examples: Sequence[Example], choices: Choices
         for site in (site for site in block.sites.values() if site.name in choices):
             found |= _best(site, choices[site.name], cost)
         stream = [advanced(block, h) for h in stream]
+        if progress:
+            progress(number + 1, len(student.blocks))
     if student.head_site.name in choices:
         site = student.head_site
         found |= _best(site, choices[site.name], partial(_kl, student, examples, stream, ()))

@@ -23,7 +23,9 @@ from squamata.calibrate.learn import put
 from squamata.calibrate.whole import Example, choose, lsq, mean_divergence, sweep
 from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend
+from squamata.load.random_model import RandomSource
 from squamata.models.lm import LanguageModel
+from squamata.parts import QuantizedParts
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
 
@@ -227,3 +229,13 @@ def test_a_scale_that_is_none_is_not_learned() -> None:
     reference, student = student_of("mamba2", *STATIC, {"site": "*.mixer.decay", "spec": {"bits": 4, "codec": "ltsq"}})
     learned = lsq(student, examples_of(reference, 2), steps=3)
     assert QuantSpec(bits=4, codec="ltsq").absolute and learned and not any("decay" in name for name in learned)
+
+
+def test_a_second_pass_tells_its_steps() -> None:
+    told: list[tuple[int, int]] = []
+    config = config_of("mamba2")
+    recipe = recipe_of(extends="quamba-w8a8", tune={"lsq": {"against": "logits", "steps": 3}})
+    ids = random_ids(config, 2, 20)
+    parts = QuantizedParts(RandomSource(config), recipe, [ids], progress=lambda *step: told.append(step))
+    assert len(list(parts.each())) == parts.count
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 3), (2, 3), (3, 3)]
