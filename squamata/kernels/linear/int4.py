@@ -25,7 +25,7 @@ from squamata.kernels.linear.halves import split_rows
 from squamata.kernels.simd import FLOAT, INT32, constant, has_vnni
 
 GROUP = 128
-TILES, LANES = 2, 16  # tiles of sixteen rows that one task computes together
+TILES, LANES = 3, 16  # tiles of sixteen rows that one task computes together
 ROWS = TILES * LANES
 TOKENS = 8  # activation rows a task takes at once: 16 sums in registers, and 36 KiB in use for K = 1536
 MANY = 128  # activation rows from which threads share them instead of the weight's
@@ -134,18 +134,18 @@ def _add_line(
     x, x_row = activations
     tiles, tile_bytes = weights
     for nibble in (0, 1):
-        quads = []
-        for token in range(TOKENS):
-            where = offset(builder, builder.add(x, builder.mul(x_row, _INT64(token))), line, 8, 4 * nibble)
-            quads.append(splat(builder, load(builder, where, INT32, 4)))
+        lines = []
         for tile in range(TILES):
             where = offset(builder, builder.add(tiles, builder.mul(tile_bytes, _INT64(tile))), line, 64)
             data = load(builder, where, _INTS, 64)
             data = builder.lshr(data, constant(_INTS, 4)) if nibble else data
-            data = builder.and_(data, constant(_INTS, 0x0F0F0F0F))
-            for token in range(TOKENS):
+            lines.append(builder.and_(data, constant(_INTS, 0x0F0F0F0F)))
+        for token in range(TOKENS):
+            where = offset(builder, builder.add(x, builder.mul(x_row, _INT64(token))), line, 8, 4 * nibble)
+            quad = splat(builder, load(builder, where, INT32, 4))
+            for tile, data in enumerate(lines):
                 slot = totals[token, tile]
-                builder.store(dot_unsigned_signed(builder, VNNI, builder.load(slot), data, quads[token]), slot)
+                builder.store(dot_unsigned_signed(builder, VNNI, builder.load(slot), data, quad), slot)
 
 
 _multiply_tile, _multiply_tile_halves = _tile_product(False), _tile_product(True)
