@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear as matmul_transposed
 
 from squamata.kernels.landing import FLOAT, Landing, array, landing, plain, readable, uniform, vector, write_whole_row
-from squamata.kernels.linear import Linear, int4, integer_product
+from squamata.kernels.linear import Linear, halves, int4
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.kernels.site import Site
 
@@ -61,9 +61,8 @@ def run(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...
     assert isinstance(weight, QTensor)
     if _nibbles_in_groups(weight):
         return _nibble_product(x, weight, layer, out)
-    if not integer_product(x, weight):
-        return _float_product(x, layer, out)
-    assert isinstance(x, QTensor)
+    if isinstance(x, Tensor):
+        return _wide_product(x, weight, layer, out) if _int8_rows(weight) else _float_product(x, layer, out)
     codes = x.data.reshape(-1, columns).contiguous()
     grouped = weight.spec.granularity.group is not None and weight.scale.ndim == 2
     matrix = unpacked(weight)
@@ -128,8 +127,29 @@ def _padded(rows: int, features: int) -> NDArray[np.float32]:
     return torch.empty(int4.padded_rows(rows), columns, dtype=torch.float32).numpy()
 
 
+def _int8_rows(weight: QTensor) -> bool:
+    """True if an exact int8 product takes this weight, whose scales come after the sum."""
+    return weight.length is None and weight.spec.granularity.group is None and exact_int_mm()
+
+
+def _wide_product(x: Tensor, weight: QTensor, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
+    """Float rows as 16-bit integers with a step a row, whose high and low bytes are rows of one int8 product."""
+    rows = x.reshape(-1, x.shape[-1])
+    step = (rows.abs().amax(-1, keepdim=True) / halves.LARGEST).clamp_min(halves.LEAST_STEP)
+    tile = _tile_rows(len(rows), 2 * weight.shape[0])
+
+    def product(start: int) -> NDArray:
+        whole = torch.round(rows[start : start + tile] / step[start : start + tile]).int()
+        high = (whole + 128) >> 8
+        both = torch.cat([high, whole - (high << 8)]).to(torch.int8)
+        sums = torch._int_mm(both, weight.data.t()).float()
+        return (256 * sums[: len(whole)] + sums[len(whole) :]).numpy()
+
+    return _land_tiles(product, tile, _factors(step, weight.scale, layer, len(rows)), _landings(x, layer, out))
+
+
 def _float_product(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
-    """Float activations: the weight is expanded, once a call."""
+    """Float rows by what no kernel here multiplies packed: the weight is expanded, once a call."""
     assert isinstance(x, Tensor) and isinstance(layer.weight, QTensor)
     y = matmul_transposed(x, dequantized(layer.weight), layer.bias)
     parts = y.split(layer.rows, dim=-1)
