@@ -150,14 +150,14 @@ def cases(L: int) -> list[Case]:
             "linear W4A16 in_proj 768 x 3072",
             "",
             linear,
-            lambda: (torch.randn(1, L, D), Linear(weight(2 * E, D, 4), None, (E, E)), [None, None]),
+            lambda: (torch.randn(1, L, D), Linear(weight(2 * E, D, 4), None, (E, E), True), [None, None]),
             5e-5,  # activations of 16 bits
         ),
         Case(
             "linear W4A16 out_proj 1536 x 768",
             "",
             linear,
-            lambda: (torch.randn(1, L, E), Linear(weight(D, E, 4)), [None]),
+            lambda: (torch.randn(1, L, E), Linear(weight(D, E, 4), None, (), True), [None]),
             5e-5,
         ),
     ]

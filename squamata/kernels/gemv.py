@@ -6,8 +6,9 @@ instruction the same IR multiplies 16-bit pairs, with identical integers.
 
 Exactness. Integer sums are exact in int32. ``int8 x int8``: y = float32(sum) * (s_x * s_w[n]), the product of the
 scales formed once in float32. ``int4 x int8``: sum over groups, in increasing order, of float32(sum_g) * s_g[n],
-multiplied and added with separate roundings, then times s_x. Kinds with float activations accumulate in float32 in
-four interleaved partial sums with fused multiply-add.
+multiplied and added with separate roundings, then times s_x. ``int4 x int16``: float activations enter as 16-bit
+integers with a step a group (``split_groups``); then the same, a group's value times its step. The other kinds with
+float activations accumulate in float32 in four interleaved partial sums with fused multiply-add.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from squamata.kernels.memory import address, call_address, slice_float32, view_int8, view_int32
 from squamata.kernels.packing import LINE_BYTES, ROWS, UNROLL, Kind, PackedLinear
-from squamata.kernels.simd import FLOAT, INT32, constant, emit_fma, has_vnni
+from squamata.kernels.simd import FLOAT, INT32, call, constant, emit_fma, has_vnni
 
 _FLOATS = ir.VectorType(FLOAT, ROWS)
 _INTS = ir.VectorType(INT32, ROWS)
@@ -87,6 +88,88 @@ def dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: i
             picks = ir.Constant(_INTS, [2 * lane + first for lane in range(ROWS)])
             total = builder.add(total, builder.shuffle_vector(product, ir.Constant(wide, ir.Undefined), picks))
     return total
+
+
+LARGEST = 32639.0  # 127 * 256 + 127: high and low byte are int8
+LEAST_STEP = 1e-30  # of values that are all zero
+
+
+def reduce_lanes(builder: ir.IRBuilder, name: str, arguments: Sequence[ir.Value]) -> ir.Value:
+    """``llvm.vector.reduce.NAME`` of the last argument."""
+    vector = arguments[-1].type
+    suffix = "i32" if vector.element == INT32 else "f32"
+    name = f"llvm.vector.reduce.{name}.v{vector.count}{suffix}"
+    function = builder.module.globals.get(name)
+    if function is None:
+        kinds = [value.type for value in arguments]
+        function = ir.Function(builder.module, ir.FunctionType(vector.element, kinds), name)
+    return builder.call(function, arguments)
+
+
+def emit_step(builder: ir.IRBuilder, most: ir.Value, nothing: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(reciprocal, step) of a group from lanes with its largest magnitudes, and with 0 times its values.
+
+    The step of a group with NaN or infinity in it is NaN.
+    """
+    step = builder.fdiv(reduce_lanes(builder, "fmax", (most,)), FLOAT(LARGEST))
+    step = builder.select(builder.fcmp_ordered(">", step, FLOAT(LEAST_STEP)), step, FLOAT(LEAST_STEP))
+    lost = reduce_lanes(builder, "fadd", (FLOAT(0.0), nothing))
+    return splat(builder, builder.fdiv(FLOAT(1.0), step)), builder.fadd(step, lost)
+
+
+def emit_magnitude(builder: ir.IRBuilder, x: ir.Value, most: ir.Value, nothing: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """``most`` and ``nothing`` of ``emit_step`` with sixteen values more."""
+    size = call(builder, "fabs", (x,))
+    most = builder.select(builder.fcmp_ordered(">", size, most), size, most)
+    return most, builder.fadd(nothing, builder.fmul(x, constant(_FLOATS, 0.0)))
+
+
+def emit_halves(builder: ir.IRBuilder, x: ir.Value, inverse: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(whole, high, low) as int32: whole = round(x * inverse) = 256 * high + low, both within int8."""
+    whole = builder.fptosi(call(builder, "rint", (builder.fmul(x, inverse),)), _INTS)
+    high = builder.ashr(builder.add(whole, constant(_INTS, 128)), constant(_INTS, 8))
+    return whole, high, builder.sub(whole, builder.shl(high, constant(_INTS, 8)))
+
+
+@intrinsic
+def _split_groups(_typing, x, out, sums, blocks, groups):  # type: ignore[no-untyped-def]
+    """float32 at an address as the 16-bit integers that int4 kinds multiply: ``groups`` of 16 * ``blocks`` values.
+
+    ``out``: for every eight values eight high bytes, then eight low ones. ``sums``: int32 (groups,), 8 * the sum of
+    the integers, then float32 (groups,), what 1 is worth.
+    """
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        x, out, sums, blocks, groups = arguments
+        both = [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]
+        picks = ir.Constant(ir.VectorType(INT32, 2 * ROWS), both)
+        most, nothing = (cgutils.alloca_once(builder, _FLOATS) for _ in range(2))
+        total = cgutils.alloca_once(builder, _INTS)
+        with cgutils.for_range(builder, groups) as group:
+            first = builder.mul(group.index, blocks)
+            builder.store(constant(_FLOATS, 0.0), most)
+            builder.store(constant(_FLOATS, 0.0), nothing)
+            builder.store(constant(_INTS, 0), total)
+            with cgutils.for_range(builder, blocks) as loop:
+                value = load(builder, offset(builder, x, builder.add(first, loop.index), 64), _FLOATS, 4)
+                largest, lost = emit_magnitude(builder, value, builder.load(most), builder.load(nothing))
+                builder.store(largest, most)
+                builder.store(lost, nothing)
+            inverse, step = emit_step(builder, builder.load(most), builder.load(nothing))
+            with cgutils.for_range(builder, blocks) as loop:
+                block = builder.add(first, loop.index)
+                value = load(builder, offset(builder, x, block, 64), _FLOATS, 4)
+                whole, high, low = emit_halves(builder, value, inverse)
+                builder.store(builder.add(builder.load(total), whole), total)
+                mixed = builder.shuffle_vector(high, low, picks)
+                bytes_ = builder.trunc(mixed, ir.VectorType(ir.IntType(8), 2 * ROWS))
+                store(builder, bytes_, offset(builder, out, block, 2 * ROWS), 1)
+            sum_ = builder.shl(reduce_lanes(builder, "add", (builder.load(total),)), INT32(3))
+            store(builder, sum_, offset(builder, sums, group.index, 4), 4)
+            store(builder, step, offset(builder, sums, builder.add(groups, group.index), 4), 4)
+        return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+    return types.none(*[types.int64] * 5), codegen
 
 
 def _nibble_values(builder: ir.IRBuilder, index: ir.Value) -> ir.Value:
@@ -151,35 +234,49 @@ def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Val
         total = dot_unsigned_signed(builder, vnni, total, low, broadcast_quad(builder, x, 0))
         return dot_unsigned_signed(builder, vnni, total, high, broadcast_quad(builder, x, 4))
 
-    return (float32, bfloat16, int8, int4 if vnni else int4_portable, int8_int8, int4_int8)[kind]
+    def int4_int16(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        """``total``: a pair of vectors, of the high and of the low bytes."""
+        return builder.insert_value(
+            builder.insert_value(total, int4_int8(builder, builder.extract_value(total, 0), line, x), 0),
+            int4_int8(builder, builder.extract_value(total, 1), line, builder.add(x, _INT64(8))), 1,
+        )  # fmt: skip
+
+    nibbles = int4 if vnni else int4_portable
+    return (float32, bfloat16, int8, nibbles, int8_int8, int4_int8, int4_int16)[kind]
 
 
 def _tile_product(kind: Kind, vnni: bool) -> Any:
     """Numba intrinsic for one kind: raw products of the rows of tiles ``first`` .. ``last``.
 
     Arguments, all int64: addresses of the output (float32, at row 0), the activations, the tiles, ``extra`` (int4:
-    scales of the groups; int8 x int8: row sums) and ``sums`` (int4 x int8: int32, 8 x the sum of the activations of
-    each group); lines a tile, lines a group, first tile, last tile.
+    scales of the groups; int8 x int8: row sums) and ``sums`` (int4: int32, 8 x the sum of the activations of each
+    group; if they were float, see ``_split_groups``); lines a tile, lines a group, first tile, last tile.
     """
     advance = _advance(kind, vnni)
-    accumulator = _INTS if kind.integer_activations else _FLOATS
-    grouped = kind in (Kind.INT4, Kind.INT4_INT8)
-    lane_bytes = kind.values_per_lane * (1 if kind.integer_activations else 4)
+    integer, grouped = kind.integer_sums, kind in (Kind.INT4, Kind.INT4_INT8, Kind.INT4_INT16)
+    accumulator = _INTS if integer else _FLOATS
+    pair = ir.LiteralStructType([_INTS, _INTS])
+    lane_bytes = kind.lane_bytes
 
-    def finish(builder: ir.IRBuilder, total: ir.Value, row: ir.Value, extra: ir.Value, bias: ir.Value) -> ir.Value:
-        """Accumulator -> float32 (of a group, times its scales)."""
+    def add_parts(builder: ir.IRBuilder, parts: Sequence[ir.Value]) -> ir.Value:
+        add = builder.add if integer else builder.fadd
+        a, b, c, d = parts
+        return add(add(a, b), add(c, d))
+
+    def finish(builder: ir.IRBuilder, total: ir.Value, row: ir.Value, extra: ir.Value, group: ir.Value) -> ir.Value:
+        """Accumulator -> float32 (of a group, times its scales); ``group``: address of its sum."""
         if kind == Kind.INT8_INT8:
             total = builder.sub(total, load(builder, offset(builder, extra, row, 4), _INTS, 64))
-        if kind == Kind.INT4_INT8:
-            total = builder.sub(total, splat(builder, load(builder, bias, INT32, 4)))
-        if kind.integer_activations:
+        if grouped and integer:
+            total = builder.sub(total, splat(builder, load(builder, group, INT32, 4)))
+        if integer:
             total = builder.sitofp(total, _FLOATS)
         return builder.fmul(total, load(builder, offset(builder, extra, row, 4), _FLOATS, 64)) if grouped else total
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         out, x, tiles, extra, sums, lines, group_lines, first, last = arguments
-        add = builder.add if kind.integer_activations else builder.fadd
-        parts = [cgutils.alloca_once(builder, accumulator) for _ in range(UNROLL)]
+        empty = ir.Constant(pair, None) if kind.splits else constant(accumulator, 0)
+        parts = [cgutils.alloca_once(builder, pair if kind.splits else accumulator) for _ in range(UNROLL)]
         result = cgutils.alloca_once(builder, _FLOATS)
         groups = builder.udiv(lines, group_lines)
         steps = builder.udiv(group_lines, _INT64(UNROLL))
@@ -190,7 +287,7 @@ def _tile_product(kind: Kind, vnni: bool) -> Any:
             with cgutils.for_range(builder, groups) as group_loop:
                 start = builder.mul(group_loop.index, group_lines)
                 for part in parts:
-                    builder.store(constant(accumulator, 0), part)
+                    builder.store(empty, part)
                 with cgutils.for_range(builder, steps) as loop:
                     line = builder.add(start, builder.mul(loop.index, _INT64(UNROLL)))
                     for step, part in enumerate(parts):
@@ -199,11 +296,20 @@ def _tile_product(kind: Kind, vnni: bool) -> Any:
                         data = load(builder, place, _INTS, 64)
                         where = offset(builder, x, line, lane_bytes, step * lane_bytes)
                         builder.store(advance(builder, builder.load(part), data, where), part)
-                a, b, c, d = (builder.load(part) for part in parts)
-                total = add(add(a, b), add(c, d))
+                sides = [builder.load(part) for part in parts]
+                if kind.splits:
+                    high, low = (
+                        add_parts(builder, [builder.extract_value(side, half) for side in sides]) for half in (0, 1)
+                    )
+                    total = builder.add(builder.shl(high, constant(_INTS, 8)), low)
+                else:
+                    total = add_parts(builder, sides)
                 block = builder.add(builder.mul(tile, groups), group_loop.index) if grouped else tile
-                bias = offset(builder, sums, group_loop.index, 4)
-                value = finish(builder, total, builder.mul(block, _INT64(ROWS)), extra, bias)
+                own = offset(builder, sums, group_loop.index, 4)
+                value = finish(builder, total, builder.mul(block, _INT64(ROWS)), extra, own)
+                if kind.splits:
+                    worth = load(builder, offset(builder, own, groups, 4), FLOAT, 4)
+                    value = builder.fmul(value, splat(builder, worth))
                 builder.store(builder.fadd(builder.load(result), value), result)
             store(builder, builder.load(result), offset(builder, out, tile, LINE_BYTES), 4)
         return ir.Constant(ir.IntType(8).as_pointer(), None)
@@ -221,6 +327,8 @@ _int8 = _tile_product(Kind.INT8, _VNNI)
 _int4 = _tile_product(Kind.INT4, _VNNI)
 _int8_int8 = _tile_product(Kind.INT8_INT8, _VNNI)
 _int4_int8 = _tile_product(Kind.INT4_INT8, _VNNI)
+_int4_int16 = _tile_product(Kind.INT4_INT16, _VNNI)
+_int4_int16_portable = _tile_product(Kind.INT4_INT16, False)
 _int4_portable = _tile_product(Kind.INT4, False)
 _int8_int8_portable = _tile_product(Kind.INT8_INT8, False)
 _int4_int8_portable = _tile_product(Kind.INT4_INT8, False)
@@ -262,11 +370,20 @@ def _rows_int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, fir
     _int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
 
 
-_ROWS = (_rows_float32, _rows_bfloat16, _rows_int8, _rows_int4, _rows_int8_int8, _rows_int4_int8)
+def _rows_int4_int16(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int4_int16(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+def _rows_int4_int16_portable(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int4_int16_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+_ROWS = (_rows_float32, _rows_bfloat16, _rows_int8, _rows_int4, _rows_int8_int8, _rows_int4_int8, _rows_int4_int16)
 _PORTABLE_ROWS = {
     Kind.INT4: _rows_int4_portable,
     Kind.INT8_INT8: _rows_int8_int8_portable,
     Kind.INT4_INT8: _rows_int4_int8_portable,
+    Kind.INT4_INT16: _rows_int4_int16_portable,
 }
 
 
@@ -301,6 +418,12 @@ def sum_groups(x, group, groups, sums):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def split_groups(x, group, groups, out, sums):  # type: ignore[no-untyped-def]
+    """See ``_split_groups``: groups of ``group`` values, a multiple of 16."""
+    _split_groups(x, out, sums, group // ROWS, groups)
+
+
+@njit(cache=True)
 def scale_rows(out, scale, bias, x_scale, start, stop):  # type: ignore[no-untyped-def]
     """In place ``out[n] = out[n] * (x_scale * scale[n]) + bias[n]`` at addresses; no bias if its address is 0."""
     y, s = slice_float32(out, start, stop), slice_float32(scale, start, stop)
@@ -326,9 +449,12 @@ def gemv(packed: PackedLinear, x: NDArray, x_scale: float = 1.0, portable: bool 
     out = np.full(packed.padded_rows, np.nan, np.float32)
     tiles, lines, _ = packed.tiles.shape
     groups = lines // packed.group_lines
-    sums = np.zeros(groups, np.int32)
+    sums = np.zeros(2 * groups, np.int32)
     if packed.kind == Kind.INT4_INT8:
         sum_groups(address(row), packed.group_lines * 8, groups, address(sums))
+    if packed.kind.splits:
+        values, row = row, np.empty(2 * len(row), np.int8)
+        split_groups(address(values), packed.group_lines * 8, groups, address(row), address(sums))
     extra = packed.groups if packed.groups is not None else packed.row_sums
     where = (address(out), address(row), address(packed.tiles), address(extra), address(sums))
     _call(product_address(packed.kind, portable), (*where, lines, packed.group_lines, 0, tiles))

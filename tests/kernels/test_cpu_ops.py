@@ -207,7 +207,7 @@ def test_linear_with_float_activations(bits: int, per: str) -> None:
     x, out = torch.randn(2, 9, 77), (make_site(11), None)
     assert linear_cpu.accepts(x, layer, out)
     for result, expected in zip(linear_cpu.run(x, layer, out), linear_ref.run(x, layer, out), strict=True):
-        assert_same(result, expected, tolerance=5e-5 if bits == 8 else 1e-6)  # int8: activations of 16 bits
+        assert_same(result, expected)
 
 
 def conv_case(batch: int, length: int, sizes: tuple[int, ...], kind: str, width: int) -> tuple[Any, ...]:

@@ -70,7 +70,7 @@ def test_every_activation_is_rounded_to_sixteen_bits(rows: int, columns: int, bi
     segments = (rows - rows // 3, rows // 3) if rows > 2 else (rows,)
     for length in (1, 3, 17, 131):
         x = activations(2, length, columns)
-        layer = Linear(weight, bias, segments)
+        layer = Linear(weight, bias, segments, sixteen_bits=True)
         assert linear_cpu.accepts(x, layer, [None] * len(segments))
         results = linear_cpu.run(x, layer, [None] * len(segments))
         assert [tuple(value.shape) for value in results] == [(2, length, n) for n in segments]
@@ -81,23 +81,23 @@ def test_every_activation_is_rounded_to_sixteen_bits(rows: int, columns: int, bi
 
 def test_many_rows_are_split_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = weight_of(70, 256, 4, "group(128)"), activations(1, 300, 256)
-    (whole,) = linear_cpu.run(x, Linear(weight), [None])
+    (whole,) = linear_cpu.run(x, Linear(weight, sixteen_bits=True), [None])
     monkeypatch.setattr(linear_cpu, "WIDE_ROWS", 8 * int4.TOKENS)
     monkeypatch.setattr(linear_cpu, "ACCUMULATOR_BYTES", 0)
-    (parts,) = linear_cpu.run(x, Linear(weight), [None])
+    (parts,) = linear_cpu.run(x, Linear(weight, sixteen_bits=True), [None])
     assert torch.equal(whole, parts)  # type: ignore[arg-type]
     wide = weight_of(70, 256, 8, "channel")
-    (turns,) = linear_cpu.run(x, Linear(wide), [None])
+    (turns,) = linear_cpu.run(x, Linear(wide, sixteen_bits=True), [None])
     monkeypatch.undo()
-    assert torch.equal(turns, linear_cpu.run(x, Linear(wide), [None])[0])  # type: ignore[arg-type]
+    assert torch.equal(turns, linear_cpu.run(x, Linear(wide, sixteen_bits=True), [None])[0])  # type: ignore[arg-type]
 
 
 def test_a_product_lands_on_its_site() -> None:
     x, weight = torch.randn(2, 9, 256), weight_of(48, 256, 4, "group(128)")
     site = Site("site", Layout(("channel",), (16,)), QuantSpec(bits=8), mode="integer")
     site.set_scale(torch.tensor(0.05))
-    landed, floats = linear_cpu.run(x, Linear(weight, None, (16, 32)), [site, None])
-    both = linear_cpu.run(x, Linear(weight, None, (16, 32)), [None, None])
+    landed, floats = linear_cpu.run(x, Linear(weight, None, (16, 32), sixteen_bits=True), [site, None])
+    both = linear_cpu.run(x, Linear(weight, None, (16, 32), sixteen_bits=True), [None, None])
     assert isinstance(landed, QTensor)
     assert torch.equal(landed.data, site.land(both[0]).data)  # type: ignore[arg-type, union-attr]
     assert torch.equal(floats, both[1])  # type: ignore[arg-type]
@@ -108,13 +108,13 @@ def test_a_product_lands_on_its_site() -> None:
 def test_what_is_not_finite_stays_so_in_its_row(bits: int, per: str, what: float) -> None:
     weight, x = weight_of(20, 256, bits, per), torch.randn(1, 5, 256)
     x[0, 2, 200] = what
-    (y,) = linear_cpu.run(x, Linear(weight), [None])
+    (y,) = linear_cpu.run(x, Linear(weight, sixteen_bits=True), [None])
     assert not y[0, 2].isfinite().any()  # type: ignore[index]
     assert y[0, [0, 1, 3, 4]].isfinite().all()  # type: ignore[index]
 
 
 def test_columns_that_are_no_whole_groups_stay_float() -> None:
     weight, x = weight_of(40, 200, 4, "group(128)"), torch.randn(2, 7, 200)
-    (y,) = linear_cpu.run(x, Linear(weight), [None])
+    (y,) = linear_cpu.run(x, Linear(weight, sixteen_bits=True), [None])
     exact = x.double() @ weight.dequantize().double().T
     assert (y - exact).norm() <= 1e-6 * exact.norm()  # type: ignore[operator]

@@ -59,6 +59,8 @@ def _by_row_or_group(weight: QTensor) -> bool:
 def run(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
     weight, columns = layer.weight, x.shape[-1]
     assert isinstance(weight, QTensor)
+    if isinstance(x, Tensor) and not layer.sixteen_bits:
+        return _float_product(x, layer, out)
     if _nibbles_in_groups(weight):
         return _nibble_product(x, weight, layer, out)
     if isinstance(x, Tensor):

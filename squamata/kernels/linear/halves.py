@@ -13,22 +13,24 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from squamata.kernels.gemv import load, splat, store
-from squamata.kernels.simd import FLOAT, INT32, call, constant
+from squamata.kernels.gemv import (
+    LARGEST,
+    LEAST_STEP,
+    emit_halves,
+    emit_magnitude,
+    emit_step,
+    load,
+    reduce_lanes,
+    store,
+)
+from squamata.kernels.simd import FLOAT, INT32, constant
+
+__all__ = ["GROUP", "LARGEST", "LEAST_STEP", "split_rows"]
 
 GROUP, LANES = 128, 16
-LARGEST = 32639.0  # 127 * 256 + 127
-LEAST_STEP = 1e-30  # of values that are all zero
 _FLOATS, _INTS, _INT64 = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES), ir.IntType(64)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _EVEN_FIRST = [start + place for start in (0, 8) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
-
-
-def _reduce(builder: ir.IRBuilder, name: str, kind: ir.Type, arguments: Sequence[ir.Value]) -> ir.Value:
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(kind, [value.type for value in arguments]), name)
-    return builder.call(function, arguments)
 
 
 @intrinsic
@@ -41,26 +43,17 @@ def _split_group(_typing, values, high, low, step):  # type: ignore[no-untyped-d
         lines = [load(builder, builder.add(values, _INT64(64 * i)), _FLOATS, 4) for i in range(GROUP // LANES)]
         most, nothing = constant(_FLOATS, 0.0), constant(_FLOATS, 0.0)
         for x in lines:
-            size = call(builder, "fabs", (x,))
-            most = builder.select(builder.fcmp_ordered(">", size, most), size, most)
-            nothing = builder.fadd(nothing, builder.fmul(x, constant(_FLOATS, 0.0)))  # NaN of what is not finite
-        largest = _reduce(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, (most,))
-        own = builder.fdiv(largest, FLOAT(LARGEST))
-        own = builder.select(builder.fcmp_ordered(">", own, FLOAT(LEAST_STEP)), own, FLOAT(LEAST_STEP))
-        inverse = splat(builder, builder.fdiv(FLOAT(1.0), own))
+            most, nothing = emit_magnitude(builder, x, most, nothing)
+        inverse, own = emit_step(builder, most, nothing)
+        store(builder, own, step, 4)
         total = constant(_INTS, 0)
         for number, x in enumerate(lines):
-            whole = builder.fptosi(call(builder, "rint", (builder.fmul(x, inverse),)), _INTS)
+            whole, upper, lower = emit_halves(builder, x, inverse)
             total = builder.add(total, whole)
-            upper = builder.ashr(builder.add(whole, constant(_INTS, 128)), constant(_INTS, 8))
-            lower = builder.sub(whole, builder.shl(upper, constant(_INTS, 8)))
             for half, into in ((upper, high), (lower, low)):
                 half = builder.shuffle_vector(half, half, ir.Constant(_INTS, _EVEN_FIRST))
                 store(builder, builder.trunc(half, _BYTES), builder.add(into, _INT64(LANES * number)), 1)
-        lost = _reduce(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, (FLOAT(0.0), nothing))
-        store(builder, builder.fadd(own, lost), step, 4)
-        total = _reduce(builder, f"llvm.vector.reduce.add.v{LANES}i32", INT32, (total,))
-        return builder.shl(total, INT32(3))
+        return builder.shl(reduce_lanes(builder, "add", (total,)), INT32(3))
 
     return types.int32(*[types.int64] * 4), codegen
 

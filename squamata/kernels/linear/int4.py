@@ -1,4 +1,4 @@
-"""int8 or float activations by int4 weights in groups of 128: the product of many rows, straight from the packed nibbles.
+"""int8 or float rows by int4 weights in groups of 128: the product of many rows, straight from the packed nibbles.
 
 Sixteen rows of the weight stand side by side in the lanes of a register, as in ``packing``; a 32-bit word of the
 canonical layout is eight columns of a row, even ones in the low nibbles, so the activations' columns are put in that
@@ -130,7 +130,7 @@ def _add_line(
     activations: tuple[ir.Value, ir.Value],
     weights: tuple[ir.Value, ir.Value],
 ) -> None:
-    """One line of every tile times its eight columns; operands as address and bytes from one row or tile to the next."""
+    """One line of every tile times its eight columns; operands: address, and bytes from one row or tile to the next."""
     x, x_row = activations
     tiles, tile_bytes = weights
     for nibble in (0, 1):
@@ -188,9 +188,9 @@ def multiply(x, sums, steps, weight, scales, origin, out, parts):  # type: ignor
         tiles = np.empty(TILES * weight.shape[1] * LANES + 64, np.uint8)
         where = (types.int64(tiles.ctypes.data) + 63) // 64 * 64
         _fill_tiles(weight, origin + first, where)
-        scale = types.int64(scales.ctypes.data + 4 * (origin + first))
+        scale = types.int64(scales.ctypes.data + 4 * (origin + first)), types.int64(4 * scales.shape[1])
         for turn in range(part * turns // parts, (part + 1) * turns // parts):
-            _multiply_block(x, sums, steps, scales, scale, out, turn * tokens, first, where)
+            _multiply_block(x, sums, steps, scale, out, turn * tokens, first, where)
 
 
 @njit(cache=True, nogil=True)
@@ -217,12 +217,12 @@ def _fill_tile(source, row_bytes, into):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _multiply_block(x, sums, steps, scales, scale, out, row, first, tiles):  # type: ignore[no-untyped-def]
-    """The activation rows of one tile product, from ``row`` on, into the columns from ``first`` on; ``scale``: address of
-    these columns' scales in the first group."""
+def _multiply_block(x, sums, steps, scales, out, row, first, tiles):  # type: ignore[no-untyped-def]
+    """The activation rows of one tile product, from ``row`` on, into the columns from ``first`` on; ``scales``: address
+    of these columns' scales in the first group, and bytes to those in the next."""
     groups = types.int64(sums.shape[1])
-    x_row, scale_row = types.int64(8 * x.shape[1]), types.int64(4 * scales.shape[1])
-    out_row = types.int64(4 * out.shape[1])
+    scale, scale_row = scales
+    x_row, out_row = types.int64(8 * x.shape[1]), types.int64(4 * out.shape[1])
     into = types.int64(out.ctypes.data + out_row * row + 4 * first)
     bias = types.int64(sums.ctypes.data + 4 * groups * row)
     if steps.size:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from squamata.kernels import simd
-from squamata.kernels.lanes import prefetch_lines
 from squamata.kernels.landing import Source, Target, array, landing, plain, read_row, readable, source, write_row
+from squamata.kernels.lanes import prefetch_lines
 from squamata.kernels.qtensor import Value, as_float
 from squamata.kernels.selective_scan.strip import LANES, LOG2_E, TOGETHER, advance
 from squamata.kernels.site import Site
