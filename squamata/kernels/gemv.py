@@ -24,152 +24,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from squamata.kernels.emit import dot_unsigned_signed, emit_prefetch, load, offset, splat, store
+from squamata.kernels.halves import split_groups
 from squamata.kernels.memory import address, call_address, slice_float32, view_int8, view_int32
 from squamata.kernels.packing import LINE_BYTES, ROWS, UNROLL, Kind, PackedLinear
-from squamata.kernels.simd import FLOAT, INT32, call, constant, emit_fma, has_vnni
+from squamata.kernels.simd import FLOAT, INT32, constant, emit_fma, has_vnni
 
 _FLOATS = ir.VectorType(FLOAT, ROWS)
 _INTS = ir.VectorType(INT32, ROWS)
-_BYTES = ir.VectorType(ir.IntType(8), 4 * ROWS)
-_PAIRS = ir.VectorType(ir.IntType(16), 2 * ROWS)
 _INT64 = ir.IntType(64)
 PREFETCH_BYTES = 8 << 10  # ahead of the line in use: further than the hardware goes by itself
-
-
-def load(builder: ir.IRBuilder, where: ir.Value, kind: ir.Type, align: int) -> ir.Value:
-    """Load a value of this LLVM type from an int64 address."""
-    value = builder.load(builder.inttoptr(where, kind.as_pointer()), typ=kind)
-    value.align = align
-    return value
-
-
-def store(builder: ir.IRBuilder, value: ir.Value, where: ir.Value, align: int) -> None:
-    """Store a value at an int64 address."""
-    builder.store(value, builder.inttoptr(where, value.type.as_pointer())).align = align
-
-
-def offset(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, size: int, extra: int = 0) -> ir.Value:
-    """``base + index * size + extra``."""
-    return builder.add(builder.add(base, builder.mul(index, _INT64(size))), _INT64(extra))
-
-
-def emit_prefetch(builder: ir.IRBuilder, where: ir.Value, level: int = 3) -> None:
-    """Ask for the cache line at an address, which need not be valid, into the first (3) or second (2) level."""
-    pointer = ir.IntType(8).as_pointer()
-    signature = ir.FunctionType(ir.VoidType(), [pointer, INT32, INT32, INT32])
-    name = "llvm.prefetch.p0"
-    function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
-    read, data = INT32(0), INT32(1)
-    builder.call(function, (builder.inttoptr(where, pointer), read, INT32(level), data))
-
-
-def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = ROWS) -> ir.Value:
-    """The same scalar in every lane."""
-    kind = ir.VectorType(value.type, lanes)
-    single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT32(0))
-    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), constant(ir.VectorType(INT32, lanes), 0))
-
-
-def dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
-    """``total[lane] += sum of four uint8 x int8 products``; all arguments are <16 x i32>."""
-    if vnni:
-        name = "llvm.x86.avx512.vpdpbusd.512"
-        function = builder.module.globals.get(name)
-        if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(_INTS, [_INTS, _BYTES, _BYTES]), name)
-        return builder.call(function, (total, builder.bitcast(u, _BYTES), builder.bitcast(s, _BYTES)))
-    eight, wide = constant(_PAIRS, 8), ir.VectorType(INT32, 2 * ROWS)
-    u, s = builder.bitcast(u, _PAIRS), builder.bitcast(s, _PAIRS)
-    even = builder.and_(u, constant(_PAIRS, 255)), builder.ashr(builder.shl(s, eight), eight)
-    odd = builder.lshr(u, eight), builder.ashr(s, eight)
-    for left, right in (even, odd):
-        product = builder.mul(builder.sext(left, wide), builder.sext(right, wide))
-        for first in (0, 1):  # the shape of pmaddwd
-            picks = ir.Constant(_INTS, [2 * lane + first for lane in range(ROWS)])
-            total = builder.add(total, builder.shuffle_vector(product, ir.Constant(wide, ir.Undefined), picks))
-    return total
-
-
-LARGEST = 32639.0  # 127 * 256 + 127: high and low byte are int8
-LEAST_STEP = 1e-30  # of values that are all zero
-
-
-def reduce_lanes(builder: ir.IRBuilder, name: str, arguments: Sequence[ir.Value]) -> ir.Value:
-    """``llvm.vector.reduce.NAME`` of the last argument."""
-    vector = arguments[-1].type
-    suffix = "i32" if vector.element == INT32 else "f32"
-    name = f"llvm.vector.reduce.{name}.v{vector.count}{suffix}"
-    function = builder.module.globals.get(name)
-    if function is None:
-        kinds = [value.type for value in arguments]
-        function = ir.Function(builder.module, ir.FunctionType(vector.element, kinds), name)
-    return builder.call(function, arguments)
-
-
-def emit_step(builder: ir.IRBuilder, most: ir.Value, nothing: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(reciprocal, step) of a group from lanes with its largest magnitudes, and with 0 times its values.
-
-    The step of a group with NaN or infinity in it is NaN.
-    """
-    step = builder.fdiv(reduce_lanes(builder, "fmax", (most,)), FLOAT(LARGEST))
-    step = builder.select(builder.fcmp_ordered(">", step, FLOAT(LEAST_STEP)), step, FLOAT(LEAST_STEP))
-    lost = reduce_lanes(builder, "fadd", (FLOAT(0.0), nothing))
-    return splat(builder, builder.fdiv(FLOAT(1.0), step)), builder.fadd(step, lost)
-
-
-def emit_magnitude(builder: ir.IRBuilder, x: ir.Value, most: ir.Value, nothing: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """``most`` and ``nothing`` of ``emit_step`` with sixteen values more."""
-    size = call(builder, "fabs", (x,))
-    most = builder.select(builder.fcmp_ordered(">", size, most), size, most)
-    return most, builder.fadd(nothing, builder.fmul(x, constant(_FLOATS, 0.0)))
-
-
-def emit_halves(builder: ir.IRBuilder, x: ir.Value, inverse: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(whole, high, low) as int32: whole = round(x * inverse) = 256 * high + low, both within int8."""
-    whole = builder.fptosi(call(builder, "rint", (builder.fmul(x, inverse),)), _INTS)
-    high = builder.ashr(builder.add(whole, constant(_INTS, 128)), constant(_INTS, 8))
-    return whole, high, builder.sub(whole, builder.shl(high, constant(_INTS, 8)))
-
-
-@intrinsic
-def _split_groups(_typing, x, out, sums, blocks, groups):  # type: ignore[no-untyped-def]
-    """float32 at an address as the 16-bit integers that int4 kinds multiply: ``groups`` of 16 * ``blocks`` values.
-
-    ``out``: for every eight values eight high bytes, then eight low ones. ``sums``: int32 (groups,), 8 * the sum of
-    the integers, then float32 (groups,), what 1 is worth.
-    """
-
-    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        x, out, sums, blocks, groups = arguments
-        both = [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]
-        picks = ir.Constant(ir.VectorType(INT32, 2 * ROWS), both)
-        most, nothing = (cgutils.alloca_once(builder, _FLOATS) for _ in range(2))
-        total = cgutils.alloca_once(builder, _INTS)
-        with cgutils.for_range(builder, groups) as group:
-            first = builder.mul(group.index, blocks)
-            builder.store(constant(_FLOATS, 0.0), most)
-            builder.store(constant(_FLOATS, 0.0), nothing)
-            builder.store(constant(_INTS, 0), total)
-            with cgutils.for_range(builder, blocks) as loop:
-                value = load(builder, offset(builder, x, builder.add(first, loop.index), 64), _FLOATS, 4)
-                largest, lost = emit_magnitude(builder, value, builder.load(most), builder.load(nothing))
-                builder.store(largest, most)
-                builder.store(lost, nothing)
-            inverse, step = emit_step(builder, builder.load(most), builder.load(nothing))
-            with cgutils.for_range(builder, blocks) as loop:
-                block = builder.add(first, loop.index)
-                value = load(builder, offset(builder, x, block, 64), _FLOATS, 4)
-                whole, high, low = emit_halves(builder, value, inverse)
-                builder.store(builder.add(builder.load(total), whole), total)
-                mixed = builder.shuffle_vector(high, low, picks)
-                bytes_ = builder.trunc(mixed, ir.VectorType(ir.IntType(8), 2 * ROWS))
-                store(builder, bytes_, offset(builder, out, block, 2 * ROWS), 1)
-            sum_ = builder.shl(reduce_lanes(builder, "add", (builder.load(total),)), INT32(3))
-            store(builder, sum_, offset(builder, sums, group.index, 4), 4)
-            store(builder, step, offset(builder, sums, builder.add(groups, group.index), 4), 4)
-        return ir.Constant(ir.IntType(8).as_pointer(), None)
-
-    return types.none(*[types.int64] * 5), codegen
 
 
 def _nibble_values(builder: ir.IRBuilder, index: ir.Value) -> ir.Value:
@@ -415,12 +279,6 @@ def sum_groups(x, group, groups, sums):  # type: ignore[no-untyped-def]
         for k in range(g * group, (g + 1) * group):
             total = types.int32(total + row[k])
         out[g] = total * types.int32(8)
-
-
-@njit(cache=True)
-def split_groups(x, group, groups, out, sums):  # type: ignore[no-untyped-def]
-    """See ``_split_groups``: groups of ``group`` values, a multiple of 16."""
-    _split_groups(x, out, sums, group // ROWS, groups)
 
 
 @njit(cache=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from squamata.kernels.halves import GROUP, LARGEST
 from squamata.kernels.linear import Linear, int4
 from squamata.kernels.linear import cpu as linear_cpu
-from squamata.kernels.linear.halves import GROUP, LARGEST
 from squamata.kernels.packing import pack_int4
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor

@@ -15,8 +15,9 @@ from numba import carray, cfunc, njit, prange, types
 from squamata.kernels.decode.convolution import convolve
 from squamata.kernels.decode.records import LAYER, MODEL, PRIVATE, SHARED, SITE
 from squamata.kernels.decode.state import update_rows
-from squamata.kernels.gemv import scale_rows, split_groups, sum_groups
+from squamata.kernels.gemv import scale_rows, sum_groups
 from squamata.kernels.hadamard.butterflies import rotate
+from squamata.kernels.halves import split_groups
 from squamata.kernels.lanes import (
     land_all,
     land_each,

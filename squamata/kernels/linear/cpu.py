@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear as matmul_transposed
 
+from squamata.kernels import halves
 from squamata.kernels.landing import FLOAT, Landing, array, landing, plain, readable, uniform, vector, write_whole_row
-from squamata.kernels.linear import Linear, halves, int4
+from squamata.kernels.linear import Linear, int4
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.kernels.site import Site
 

@@ -20,8 +20,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from squamata.kernels.gemv import dot_unsigned_signed, load, offset, splat, store
-from squamata.kernels.linear.halves import split_rows
+from squamata.kernels.emit import dot_unsigned_signed, load, offset, splat, store
+from squamata.kernels.halves import split_rows
 from squamata.kernels.simd import FLOAT, INT32, constant, has_vnni
 
 GROUP = 128
