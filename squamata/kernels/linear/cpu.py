@@ -96,7 +96,7 @@ def _nibble_product(x: Value, weight: QTensor, layer: Linear, out: Sequence[Site
     def multiplied(start: int) -> NDArray:
         part = product.enter(rows[start : start + tile])
         product.multiply(part, room)
-        return room[: part.count, : weight.shape[0]]
+        return room[: part.filled, : weight.shape[0]]
 
     factors = _factors(x.scale, torch.ones(()), layer, len(rows))
     return _land_tiles(multiplied, tile, factors, _landings(x, layer, out))

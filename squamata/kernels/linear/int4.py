@@ -236,9 +236,9 @@ def _multiply_block(x, sums, steps, scales, out, row, first, tiles):  # type: ig
 
 
 class Rows(NamedTuple):
-    """Activations as ``multiply`` takes them; ``count`` of them, the rest is padding."""
+    """Activations as ``multiply`` takes them: ``filled`` of them, the rest is padding."""
 
-    count: int
+    filled: int
     codes: NDArray[np.uint64]
     sums: NDArray[np.int32]
     steps: NDArray[np.float32]
@@ -269,7 +269,7 @@ class GroupedProduct:
 
     def multiply(self, rows: Rows, out: NDArray[np.float32], first: int = 0) -> None:
         """By the weight's rows from ``first`` on; ``out`` (padded M, n padded to ROWS)."""
-        parts = numba.get_num_threads() if rows.count >= MANY else 1
+        parts = numba.get_num_threads() if rows.filled >= MANY else 1
         multiply(*rows[1:], self.weight, self._scales, first, out[: len(rows.sums)], parts)
 
 
