@@ -6,8 +6,9 @@ instruction the same IR multiplies 16-bit pairs, with identical integers.
 
 Exactness. Integer sums are exact in int32. ``int8 x int8``: y = float32(sum) * (s_x * s_w[n]), the product of the
 scales formed once in float32. ``int4 x int8``: sum over groups, in increasing order, of float32(sum_g) * s_g[n],
-multiplied and added with separate roundings, then times s_x. Kinds with float activations accumulate in float32 in
-four interleaved partial sums with fused multiply-add.
+multiplied and added with separate roundings, then times s_x. ``int4 x int16``: float activations enter as 16-bit
+integers with a step a group (``split_groups``); then the same, a group's value times its step. The other kinds with
+float activations accumulate in float32 in four interleaved partial sums with fused multiply-add.
 """
 
 from __future__ import annotations
@@ -23,70 +24,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from squamata.kernels.emit import dot_unsigned_signed, emit_prefetch, load, offset, splat, store
+from squamata.kernels.halves import split_groups
 from squamata.kernels.memory import address, call_address, slice_float32, view_int8, view_int32
 from squamata.kernels.packing import LINE_BYTES, ROWS, UNROLL, Kind, PackedLinear
 from squamata.kernels.simd import FLOAT, INT32, constant, emit_fma, has_vnni
 
 _FLOATS = ir.VectorType(FLOAT, ROWS)
 _INTS = ir.VectorType(INT32, ROWS)
-_BYTES = ir.VectorType(ir.IntType(8), 4 * ROWS)
-_PAIRS = ir.VectorType(ir.IntType(16), 2 * ROWS)
 _INT64 = ir.IntType(64)
 PREFETCH_BYTES = 8 << 10  # ahead of the line in use: further than the hardware goes by itself
-
-
-def load(builder: ir.IRBuilder, where: ir.Value, kind: ir.Type, align: int) -> ir.Value:
-    """Load a value of this LLVM type from an int64 address."""
-    value = builder.load(builder.inttoptr(where, kind.as_pointer()), typ=kind)
-    value.align = align
-    return value
-
-
-def store(builder: ir.IRBuilder, value: ir.Value, where: ir.Value, align: int) -> None:
-    """Store a value at an int64 address."""
-    builder.store(value, builder.inttoptr(where, value.type.as_pointer())).align = align
-
-
-def offset(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, size: int, extra: int = 0) -> ir.Value:
-    """``base + index * size + extra``."""
-    return builder.add(builder.add(base, builder.mul(index, _INT64(size))), _INT64(extra))
-
-
-def emit_prefetch(builder: ir.IRBuilder, where: ir.Value, level: int = 3) -> None:
-    """Ask for the cache line at an address, which need not be valid, into the first (3) or second (2) level."""
-    pointer = ir.IntType(8).as_pointer()
-    signature = ir.FunctionType(ir.VoidType(), [pointer, INT32, INT32, INT32])
-    name = "llvm.prefetch.p0"
-    function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
-    read, data = INT32(0), INT32(1)
-    builder.call(function, (builder.inttoptr(where, pointer), read, INT32(level), data))
-
-
-def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = ROWS) -> ir.Value:
-    """The same scalar in every lane."""
-    kind = ir.VectorType(value.type, lanes)
-    single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT32(0))
-    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), constant(ir.VectorType(INT32, lanes), 0))
-
-
-def dot_unsigned_signed(builder: ir.IRBuilder, vnni: bool, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
-    """``total[lane] += sum of four uint8 x int8 products``; all arguments are <16 x i32>."""
-    if vnni:
-        name = "llvm.x86.avx512.vpdpbusd.512"
-        function = builder.module.globals.get(name)
-        if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(_INTS, [_INTS, _BYTES, _BYTES]), name)
-        return builder.call(function, (total, builder.bitcast(u, _BYTES), builder.bitcast(s, _BYTES)))
-    eight, wide = constant(_PAIRS, 8), ir.VectorType(INT32, 2 * ROWS)
-    u, s = builder.bitcast(u, _PAIRS), builder.bitcast(s, _PAIRS)
-    even = builder.and_(u, constant(_PAIRS, 255)), builder.ashr(builder.shl(s, eight), eight)
-    odd = builder.lshr(u, eight), builder.ashr(s, eight)
-    for left, right in (even, odd):
-        product = builder.mul(builder.sext(left, wide), builder.sext(right, wide))
-        for first in (0, 1):  # the shape of pmaddwd
-            picks = ir.Constant(_INTS, [2 * lane + first for lane in range(ROWS)])
-            total = builder.add(total, builder.shuffle_vector(product, ir.Constant(wide, ir.Undefined), picks))
-    return total
 
 
 def _nibble_values(builder: ir.IRBuilder, index: ir.Value) -> ir.Value:
@@ -151,35 +98,49 @@ def _advance(kind: Kind, vnni: bool) -> Callable[[ir.IRBuilder, ir.Value, ir.Val
         total = dot_unsigned_signed(builder, vnni, total, low, broadcast_quad(builder, x, 0))
         return dot_unsigned_signed(builder, vnni, total, high, broadcast_quad(builder, x, 4))
 
-    return (float32, bfloat16, int8, int4 if vnni else int4_portable, int8_int8, int4_int8)[kind]
+    def int4_int16(builder: ir.IRBuilder, total: ir.Value, line: ir.Value, x: ir.Value) -> ir.Value:
+        """``total``: a pair of vectors, of the high and of the low bytes."""
+        return builder.insert_value(
+            builder.insert_value(total, int4_int8(builder, builder.extract_value(total, 0), line, x), 0),
+            int4_int8(builder, builder.extract_value(total, 1), line, builder.add(x, _INT64(8))), 1,
+        )  # fmt: skip
+
+    nibbles = int4 if vnni else int4_portable
+    return (float32, bfloat16, int8, nibbles, int8_int8, int4_int8, int4_int16)[kind]
 
 
 def _tile_product(kind: Kind, vnni: bool) -> Any:
     """Numba intrinsic for one kind: raw products of the rows of tiles ``first`` .. ``last``.
 
     Arguments, all int64: addresses of the output (float32, at row 0), the activations, the tiles, ``extra`` (int4:
-    scales of the groups; int8 x int8: row sums) and ``sums`` (int4 x int8: int32, 8 x the sum of the activations of
-    each group); lines a tile, lines a group, first tile, last tile.
+    scales of the groups; int8 x int8: row sums) and ``sums`` (int4: int32, 8 x the sum of the activations of each
+    group; if they were float, see ``_split_groups``); lines a tile, lines a group, first tile, last tile.
     """
     advance = _advance(kind, vnni)
-    accumulator = _INTS if kind.integer_activations else _FLOATS
-    grouped = kind in (Kind.INT4, Kind.INT4_INT8)
-    lane_bytes = kind.values_per_lane * (1 if kind.integer_activations else 4)
+    integer, grouped = kind.integer_sums, kind in (Kind.INT4, Kind.INT4_INT8, Kind.INT4_INT16)
+    accumulator = _INTS if integer else _FLOATS
+    pair = ir.LiteralStructType([_INTS, _INTS])
+    lane_bytes = kind.lane_bytes
 
-    def finish(builder: ir.IRBuilder, total: ir.Value, row: ir.Value, extra: ir.Value, bias: ir.Value) -> ir.Value:
-        """Accumulator -> float32 (of a group, times its scales)."""
+    def add_parts(builder: ir.IRBuilder, parts: Sequence[ir.Value]) -> ir.Value:
+        add = builder.add if integer else builder.fadd
+        a, b, c, d = parts
+        return add(add(a, b), add(c, d))
+
+    def finish(builder: ir.IRBuilder, total: ir.Value, row: ir.Value, extra: ir.Value, group: ir.Value) -> ir.Value:
+        """Accumulator -> float32 (of a group, times its scales); ``group``: address of its sum."""
         if kind == Kind.INT8_INT8:
             total = builder.sub(total, load(builder, offset(builder, extra, row, 4), _INTS, 64))
-        if kind == Kind.INT4_INT8:
-            total = builder.sub(total, splat(builder, load(builder, bias, INT32, 4)))
-        if kind.integer_activations:
+        if grouped and integer:
+            total = builder.sub(total, splat(builder, load(builder, group, INT32, 4)))
+        if integer:
             total = builder.sitofp(total, _FLOATS)
         return builder.fmul(total, load(builder, offset(builder, extra, row, 4), _FLOATS, 64)) if grouped else total
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         out, x, tiles, extra, sums, lines, group_lines, first, last = arguments
-        add = builder.add if kind.integer_activations else builder.fadd
-        parts = [cgutils.alloca_once(builder, accumulator) for _ in range(UNROLL)]
+        empty = ir.Constant(pair, None) if kind.splits else constant(accumulator, 0)
+        parts = [cgutils.alloca_once(builder, pair if kind.splits else accumulator) for _ in range(UNROLL)]
         result = cgutils.alloca_once(builder, _FLOATS)
         groups = builder.udiv(lines, group_lines)
         steps = builder.udiv(group_lines, _INT64(UNROLL))
@@ -190,7 +151,7 @@ def _tile_product(kind: Kind, vnni: bool) -> Any:
             with cgutils.for_range(builder, groups) as group_loop:
                 start = builder.mul(group_loop.index, group_lines)
                 for part in parts:
-                    builder.store(constant(accumulator, 0), part)
+                    builder.store(empty, part)
                 with cgutils.for_range(builder, steps) as loop:
                     line = builder.add(start, builder.mul(loop.index, _INT64(UNROLL)))
                     for step, part in enumerate(parts):
@@ -199,11 +160,20 @@ def _tile_product(kind: Kind, vnni: bool) -> Any:
                         data = load(builder, place, _INTS, 64)
                         where = offset(builder, x, line, lane_bytes, step * lane_bytes)
                         builder.store(advance(builder, builder.load(part), data, where), part)
-                a, b, c, d = (builder.load(part) for part in parts)
-                total = add(add(a, b), add(c, d))
+                sides = [builder.load(part) for part in parts]
+                if kind.splits:
+                    high, low = (
+                        add_parts(builder, [builder.extract_value(side, half) for side in sides]) for half in (0, 1)
+                    )
+                    total = builder.add(builder.shl(high, constant(_INTS, 8)), low)
+                else:
+                    total = add_parts(builder, sides)
                 block = builder.add(builder.mul(tile, groups), group_loop.index) if grouped else tile
-                bias = offset(builder, sums, group_loop.index, 4)
-                value = finish(builder, total, builder.mul(block, _INT64(ROWS)), extra, bias)
+                own = offset(builder, sums, group_loop.index, 4)
+                value = finish(builder, total, builder.mul(block, _INT64(ROWS)), extra, own)
+                if kind.splits:
+                    worth = load(builder, offset(builder, own, groups, 4), FLOAT, 4)
+                    value = builder.fmul(value, splat(builder, worth))
                 builder.store(builder.fadd(builder.load(result), value), result)
             store(builder, builder.load(result), offset(builder, out, tile, LINE_BYTES), 4)
         return ir.Constant(ir.IntType(8).as_pointer(), None)
@@ -221,6 +191,8 @@ _int8 = _tile_product(Kind.INT8, _VNNI)
 _int4 = _tile_product(Kind.INT4, _VNNI)
 _int8_int8 = _tile_product(Kind.INT8_INT8, _VNNI)
 _int4_int8 = _tile_product(Kind.INT4_INT8, _VNNI)
+_int4_int16 = _tile_product(Kind.INT4_INT16, _VNNI)
+_int4_int16_portable = _tile_product(Kind.INT4_INT16, False)
 _int4_portable = _tile_product(Kind.INT4, False)
 _int8_int8_portable = _tile_product(Kind.INT8_INT8, False)
 _int4_int8_portable = _tile_product(Kind.INT4_INT8, False)
@@ -262,11 +234,20 @@ def _rows_int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, fir
     _int4_int8_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
 
 
-_ROWS = (_rows_float32, _rows_bfloat16, _rows_int8, _rows_int4, _rows_int8_int8, _rows_int4_int8)
+def _rows_int4_int16(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int4_int16(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+def _rows_int4_int16_portable(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
+    _int4_int16_portable(out, x, tiles, extra, sums, lines, group_lines, first, last)
+
+
+_ROWS = (_rows_float32, _rows_bfloat16, _rows_int8, _rows_int4, _rows_int8_int8, _rows_int4_int8, _rows_int4_int16)
 _PORTABLE_ROWS = {
     Kind.INT4: _rows_int4_portable,
     Kind.INT8_INT8: _rows_int8_int8_portable,
     Kind.INT4_INT8: _rows_int4_int8_portable,
+    Kind.INT4_INT16: _rows_int4_int16_portable,
 }
 
 
@@ -326,9 +307,12 @@ def gemv(packed: PackedLinear, x: NDArray, x_scale: float = 1.0, portable: bool 
     out = np.full(packed.padded_rows, np.nan, np.float32)
     tiles, lines, _ = packed.tiles.shape
     groups = lines // packed.group_lines
-    sums = np.zeros(groups, np.int32)
+    sums = np.zeros(2 * groups, np.int32)
     if packed.kind == Kind.INT4_INT8:
         sum_groups(address(row), packed.group_lines * 8, groups, address(sums))
+    if packed.kind.splits:
+        values, row = row, np.empty(2 * len(row), np.int8)
+        split_groups(address(values), packed.group_lines * 8, groups, address(row), address(sums))
     extra = packed.groups if packed.groups is not None else packed.row_sums
     where = (address(out), address(row), address(packed.tiles), address(extra), address(sums))
     _call(product_address(packed.kind, portable), (*where, lines, packed.group_lines, 0, tiles))

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from squamata.kernels.gemv import emit_prefetch, load, offset, splat, store
+from squamata.kernels.emit import emit_prefetch, load, offset, splat, store
 from squamata.kernels.simd import FLOAT, INT32, call, constant, emit_clamp, emit_exp, emit_round_away
 
 LANES = 16

@@ -28,6 +28,7 @@ ROWS = 16
 UNROLL = 4
 LINE_BYTES = 64
 PAGE, HUGE_PAGE = 4 << 10, 2 << 20
+WIDEST_SPLIT = 4096  # columns: 15 * 32639 * 4096 is below 2^31
 ARENA_BYTES = 8 * HUGE_PAGE
 
 
@@ -40,15 +41,30 @@ class Kind(IntEnum):
     INT4 = 3
     INT8_INT8 = 4
     INT4_INT8 = 5
+    INT4_INT16 = 6  # float activations, which enter as 16-bit integers
 
     @property
     def integer_activations(self) -> bool:
         return self in (Kind.INT8_INT8, Kind.INT4_INT8)
 
     @property
+    def splits(self) -> bool:
+        """Float activations enter as 16-bit integers, a high and a low byte each."""
+        return self == Kind.INT4_INT16
+
+    @property
+    def integer_sums(self) -> bool:
+        return self.integer_activations or self.splits
+
+    @property
+    def lane_bytes(self) -> int:
+        """Bytes of the activations that meet a lane."""
+        return self.values_per_lane * (1 if self.integer_activations else 2 if self.splits else 4)
+
+    @property
     def values_per_lane(self) -> int:
         """How many consecutive k a 32-bit lane holds."""
-        return {Kind.FLOAT32: 1, Kind.BFLOAT16: 2, Kind.INT4: 8, Kind.INT4_INT8: 8}.get(self, 4)
+        return {Kind.FLOAT32: 1, Kind.BFLOAT16: 2, Kind.INT4: 8, Kind.INT4_INT8: 8, Kind.INT4_INT16: 8}.get(self, 4)
 
 
 @dataclass(frozen=True)
@@ -184,27 +200,39 @@ def tile_int4(
     bias: NDArray[np.float32] | None = None,
     integer_activations: bool = True,
     group: int | None = None,
+    sixteen_bits: bool = False,
 ) -> PackedLinear:
     """Tiles of an int4 matrix given as int8 (N, K), values -8..7, with scales (N, ceil(K / group)).
 
     ``group`` is a multiple of 32, or None for a scale per row (N,). Raises ValueError for another group size.
+    ``sixteen_bits``: float activations are to enter as 16-bit integers.
     """
     rows, columns = q.shape
     width = 8 * UNROLL
     row_scale: NDArray[np.float32] | float = 1.0
     if group is None:
-        row_scale, scale = np.asarray(scale, np.float32).reshape(-1), np.ones((rows, 1), np.float32)
-    group = -(-columns // width) * width if group is None else group
+        parts = -(-columns // WIDEST_SPLIT) if sixteen_bits else 1
+        group = -(-columns // (parts * width)) * width
+        row_scale, scale = np.asarray(scale, np.float32).reshape(-1), np.ones((rows, -(-columns // group)), np.float32)
     if group % width:
         raise ValueError(f"int4 groups are multiples of {width} columns, not {group}")
     q = _pad_columns(np.ascontiguousarray(q, np.int8), group)
+    scale = np.asarray(scale, np.float32).reshape(rows, -1)
+    if sixteen_bits:
+        parts = _parts(group // width)
+        group, scale = group // parts, np.repeat(scale, parts, axis=1)
     codes = (q + np.int8(8)).view(np.uint8).reshape(rows, -1, 2, 4)
     lanes = (codes[:, :, 0] | (codes[:, :, 1] << 4)).reshape(rows, -1).view(np.uint32)
-    kind = Kind.INT4_INT8 if integer_activations else Kind.INT4
-    scale = np.asarray(scale, np.float32).reshape(rows, -1)
+    kind = Kind.INT4_INT8 if integer_activations else Kind.INT4_INT16 if sixteen_bits else Kind.INT4
     if scale.shape[1] != q.shape[1] // group:
         raise ValueError(f"{q.shape[1] // group} scales a row expected, {scale.shape[1]} given")
     return _packed(kind, (rows, columns), lanes, row_scale, scale, group // 8, bias=bias)
+
+
+def _parts(blocks: int) -> int:
+    """Into how many equal parts a group goes so that int32 holds the sums of 16-bit activations."""
+    most = WIDEST_SPLIT // (8 * UNROLL)
+    return next(parts for parts in range(1, blocks + 1) if blocks % parts == 0 and blocks // parts <= most)
 
 
 def _pad_columns(matrix: NDArray, multiple: int) -> NDArray:
@@ -235,7 +263,7 @@ def _packed(
         return padded
 
     out = allocate(tiles * lanes.shape[1] * ROWS, np.uint32).reshape(tiles, lanes.shape[1], ROWS)
-    if kind in (Kind.INT4, Kind.INT4_INT8):
+    if kind in (Kind.INT4, Kind.INT4_INT8, Kind.INT4_INT16):
         out[:] = 0x88888888  # zero is stored as 8
     full = rows // ROWS
     out[:full] = lanes[: full * ROWS].reshape(full, ROWS, lanes.shape[1]).transpose(0, 2, 1)

@@ -62,6 +62,7 @@ class Block(ABC, Generic[OwnCache]):
     """One layer of the network. Subclasses read their tensors in ``__init__`` and define ``forward``.
 
     ``tensors``: this layer's tensors without the ``layers.N.`` prefix. ``dtype``: of the float computation.
+    ``linears``: its projections, in the order in which ``linear`` made them.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Block(ABC, Generic[OwnCache]):
         self.config = config
         self.dtype = dtype
         self.sites = under("mixer.", sites)
+        self.linears: list[Linear] = []
         self.norm = as_float(tensors["norm.weight"]).to(dtype)
         self._mixer = under("mixer.", tensors)
 
@@ -112,11 +114,13 @@ class Block(ABC, Generic[OwnCache]):
         """A projection of this block."""
         weight = self._mixer[f"{name}.weight"]
         bias = self.parameter(f"{name}.bias") if f"{name}.bias" in self._mixer else None
-        return Linear(
+        layer = Linear(
             weight.as_operand() if isinstance(weight, QTensor) else weight.to(self.dtype),
             bias,
             self.segments(self.config).get(name, ()),
         )
+        self.linears.append(layer)
+        return layer
 
     def rotation(self) -> Rotation | None:
         """The rotation before out_proj that a transform left here (int64: size, block); SquamataError if it is none."""

@@ -112,6 +112,9 @@ class LanguageModel:
         head = self.embedding if "head.weight" not in tensors else _storage(tensors["head.weight"], dtype)
         self.head = Linear(head.as_operand() if isinstance(head, QTensor) else head)
         self.head_site = head_site(self.config, self.specs.get("head.in"), checkpoint.site_tensors, mode)
+        if all(site.spec is None for site in self.sites()):  # no code may be asked to equal the reference's
+            for layer in (*(linear for block in self.blocks for linear in block.linears), self.head):
+                layer.sixteen_bits = True
 
     def sites(self) -> Iterator[Site]:
         """Every activation and state site, in the order the data meets them."""

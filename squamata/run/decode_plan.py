@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -223,7 +222,7 @@ def _linear(layer: Linear, site: Site) -> list[packing.PackedLinear]:
     """One packed matrix a segment; integer activations if the input site and the weight are both quantized."""
     weight, integer = layer.weight, site.quantized
     bias = None if layer.bias is None else _floats(layer.bias)
-    arguments: Mapping[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if isinstance(weight, QTensor):
         if weight.second is not None or weight.simulated or not weight.spec.linear_grid:
             raise NotPlannableError(f"an asymmetric, simulated or non-linear weight that reads {site.name}")
@@ -234,7 +233,9 @@ def _linear(layer: Linear, site: Site) -> list[packing.PackedLinear]:
         if group and (weight.spec.bits > 4 or group % 32):
             raise NotPlannableError(f"int{weight.spec.bits} weights in groups of {group}")
         small = weight.spec.bits <= 4
-        arguments = {"integer_activations": integer} | ({"group": group} if small else {})
+        arguments = {"integer_activations": integer}
+        if small:
+            arguments |= {"group": group, "sixteen_bits": layer.sixteen_bits and not integer}
         tile: Any = packing.tile_int4 if small else packing.tile_int8
     else:
         scale = None

@@ -76,6 +76,32 @@ def test_float_activations(rows: int, columns: int, kind: str, portable: bool) -
     )
 
 
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize(("columns", "group"), [(200, 32), (384, 128), (4096, None), (8200, None), (12288, 6144)])
+def test_int4_by_float_activations_of_sixteen_bits(columns: int, group: int | None, portable: bool) -> None:
+    rows, width = 19, group or columns
+    q = RNG.integers(-8, 8, (rows, columns)).astype(np.int8)
+    q[0], q[1] = -8, 7
+    x = (RNG.standard_normal(columns) * 10.0 ** RNG.integers(-3, 3, columns)).astype(np.float32)
+    scale = RNG.random((rows, -(-columns // width)) if group else rows).astype(np.float32)
+    weight = q * (scale.repeat(width, axis=1)[:, :columns] if group else scale[:, None]).astype(np.float64)
+    packed = packing.tile_int4(q, scale, integer_activations=False, group=group, sixteen_bits=True)
+    own = packed.group_lines * 8  # no longer than what int32 can sum
+    assert own <= packing.WIDEST_SPLIT and own >= min(width, packing.WIDEST_SPLIT // 2)
+    for values in (x, np.ones_like(x), np.zeros_like(x)):  # ones: the largest sums
+        padded = np.pad(values, (0, -columns % own)).reshape(-1, own)
+        steps = np.abs(padded).max(1).repeat(own)[:columns] / 32639
+        bound = 0.5001 * np.abs(weight) @ steps + 1e-6 * np.abs(weight) @ np.abs(values)
+        assert (np.abs(gemv(packed, values, portable=portable) - weight @ values) <= bound).all()
+
+
+def test_int4_keeps_what_is_not_finite() -> None:
+    x = RNG.standard_normal(256).astype(np.float32)
+    x[130] = np.nan
+    q = RNG.integers(-8, 8, (20, 256)).astype(np.int8)
+    assert np.isnan(gemv(packing.tile_int4(q, np.ones(20, np.float32), None, False, sixteen_bits=True), x)).all()
+
+
 @pytest.mark.parametrize("columns", [1, 7, 128])
 def test_canonical_int4_is_low_nibble_first(columns: int) -> None:
     q = torch.randint(-8, 8, (5, columns), dtype=torch.int8)

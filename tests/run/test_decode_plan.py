@@ -97,7 +97,8 @@ def test_token_agrees_with_the_reference(kind: str, overrides: dict[str, object]
     for token in ids:
         with use_backend("ref"):
             expected = model.step(token[None], theirs)
-        torch.testing.assert_close(decoder.step(token[None], ours), expected, rtol=2e-4, atol=2e-4)
+        wide = 10 if recipe == "w4a16" else 1  # activations of 16 bits
+        torch.testing.assert_close(decoder.step(token[None], ours), expected, rtol=2e-4 * wide, atol=2e-4 * wide)
         for got, want in zip(ours, theirs, strict=True):
             for mine, reference in ((got.conv, want.conv), (got.state, want.state)):
                 if isinstance(mine, QTensor) and mine.spec.dynamic:
@@ -109,7 +110,7 @@ def test_token_agrees_with_the_reference(kind: str, overrides: dict[str, object]
                 elif isinstance(mine, QTensor):
                     assert torch.equal(mine.data, reference.data)
                 else:
-                    torch.testing.assert_close(mine, as_float(reference), rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(mine, as_float(reference), rtol=1e-4 * wide, atol=1e-5 * wide**2)
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
@@ -174,7 +175,7 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
             model.step(torch.tensor([1]), other)
 
 
-@pytest.mark.parametrize(("recipe", "projections"), [("float", Kind.BFLOAT16), ("w4a16", Kind.INT4)])
+@pytest.mark.parametrize(("recipe", "projections"), [("float", Kind.BFLOAT16), ("w4a16", Kind.INT4_INT16)])
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 def test_weights_exact_in_bfloat16_stay_so(kind: str, recipe: str, projections: Kind) -> None:
     model = make_model(kind, recipe, dtype=torch.bfloat16)
@@ -183,7 +184,18 @@ def test_weights_exact_in_bfloat16_stay_so(kind: str, recipe: str, projections: 
     for token in (3, 5, 7):
         with use_backend("ref"):
             expected = model.step(torch.tensor([token]), theirs)
-        torch.testing.assert_close(decoder.step(torch.tensor([token]), ours), expected, rtol=1e-5, atol=1e-5)
+        near = 1e-5 if recipe == "float" else 1e-3  # activations of 16 bits
+        torch.testing.assert_close(decoder.step(torch.tensor([token]), ours), expected, rtol=near, atol=near)
+
+
+def test_only_a_model_without_integer_sites_takes_activations_of_sixteen_bits() -> None:
+    for kind in ("mamba1", "mamba2"):
+        model = make_model(kind, "w4a16")
+        assert all(layer.sixteen_bits for block in model.blocks for layer in block.linears)
+        assert len(model.blocks[0].linears) == (4 if kind == "mamba1" else 2)
+        for recipe in ("w4a8", "taps", "dynamic-state"):
+            model = make_model(kind, recipe)
+            assert not any(layer.sixteen_bits for block in model.blocks for layer in block.linears)
 
 
 def test_a_weight_that_bfloat16_would_round_stays_float32() -> None:

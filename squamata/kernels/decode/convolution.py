@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from squamata.kernels.gemv import load, offset, store
+from squamata.kernels.emit import load, offset, store
 from squamata.kernels.lanes import FLOATS, INTS, LANES
 from squamata.kernels.memory import slice_float32, view_float32, view_int8
 from squamata.kernels.simd import silu

@@ -318,7 +318,7 @@ class DecodePlan:
         inner = max((layer.inner for layer in self.layers), default=0) + slack
         small = max((layer.groups * layer.states for layer in self.layers), default=0) + 64
         low = max((layer.x_proj_dt.rows for layer in self.layers if layer.x_proj_dt), default=0) + slack
-        sums = max(linear.tiles.shape[1] // linear.group_lines for linear in linears) + 16
+        sums = 2 * max(linear.tiles.shape[1] // linear.group_lines for linear in linears) + 16
         width += slack
 
         def record(kind: np.dtype, lengths: dict[str, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from squamata.kernels.gemv import load, offset, splat, store
+from squamata.kernels.emit import load, offset, splat, store
 from squamata.kernels.lanes import BYTES, FLOATS, INTS, LANES, emit_prefetch_lines, emit_rounded
 from squamata.kernels.simd import FLOAT, call, constant, emit_exp
 

@@ -17,6 +17,7 @@ from squamata.kernels.decode.records import LAYER, MODEL, PRIVATE, SHARED, SITE
 from squamata.kernels.decode.state import update_rows
 from squamata.kernels.gemv import scale_rows, sum_groups
 from squamata.kernels.hadamard.butterflies import rotate
+from squamata.kernels.halves import split_groups
 from squamata.kernels.lanes import (
     land_all,
     land_each,
@@ -30,7 +31,7 @@ _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
 _LEAST_SCALE = np.float32(1e-8)
 _STATIC, _DYNAMIC = 1, 2
-_INTEGER_ACTIVATIONS = 4  # first such Kind
+_INTEGER_ACTIVATIONS, _INT4_INT8, _INT4_INT16 = 4, 5, 6  # Kind; the first: from here on integers are multiplied
 _PREFETCHED_LINES = 8192  # half a megabyte: what a core's second-level cache takes beside everything else
 
 
@@ -86,10 +87,12 @@ def land_row(site, values, codes, count):
 
 
 @njit(cache=True)
-def prepare_sums(layer, codes, sums):
-    """Sums of the activations' groups, which int4 weights with int8 activations need."""
-    if layer.kind == 5:
+def prepare(layer, values, codes, sums):
+    """What int4 weights need of the activations: sums of their groups, and float ones as integers, in ``codes``."""
+    if layer.kind == _INT4_INT8:
         sum_groups(codes, layer.group_lines * 8, layer.lines // layer.group_lines, sums)
+    elif layer.kind == _INT4_INT16:
+        split_groups(values, layer.group_lines * 8, layer.lines // layer.group_lines, codes, sums)
 
 
 @njit(cache=True)
@@ -98,7 +101,8 @@ def multiply(layer, values, codes, x_scale, sums, out, first, last):
     integer = layer.kind >= _INTEGER_ACTIVATIONS
     x = codes if integer else values
     call_address(layer.product, (out, x, layer.tiles, layer.extra, sums, layer.lines, layer.group_lines, first, last))
-    scale_rows(out, layer.scale, layer.bias, x_scale if integer else _ONE, first * 16, last * 16)
+    own = x_scale if integer and layer.kind != _INT4_INT16 else _ONE
+    scale_rows(out, layer.scale, layer.bias, own, first * 16, last * 16)
 
 
 @njit(cache=True)
@@ -154,7 +158,7 @@ def project_and_convolve(layer_record, shared_record, private_record, thread, th
     x_scale = enter(
         layer.norm, layer.epsilon, layer.input, shared.h, private.residual, private.row, private.codes, layer.width
     )
-    prepare_sums(layer.in_x, private.codes, private.sums)
+    prepare(layer.in_x, private.row, private.codes, private.sums)
     start, stop = project(layer.in_z, layer.z, private, x_scale, shared.z, thread, threads)
     z = slice_float32(shared.z, start, stop)
     for i in range(z.size):
@@ -179,7 +183,8 @@ def project_and_convolve(layer_record, shared_record, private_record, thread, th
 @njit(cache=True)
 def low_rank_input(layer, shared, private, linear, site, out, codes, count):
     """One of dt_low, B, C: all rows of its part of x_proj, FalconMamba's norm if there is one, landed."""
-    multiply(linear, shared.u, shared.u_codes, layer.u.value, private.sums, out, 0, linear.tile_count)
+    own = private.inner_codes if linear.kind == _INT4_INT16 else shared.u_codes
+    multiply(linear, shared.u, own, layer.u.value, private.sums, out, 0, linear.tile_count)
     if layer.bcdt_epsilon >= _ZERO:
         normalize(out, out, 0, 0, count, rms_factor(out, count, layer.bcdt_epsilon))
     land(site, out, codes, 0, count)
@@ -201,7 +206,8 @@ def scan_selective(layer_record, shared_record, private_record, thread, threads)
     layer = carray(pointer(layer_record), (1,), LAYER)[0]
     shared = carray(pointer(shared_record), (1,), SHARED)[0]
     private = carray(pointer(private_record), (1,), PRIVATE)[0]
-    prepare_sums(layer.x_proj_dt, shared.u_codes, private.sums)
+    own = private.inner_codes if layer.x_proj_dt.kind == _INT4_INT16 else shared.u_codes
+    prepare(layer.x_proj_dt, shared.u, own, private.sums)
     low_rank_input(
         layer, shared, private, layer.x_proj_dt, layer.dt_low, private.low, private.low_codes, layer.low_rank
     )
@@ -212,7 +218,7 @@ def scan_selective(layer_record, shared_record, private_record, thread, threads)
     start, stop = first * 16, min(last * 16, layer.inner)
     if last == first:
         return
-    prepare_sums(layer.dt_proj, private.low_codes, private.sums)
+    prepare(layer.dt_proj, private.low, private.low_codes, private.sums)
     multiply(layer.dt_proj, private.low, private.low_codes, layer.dt_low.value, private.sums, shared.dt, first, last)
     land(layer.dt, shared.dt, 0, start, stop)
     enter_scan(layer.dt_bias, shared.dt, shared.u, shared.y, start, stop)
@@ -300,7 +306,7 @@ def gate_rotate_project(layer_record, shared_record, private_record, thread, thr
         turn = layer.rotation
         row = rotate(row, private.mixed, turn.size, turn.matrix, turn.order, turn.power, turn.factor)
     x_scale = land_row(layer.out, row, private.inner_codes, inner)
-    prepare_sums(layer.out_proj, private.inner_codes, private.sums)
+    prepare(layer.out_proj, row, private.inner_codes, private.sums)
     tiles = layer.out_proj.tile_count
     first, last = tiles * thread // threads, tiles * (thread + 1) // threads
     multiply(layer.out_proj, row, private.inner_codes, x_scale, private.sums, shared.h, first, last)
@@ -315,7 +321,7 @@ def project_head(model_record, shared_record, private_record, thread, threads):
         model.final_norm, model.epsilon, model.head_input, shared.h, private.residual, private.row, private.codes,
         model.width,
     )  # fmt: skip
-    prepare_sums(model.head, private.codes, private.sums)
+    prepare(model.head, private.row, private.codes, private.sums)
     first, last = model.head.tile_count * thread // threads, model.head.tile_count * (thread + 1) // threads
     multiply(model.head, private.row, private.codes, x_scale, private.sums, shared.logits, first, last)
 

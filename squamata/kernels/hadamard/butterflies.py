@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from squamata.kernels.gemv import load, offset, splat, store
+from squamata.kernels.emit import load, offset, splat, store
 from squamata.kernels.memory import view_float32
 from squamata.kernels.simd import FLOAT, INT32, emit_fma
 

@@ -17,12 +17,16 @@ from squamata.kernels.site import Site
 class Linear:
     """A weight (out, in), its bias (out,), and how many output rows go to each site.
 
+    ``sixteen_bits``: a backend may take float activations as 16-bit integers with a scale a row or a part of it, off by
+    1.5e-5 of the largest value there. Only where nothing in the model is rounded to few bits afterwards: such codes
+    would differ from the reference's more often than once in 1e5.
     ``packed``: what a backend made of the weight for its own use; never saved.
     """
 
     weight: Value
     bias: Tensor | None = None
     segments: tuple[int, ...] = ()
+    sixteen_bits: bool = False
     packed: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -36,7 +40,7 @@ def linear(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, 
 
     ``x``: (..., in). Integers meet integers exactly: accumulators are exact, then
     y = float32(accumulator) * (scale_x * scale_w) + bias, groups of a grouped weight added in increasing order as
-    float32(accumulator_g) * scale_w[g] before scale_x. Anything else is dequantized first.
+    float32(accumulator_g) * scale_w[g] before scale_x. Anything else is dequantized first (but see ``sixteen_bits``).
     """
 
 

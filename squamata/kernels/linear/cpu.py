@@ -7,7 +7,7 @@ in int8 would double the memory of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear as matmul_transposed
 
+from squamata.kernels import halves
 from squamata.kernels.landing import FLOAT, Landing, array, landing, plain, readable, uniform, vector, write_whole_row
-from squamata.kernels.linear import Linear, int4, integer_product
+from squamata.kernels.linear import Linear, int4
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.kernels.site import Site
 
 ACCUMULATOR_BYTES = 4 << 20  # rows are taken in tiles whose accumulators fit in this
 SMALLEST_TILE = 64  # rows: fewer would repack the weight too often
+WIDE_ROWS = 512  # float rows that are split together; a multiple of int4.TOKENS
 
 
 class _Factors(NamedTuple):
@@ -56,46 +58,128 @@ def _by_row_or_group(weight: QTensor) -> bool:
 
 
 def run(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
-    if not integer_product(x, layer.weight):
+    weight, columns = layer.weight, x.shape[-1]
+    assert isinstance(weight, QTensor)
+    if isinstance(x, Tensor) and not layer.sixteen_bits:
         return _float_product(x, layer, out)
-    assert isinstance(x, QTensor) and isinstance(layer.weight, QTensor)
-    columns = x.shape[-1]
+    if _nibbles_in_groups(weight):
+        return _nibble_product(x, weight, layer, out)
+    if isinstance(x, Tensor):
+        return _wide_product(x, weight, layer, out) if _int8_rows(weight) else _float_product(x, layer, out)
     codes = x.data.reshape(-1, columns).contiguous()
-    scale = x.scale.float().reshape(-1)
-    rows = len(codes)
-    wheres = [landing(s, *x.shape[:-1], n, per_token=True) for s, n in zip(out, layer.rows, strict=True)]
-    grouped = layer.weight.spec.granularity.group is not None and layer.weight.scale.ndim == 2
-    packed = grouped and _nibbles_in_groups(layer.weight)
-    weight = layer.weight.data if packed else unpacked(layer.weight)
-    column = torch.ones(()) if grouped else layer.weight.scale
-    factors = _Factors(
-        vector(scale, rows),
-        vector(column, len(weight)),
-        np.empty(0, np.float32) if layer.bias is None else vector(layer.bias, len(weight)),
-    )
-    tile = min(rows, max(SMALLEST_TILE, ACCUMULATOR_BYTES // (4 * len(weight))))
-    acc = torch.empty(0 if packed else tile, len(weight), dtype=torch.int32)
-    if packed:
-        scales = array(layer.weight.scale.float().expand(len(weight), -1))
-        product = int4.GroupedProduct(array(weight), scales, tile)
-    for start in range(0, rows, tile):
+    grouped = weight.spec.granularity.group is not None and weight.scale.ndim == 2
+    matrix = unpacked(weight)
+    tile = _tile_rows(len(codes), len(matrix))
+    acc = torch.empty(tile, len(matrix), dtype=torch.int32)
+
+    def product(start: int) -> NDArray:
         part = codes[start : start + tile]
         room = acc[: len(part)]
-        if packed:
-            _land(product(part.numpy()), start, factors, wheres)
-        elif grouped:
-            _land(_grouped_product(part, weight, layer.weight, room).numpy(), start, factors, wheres)
-        else:
-            _land(torch._int_mm(part, weight.t(), out=room).numpy(), start, factors, wheres)
-    return tuple(where.value() for where in wheres)
+        if grouped:
+            return _grouped_product(part, matrix, weight, room).numpy()
+        return torch._int_mm(part, matrix.t(), out=room).numpy()
+
+    factors = _factors(x.scale, torch.ones(()) if grouped else weight.scale, layer, len(codes))
+    return _land_tiles(product, tile, factors, _landings(x, layer, out))
+
+
+def _nibble_product(x: Value, weight: QTensor, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
+    """Straight from the packed codes; float rows become 16-bit integers (``halves``)."""
+    scales = array(weight.scale.float().expand(weight.shape[0], -1))
+    product = int4.GroupedProduct(array(weight.data), scales)
+    if isinstance(x, Tensor):
+        return _wide_nibble_product(x, product, layer, out)
+    rows = array(x.data.reshape(-1, x.shape[-1]))
+    tile = _tile_rows(len(rows), weight.shape[0])
+    room = _padded(tile, weight.shape[0])
+
+    def multiplied(start: int) -> NDArray:
+        part = product.enter(rows[start : start + tile])
+        product.multiply(part, room)
+        return room[: part.filled, : weight.shape[0]]
+
+    factors = _factors(x.scale, torch.ones(()), layer, len(rows))
+    return _land_tiles(multiplied, tile, factors, _landings(x, layer, out))
+
+
+def _wide_nibble_product(
+    x: Tensor, product: int4.GroupedProduct, layer: Linear, out: Sequence[Site | None]
+) -> tuple[Value, ...]:
+    """Float rows: a segment that stays float is written where it stays, any other is landed by its site."""
+    rows, first, values = array(x).reshape(-1, x.shape[-1]), 0, []
+    wholes = [torch.from_numpy(_padded(len(rows), n)) for n in layer.rows]
+    for start in range(0, len(rows), WIDE_ROWS):
+        part, first = product.enter(rows[start : start + WIDE_ROWS]), 0
+        for n, whole in zip(layer.rows, wholes, strict=True):
+            product.multiply(part, whole.numpy()[start:], first)
+            first += n
+    first = 0
+    for site, n, whole in zip(out, layer.rows, wholes, strict=True):
+        y = whole[: len(rows), :n].contiguous()
+        if layer.bias is not None:
+            y += layer.bias[first : first + n]
+        y = y.reshape(*x.shape[:-1], n)
+        values.append(y if site is None else site.land(y))
+        first += n
+    return tuple(values)
+
+
+def _padded(rows: int, features: int) -> NDArray[np.float32]:
+    """Room for an output of ``int4``, in torch's memory: numpy asks for huge pages, which are zeroed at every call."""
+    columns = -(-features // int4.ROWS) * int4.ROWS
+    return torch.empty(int4.padded_rows(rows), columns, dtype=torch.float32).numpy()
+
+
+def _int8_rows(weight: QTensor) -> bool:
+    """True if an exact int8 product takes this weight, whose scales come after the sum."""
+    return weight.length is None and weight.spec.granularity.group is None and exact_int_mm()
+
+
+def _wide_product(x: Tensor, weight: QTensor, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
+    """Float rows as 16-bit integers with a step a row, whose high and low bytes are rows of one int8 product."""
+    rows = x.reshape(-1, x.shape[-1])
+    step = (rows.abs().amax(-1, keepdim=True) / halves.LARGEST).clamp_min(halves.LEAST_STEP)
+    tile = _tile_rows(len(rows), 2 * weight.shape[0])
+
+    def product(start: int) -> NDArray:
+        whole = torch.round(rows[start : start + tile] / step[start : start + tile]).int()
+        high = (whole + 128) >> 8
+        both = torch.cat([high, whole - (high << 8)]).to(torch.int8)
+        sums = torch._int_mm(both, weight.data.t()).float()
+        return (256 * sums[: len(whole)] + sums[len(whole) :]).numpy()
+
+    return _land_tiles(product, tile, _factors(step, weight.scale, layer, len(rows)), _landings(x, layer, out))
 
 
 def _float_product(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
-    """Float activations: the weight is expanded, once a call."""
+    """Float rows by what no kernel here multiplies packed: the weight is expanded, once a call."""
     assert isinstance(x, Tensor) and isinstance(layer.weight, QTensor)
     y = matmul_transposed(x, dequantized(layer.weight), layer.bias)
     parts = y.split(layer.rows, dim=-1)
     return tuple(part if site is None else site.land(part) for part, site in zip(parts, out, strict=True))
+
+
+def _tile_rows(rows: int, features: int) -> int:
+    return min(rows, max(SMALLEST_TILE, ACCUMULATOR_BYTES // (4 * features)))
+
+
+def _landings(x: Value, layer: Linear, out: Sequence[Site | None]) -> list[Landing]:
+    return [landing(site, *x.shape[:-1], n, per_token=True) for site, n in zip(out, layer.rows, strict=True)]
+
+
+def _factors(scale: Tensor, column: Tensor, layer: Linear, rows: int) -> _Factors:
+    features = layer.weight.shape[0]
+    bias = np.empty(0, np.float32) if layer.bias is None else vector(layer.bias, features)
+    return _Factors(vector(scale.float().reshape(-1), rows), vector(column, features), bias)
+
+
+def _land_tiles(
+    product: Callable[[int], NDArray], tile: int, factors: _Factors, wheres: Sequence[Landing]
+) -> tuple[Value, ...]:
+    """``product(start)``: the accumulators (at most tile, N) of the rows from ``start`` on."""
+    for start in range(0, len(factors.row), tile):
+        _land(product(start), start, factors, wheres)
+    return tuple(where.value() for where in wheres)
 
 
 def _land(acc: NDArray, start: int, factors: _Factors, wheres: Sequence[Landing]) -> None:
@@ -108,9 +192,9 @@ def _land(acc: NDArray, start: int, factors: _Factors, wheres: Sequence[Landing]
 
 
 def _nibbles_in_groups(weight: QTensor) -> bool:
-    """True if ``int4.grouped_product`` takes this weight and the CPU has the instruction that makes it worth while."""
+    """True if ``int4.GroupedProduct`` takes this weight and the CPU has the instruction that makes it worth while."""
     whole = weight.shape[1] % int4.GROUP == 0 and weight.spec.granularity.group == int4.GROUP
-    return whole and weight.length is not None and int4.VNNI
+    return whole and weight.length is not None and weight.scale.ndim == 2 and int4.VNNI
 
 
 def _grouped_product(x: Tensor, weight: Tensor, quantized: QTensor, acc: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from squamata.kernels import simd
 from squamata.kernels.landing import Source, Target, array, landing, plain, read_row, readable, source, write_row
+from squamata.kernels.lanes import prefetch_lines
 from squamata.kernels.qtensor import Value, as_float
 from squamata.kernels.selective_scan.strip import LANES, LOG2_E, TOGETHER, advance
 from squamata.kernels.site import Site
@@ -100,6 +101,9 @@ def _scan_block(u, dt, z, arrays, target, length, sample, first):  # type: ignor
     for start in range(0, length, TILE):
         tokens = min(TILE, length - start)
         row = sample * length + start
+        coming = min(TILE, length - start - tokens)
+        for origin in (scan.u, scan.dt, scan.z):
+            _fetch(origin, row + tokens, coming, first, width)
         _prepare(scan, tile, row, tokens, first, width)
         b, c = arrays.B[row:].ctypes.data, arrays.C[row:].ctypes.data
         for strip in range((width + LANES - 1) // LANES):
@@ -125,6 +129,16 @@ def _advance(tile, strip, b, c, tokens, states):  # type: ignore[no-untyped-def]
         types.int64(states),
         types.int64(4 * WIDTH),
     )
+
+
+@njit(cache=True, nogil=True)
+def _fetch(origin, row, tokens, first, width):  # type: ignore[no-untyped-def]
+    """Ask for the float32 rows of the next tile: half a kilobyte here and there, which no hardware foresees."""
+    if origin.values.size:
+        row_bytes = 4 * origin.values.shape[1]
+        where = types.int64(origin.values.ctypes.data) + row * row_bytes + 4 * first
+        for t in range(tokens):
+            prefetch_lines(types.int64(where + t * row_bytes), types.int64((width + LANES - 1) // LANES))
 
 
 @njit(cache=True, nogil=True)

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from squamata.kernels.gemv import load, offset, splat, store
+from squamata.kernels.emit import load, offset, splat, store
 from squamata.kernels.simd import FLOAT, INT32, constant, emit_fma
 
 LANES = 16  # channels of a strip

@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from squamata.kernels.gemv import load, splat, store
+from squamata.kernels.emit import load, splat, store
 from squamata.kernels.simd import FLOAT, emit_fma, has_vnni
 
 ROWS, LANES = 4, 16
