@@ -1,4 +1,4 @@
-"""A simulated model: the numbers of the mode *simulate*, whatever runs side by side, and no tensor on a wrong device."""
+"""A simulated model: the numbers of mode *simulate*, whatever runs side by side, and no tensor on a wrong device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,19 @@ from squamata.run import simulated
 from squamata.run.simulated import SimulatedModel, placed
 from squamata.spec.recipe import Recipe
 
-RECIPES = ("quamba-w8a8", "quamba-w8a8-static-state", "quamba2-w4a8-like-upstream", "format-dual-scale-5", "quamba-w4a4")
+RECIPES = (
+    "quamba-w8a8",
+    "quamba-w8a8-static-state",
+    "quamba2-w4a8-like-upstream",
+    "format-dual-scale-5",
+    "quamba-w4a4",
+)
+    "quamba-w8a8",
+    "quamba-w8a8-static-state",
+    "quamba2-w4a8-like-upstream",
+    "format-dual-scale-5",
+    "quamba-w4a4",
+)
 DOCUMENTS = ["The snake sheds its skin, and grows.", "A second", "x", "And a fourth one, longer than a window of it."]
 
 
