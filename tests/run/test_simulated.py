@@ -30,12 +30,6 @@ RECIPES = (
     "format-dual-scale-5",
     "quamba-w4a4",
 )
-    "quamba-w8a8",
-    "quamba-w8a8-static-state",
-    "quamba2-w4a8-like-upstream",
-    "format-dual-scale-5",
-    "quamba-w4a4",
-)
 DOCUMENTS = ["The snake sheds its skin, and grows.", "A second", "x", "And a fourth one, longer than a window of it."]
 
 
