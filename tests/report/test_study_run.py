@@ -25,6 +25,7 @@ from squamata.report.plan import Places, Study
 from squamata.report.rows import locked, read_details, read_rows, unpack_sums
 from squamata.report.study import StudyRun, run_study
 from squamata.report.verbs import Verbs
+from squamata.report.workers import Workforce
 
 Write = Callable[..., Path]
 PACKAGE = Path(squamata.__file__).parents[1]
@@ -162,7 +163,7 @@ def test_a_cluster_that_loses_a_node_completes_the_study(write_study: Write, ver
                 cluster.remove_node(second, allow_graceful=False)
             seen.append(done)
 
-        done = run(path, out, verbs, ray_address=cluster.address, progress=progress)
+        done = run(path, out, verbs, force=Workforce(ray=cluster.address), progress=progress)
     finally:
         ray.shutdown()
         cluster.shutdown()
