@@ -34,7 +34,6 @@ from squamata.quantize import check as check_weight_quantizer
 from squamata.quantize import needs_inputs
 from squamata.run.generate import generate
 from squamata.run.model import Model
-from squamata.run.simulated import placed
 from squamata.save.format import describe
 from squamata.save.read import read_checkpoint
 from squamata.save.write import CheckpointWriter
@@ -143,14 +142,10 @@ def evaluate(
     mode: str = "parallel",
     batch: int | None = None,
     progress: Progress | None = None,
-    device: str = "cpu",
 ) -> Evaluation:
-    """Judge a model, or the checkpoint at a path, on a text: see ``squamata.evaluate.perplexity.evaluate``.
-
-    ``device``: where checkpoints given by their paths run, ``cpu`` or (simulated, see ``run.simulated``) ``cuda``.
-    """
-    first = placed(load(model), device) if isinstance(model, str | Path) else model
-    second = placed(load(against), device) if isinstance(against, str | Path) else against
+    """Judge a model, or the checkpoint at a path, on a text: see ``squamata.evaluate.perplexity.evaluate``."""
+    first = load(model) if isinstance(model, str | Path) else model
+    second = load(against) if isinstance(against, str | Path) else against
     return judge(first, text, second, window, max_tokens, mode, batch, progress)
 
 

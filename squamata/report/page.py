@@ -120,10 +120,17 @@ def _conditions(rows: Sequence[Row]) -> str:
     told.append(f"measured by squamata {', '.join(versions)}")
     if len(versions) > 1:
         told.append("rows of different versions: compare with care")
+    told += sorted({_made_on(row) for row in rows if "measured_on" in row})
     if source.get("calibration_sha256"):
         told.append(f"calibration text sha256 {source['calibration_sha256'][:12]}")
     units = "documents" if count >= FEWEST_UNITS else "windows"
     return f"<p>{escape('; '.join(told))}. Intervals are 95 % bootstrap intervals over {units}.</p>"
+
+
+def _made_on(row: Row) -> str:
+    made = row["measured_on"]
+    kernels = "integer kernels" if made["arithmetic"] == "integer" else "simulated"
+    return f"{made['device']}: {kernels}"
 
 
 def _table(rows: Sequence[Row], compared: Mapping[str, Comparison]) -> str:

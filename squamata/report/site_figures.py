@@ -40,17 +40,31 @@ def _heat(found: Mapping[str, Any]) -> Figure:
     floor = max(found["floor_kl"], FAINTEST)
     kl = [[_kl(cells.get((layer, part))) for layer in layers] for part in parts]
     logs = [[None if value is None else float(np.log10(max(value, floor))) for value in line] for line in kl]
-    made = figure(_title(found), 150 + 24 * len(parts))
+    words = "KL %{customdata:.3g}"
+    return _layers_by_sites(_title(found), (parts, layers), logs, "log10 KL", words, customdata=kl)
+
+
+def _layers_by_sites(
+    title: str,
+    axes: tuple[Sequence[str], Sequence[int]],
+    values: Sequence[Sequence[float | None]],
+    unit: str,
+    words: str,
+    **options: Any,
+) -> Figure:
+    """A heat map: a line a site (``axes[0]``), a column a layer; ``words``: what is said of a cell under the mouse."""
+    parts, layers = axes
+    made = figure(title, 150 + 25 * len(parts))
     made.add_heatmap(
-        z=logs,
+        z=values,
         x=[str(layer) for layer in layers],
         y=[part.removeprefix("mixer.") for part in parts],
-        customdata=kl,
         colorscale=SCALE,
         xgap=2,
         ygap=2,
-        colorbar={"title": "log10 KL", "thickness": 12},
-        hovertemplate="layer %{x}, %{y}<br>KL %{customdata:.3g}<extra></extra>",
+        colorbar={"title": unit, "thickness": 12},
+        hovertemplate=f"layer %{{x}}, %{{y}}<br>{words}<extra></extra>",
+        **options,
     )
     made.update_xaxes(title="layer", type="category", showgrid=False)
     made.update_yaxes(autorange="reversed", showgrid=False)
@@ -187,22 +201,8 @@ def outlier_peaks(found: Mapping[str, Any]) -> Figure:
     values = [[_largest(cells.get((layer, part))) for layer in layers] for part in parts]
     counts = [[_count(cells.get((layer, part))) for layer in layers] for part in parts]
     title = f"{found['model']}: largest channel over the mean (numbers: channels beyond {found['sigmas']:g} sigma)"
-    made = figure(title, 150 + 26 * len(parts))
-    made.add_heatmap(
-        z=values,
-        x=[str(layer) for layer in layers],
-        y=[part.removeprefix("mixer.") for part in parts],
-        text=counts,
-        texttemplate="%{text}",
-        colorscale=SCALE,
-        xgap=2,
-        ygap=2,
-        colorbar={"title": "times", "thickness": 12},
-        hovertemplate="layer %{x}, %{y}<br>%{z:.3g} times the mean<extra></extra>",
-    )
-    made.update_xaxes(title="layer", type="category", showgrid=False)
-    made.update_yaxes(autorange="reversed", showgrid=False)
-    return made
+    words = "%{z:.3g} times the mean"
+    return _layers_by_sites(title, (parts, layers), values, "times", words, text=counts, texttemplate="%{text}")
 
 
 def _largest(row: Mapping[str, Any] | None) -> float | None:

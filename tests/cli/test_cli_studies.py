@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from squamata.load.hub import bundled
@@ -63,6 +64,11 @@ def test_what_is_refused(refuse: Callable[..., str], study: Path, tmp_path: Path
     assert "no such file" in refuse("study", "run", tmp_path / "none.yaml", "--out", out)
     assert "--data FOLDER" in refuse("study", "run", study, "--out", out)
     assert "--workers" in refuse("study", "run", study, "--out", out, "--workers", 0)
+    if not torch.cuda.is_available():
+        sees_none = "torch sees no GPU here"
+        assert sees_none in refuse("study", "run", study, "--out", out, "--device", "cuda")
+        assert sees_none in refuse("sensitivity", "bundled", "--text", EXCERPT, "--device", "cuda")
+        assert sees_none in refuse("evaluate", "bundled", "--text", EXCERPT, "--device", "cuda")
     study.write_text(study.read_text().replace("recipes", "recipies"))
     assert "did you mean 'recipes'" in refuse("study", "run", study, "--out", out, "--data", EXCERPT.parent)
     assert not out.exists()

@@ -57,6 +57,12 @@ def test_an_override_changes_what_it_says_and_nothing_else(write_study: Write, v
     assert "equals bundled, w4a16, as it is, seed 0" in notes[0]
 
 
+def test_recipes_that_differ_in_tuner_alone_are_two_rows(write_study: Write, verbs: Verbs, tmp_path: Path) -> None:
+    (tmp_path / "learned.yaml").write_text("name: learned\nextends: quamba-w8a8\ntune: lsq\n")
+    rows, notes = plan(write_study(recipes=["quamba-w8a8", "learned.yaml"]), verbs)
+    assert [row.labels["recipe"] for row in rows] == ["quamba-w8a8", "learned.yaml"] and notes == []
+
+
 def test_overrides_for_some_recipes_and_calibration(write_study: Write, verbs: Verbs, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text((bundled() / "excerpt.jsonl").read_text())
@@ -112,6 +118,8 @@ def test_recipes_of_another_architecture_are_left_out(write_study: Write, verbs:
         ({"recipes": ["w4a61"]}, "no recipe named 'w4a61'"),
         ({"recipes": []}, "recipes"),
         ({"modes": ["parallell"]}, "parallel"),
+        ({"modes": {"parallel": ["bundeled"]}}, "no text of this study (did you mean 'bundled'?)"),
+        ({"modes": {"parallel": []}}, "name the texts"),
         ({"baseline": {"recipe": "float", "override": "other"}}, "no override of this study"),
         ({"models": ["a/m", "b/m"]}, "called the same"),
         ({"models": ["./nowhere"]}, "no such folder"),

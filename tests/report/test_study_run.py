@@ -25,6 +25,7 @@ from squamata.report.plan import Places, Study
 from squamata.report.rows import locked, read_details, read_rows, unpack_sums
 from squamata.report.study import StudyRun, run_study
 from squamata.report.verbs import Verbs
+from squamata.report.workers import Workforce
 
 Write = Callable[..., Path]
 PACKAGE = Path(squamata.__file__).parents[1]
@@ -57,6 +58,7 @@ def test_rows_hold_what_the_verbs_give(write_study: Write, verbs: Verbs, tmp_pat
     assert drawn == made.calibration and drawn["seed"] == 5 and row["seed"] == 5
     assert row["provenance"]["squamata_version"] == squamata.__version__
     assert row["resolved_recipe"]["calibration"] == {"samples": 4, "length": 48}
+    assert row["measured_on"] == {"device": "cpu", "arithmetic": "integer"}
     assert row["bytes"] == bytes_by_part(model) and row["quantize_seconds"] > 0 and row["peak_rss_bytes"] > 1e7
     assert str(tmp_path) not in json.dumps(row) and str(PACKAGE) not in json.dumps(row)
     sums = unpack_sums(read_details(tmp_path / "out", row["id"]))
@@ -64,6 +66,16 @@ def test_rows_hold_what_the_verbs_give(write_study: Write, verbs: Verbs, tmp_pat
         row["perplexity"], rel=1e-12
     )
     assert not (tmp_path / "out" / "scratch").exists()
+
+
+def test_a_text_is_judged_in_the_modes_that_name_it(write_study: Write, verbs: Verbs, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("The snake sheds its skin. " * 8)
+    fields = {"recipes": ["float"], "text": {"bundled": "bundled", "other": str(other)}}
+    modes = {"parallel": ["bundled", "other"], "recurrent": ["other"]}
+    (row,) = run(write_study(**fields, modes=modes), tmp_path / "out", verbs).rows
+    judged = [(entry["text"], entry["mode"]) for entry in row["evaluations"]]
+    assert judged == [("bundled", "parallel"), ("other", "parallel"), ("other", "recurrent")]
 
 
 def test_a_second_run_measures_nothing_and_a_larger_study_only_what_is_new(
@@ -151,7 +163,7 @@ def test_a_cluster_that_loses_a_node_completes_the_study(write_study: Write, ver
                 cluster.remove_node(second, allow_graceful=False)
             seen.append(done)
 
-        done = run(path, out, verbs, ray_address=cluster.address, progress=progress)
+        done = run(path, out, verbs, force=Workforce(ray=cluster.address), progress=progress)
     finally:
         ray.shutdown()
         cluster.shutdown()
