@@ -20,6 +20,7 @@ from squamata.kernels.gpu_gemv import INTERPRETED, Landing
 from squamata.kernels.gpu_math import dot_float, small_to_float, softplus, to_codes
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
+PACKED = (Format.INT4_INT8, Format.INT4_FLOAT, Format.INT4_INT16)
 LAND, RESIDUAL, SPLIT, SOFTPLUS, PLAIN = range(5)  # what becomes of a product: see ``Finish``
 
 
@@ -52,6 +53,7 @@ CONFIGS = {
     Format.INT8_INT8: _INT8,
     Format.INT4_INT8: _INT4,
     Format.INT4_FLOAT: _INT4,
+    Format.INT4_INT16: _INT4,
     Format.BFLOAT16_FLOAT: _FLOAT,
     Format.FLOAT32_FLOAT: [(2**31, Config(32, 32, 32, 4, 2))],
     Format.INT8_FLOAT: _FLOAT,
@@ -195,6 +197,8 @@ def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale,
 @triton.jit
 def _unpack(packed, kind, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
     """The two codes of every byte: times 16 in int8 (the factor knows), or exact in the activations' type."""
+    if FORMAT == 6:  # two's complement: as code + 8
+        packed = packed ^ -120
     if FORMAT == 1:
         low, high = (packed << 4).to(tl.int8), (packed & -16).to(tl.int8)
     elif NATIVE and kind == tl.bfloat16:  # 0x4300: 128 + nibble, its last place is 1
@@ -272,7 +276,7 @@ def _depth(linear: TiledLinear, config: Config, grouped: bool) -> tuple[int, int
     """Weights of a row that a step takes, and (packed formats) that are summed before a scale is applied."""
     if linear.format == Format.INT8_INT8 and grouped:
         return linear.quads_per_scale * 16, linear.quads_per_scale * 16
-    if linear.format not in (Format.INT4_INT8, Format.INT4_FLOAT):
+    if linear.format not in PACKED:
         return min(config.depth, max(32, triton.next_power_of_2(linear.columns))), linear.columns
     chunk = linear.quads_per_scale * 32 if grouped else gcd(linear.columns, 128)
     return gcd(chunk, config.depth), chunk
@@ -303,7 +307,7 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     outputs (``gpu_gemv.Landing``), or None.
     """
     config = config or choose_config(linear, x.shape[0])
-    packed = linear.format in (Format.INT4_INT8, Format.INT4_FLOAT)
+    packed = linear.format in PACKED
     grouped = linear.group_scale is not None
     depth, chunk = _depth(linear, config, grouped)
     scale_rows = int(linear.group_scale.shape[2]) if linear.group_scale is not None else 1

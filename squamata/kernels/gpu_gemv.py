@@ -17,6 +17,8 @@ from squamata.kernels.gpu_tiles import Format, TiledLinear
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 MOST_QUADS = 20  # that a thread loads before it uses the first: 80 registers
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
+AHEAD_BYTES = 2**24  # of the next product's weight that a product asks the second-level cache to fetch
+AHEAD_PIECE = 1024  # bytes a request, at least
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,25 @@ def _into_cache(x, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def _fetch_ahead(start, total, SHARE: tl.constexpr, PIECE: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for this program's SHARE bytes of ``total``, PIECE bytes a thread, to be brought into the second level."""
+    at = tl.arange(0, THREADS) * PIECE
+    offset = tl.program_id(0).to(tl.int64) * SHARE + at
+    wanted = ((at < SHARE) & (offset + PIECE <= total)).to(tl.int32)
+    address = start.to(tl.int64) + offset
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
+        "=r,l,r,r", [address, wanted, wanted * PIECE], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _quad_times_row(tile, accumulator, x, quads, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
     """accumulator [BN, S, 4] + products of one quad a slice with activations ``x`` (of one row); quads [1, S, 1]."""
     lane = tl.arange(0, 4)[None, None, :]
     if FORMAT == 0:
         accumulator = dot4(tile, tl.load(x + quads * 4 + lane), accumulator, NATIVE)
-    if FORMAT == 1:
+    if FORMAT == 1 or FORMAT == 6:
         low, high = (tile << 4) & -0x0F0F0F10, tile & -0x0F0F0F10  # 0xF0F0F0F0
         accumulator = dot4(low, tl.load(x + quads * 8 + lane), accumulator, NATIVE)
         accumulator = dot4(high, tl.load(x + quads * 8 + 4 + lane), accumulator, NATIVE)
@@ -133,17 +148,19 @@ def _store(y, row, n, factor_tables, codes, values, ring_codes, ring_values, pos
 
 @triton.jit
 def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, codes, values, ring_codes, ring_values,
-          position, N, rows, X_STRIDE: tl.constexpr, X_LENGTH: tl.constexpr, QUADS: tl.constexpr,
+          position, ahead, ahead_bytes, N, rows, X_STRIDE: tl.constexpr, X_LENGTH: tl.constexpr, QUADS: tl.constexpr,
           QUADS_PER_SCALE: tl.constexpr,
           SAME: tl.constexpr, COUNT: tl.constexpr, ROUNDS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
           ROWS: tl.constexpr,
           FORMAT: tl.constexpr, GROUPED: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
           RING_START: tl.constexpr, RING_STOP: tl.constexpr, SLOTS: tl.constexpr, ROUNDING: tl.constexpr,
           ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr, RING_CODES: tl.constexpr, NATIVE: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
+          PDL: tl.constexpr, SHARE: tl.constexpr, PIECE: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """One tile of BN output rows for ROWS activation rows; S slices of K side by side, each COUNT * ROUNDS quads.
 
-    SAME neighbouring quads share a scale and are summed before it is applied.
+    SAME neighbouring quads share a scale and are summed before it is applied. Activations of 16 bits (FORMAT 6) are two
+    rows of int8, X_LENGTH words apart: 256 times the first plus the second. SHARE bytes of ``ahead`` a program are
+    fetched into the second level of the cache.
     """
     tile = tl.program_id(0)
     first_row = tl.program_id(1) * ROWS
@@ -164,8 +181,9 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
     wait_for_previous(PDL)
     slices = tl.arange(0, S)
     integer: tl.constexpr = FORMAT < 2
+    halves: tl.constexpr = FORMAT == 6
     if NATIVE:
-        _into_cache(x + first_row * X_STRIDE, X_LENGTH)
+        _into_cache(x + first_row * X_STRIDE, X_LENGTH * (2 if halves else 1))
     for b in tl.static_range(ROWS):
         total = tl.zeros((BN, S, 1), tl.float32)
         whole = tl.zeros((BN, S, 1), tl.int32)
@@ -175,11 +193,18 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
             if around > 0 or (b > 0 and ROUNDS > 1):
                 tiles = _load_quads(tile_words, around * COUNT, STEP, QUADS, COUNT, BN, S)
             for block in tl.static_range(COUNT // SAME):
-                sums = tl.zeros((BN, S, 4), tl.int32 if integer else tl.float32)
+                sums = tl.zeros((BN, S, 4), tl.int32 if integer or halves else tl.float32)
+                lower = tl.zeros((BN, S, 4), tl.int32)
                 for i in tl.static_range(SAME):
                     quads = (slices * STEP + (around * COUNT + block * SAME + i))[None, :, None]
                     sums = _quad_times_row(tiles[block * SAME + i], sums, x_row, quads, FORMAT, NATIVE)
+                    if halves:
+                        lower = _quad_times_row(
+                            tiles[block * SAME + i], lower, x_row + X_LENGTH, quads, FORMAT, NATIVE
+                        )
                 part = tl.sum(sums, axis=2, keep_dims=True)
+                if halves:
+                    part = small_to_float(part) * 256.0 + small_to_float(tl.sum(lower, axis=2, keep_dims=True))
                 if GROUPED:
                     scale = scales[(around * COUNT) // SAME + block].to(tl.float32)  # type: ignore[var-annotated]
                     if integer:
@@ -200,6 +225,8 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
         if row < rows:
             _store(y, row, n, tables, codes, values, ring_codes, ring_values, position, N, RING_START, RING_STOP, SLOTS,
                    ROUNDING, ANY_CODES, ANY_VALUES, RING_CODES, rows)  # fmt: skip
+    if SHARE > 0 and NATIVE:
+        _fetch_ahead(ahead, ahead_bytes, SHARE, PIECE, THREADS)
 
 
 @dataclass(frozen=True)
@@ -217,7 +244,7 @@ def choose_shape(rows: int, columns: int, format: Format) -> Shape:
     where K allows it, three quads a thread at least, some 200 programs at least.
     """
     quads = columns // format.quad
-    tall = format.integer_activations
+    tall = format.integer_activations or format == Format.INT4_INT16
     tile_rows = next((size for size in (32, 16) if tall and rows // size >= (256 if size == 32 else 200)), 8)
     slices = 1
     while quads % (2 * slices) == 0 and quads // (2 * slices) >= 3 and slices * tile_rows < 256:
@@ -239,28 +266,33 @@ def gemv(
     position: Tensor,
     shape: Shape,
     pdl: bool,
+    ahead: Tensor | None = None,
 ) -> None:
     """y = W x, each row times ``factor`` (and ``x_scale`` (rows,) if dynamic), plus bias, landed.
 
-    ``x``: int8 or float32 (rows, K), rows 4-byte aligned. ``codes`` int8 and ``values`` float32: (rows, N), one of
-    them may be None.
+    ``x``: int8 or float32 (rows, K), rows 4-byte aligned; two int8 rows of K side by side for INT4_INT16. ``codes``
+    int8 and ``values`` float32: (rows, N), one of them may be None. ``ahead``: what the next product will stream.
     """
     rows = x.shape[0]
     quads_per_slice = linear.quads // shape.slices
     count = max(size for size in range(1, MOST_QUADS + 1) if quads_per_slice % size == 0)
     grouped = linear.group_scale is not None
-    same = gcd(linear.quads_per_scale, count, 8) if grouped else count  # 8: integer sums stay below 2^22
-    integer = linear.format.integer_activations
+    halves = linear.format == Format.INT4_INT16
+    same = gcd(linear.quads_per_scale, count, 8) if grouped or halves else count  # 8: integer sums stay below 2^22
+    integer = linear.format.integer_activations or halves
     per_program = 1 if rows == 1 else min(FEW_ROWS, triton.next_power_of_2(rows))
     activations = x.view(torch.int32) if integer else x
     fallback = codes if codes is not None else values
     land = landing
+    warps = max(1, shape.slices * linear.tile_rows // 32)
+    share, piece = _shares(ahead, linear.words.shape[0], 32 * warps) if not INTERPRETED else (0, 16)
     _gemv[(linear.words.shape[0], triton.cdiv(rows, per_program))](
         activations, x_scale if x_scale is not None else factor, linear.words,
         linear.group_scale if grouped else factor, factor, linear.bias if linear.bias is not None else factor,
         land.inverse if land else factor, land.low if land else factor, land.high if land else factor,
         codes if codes is not None else fallback, values if values is not None else fallback,
-        ring if ring is not None else fallback, ring if ring is not None else fallback, position, linear.rows, rows,
+        ring if ring is not None else fallback, ring if ring is not None else fallback, position,
+        ahead if ahead is not None else factor, ahead.nbytes if ahead is not None else 0, linear.rows, rows,
         X_STRIDE=x.stride(0) // 4 if integer else x.stride(0),
         X_LENGTH=linear.columns // 4 if integer else linear.columns, QUADS=linear.quads,
         QUADS_PER_SCALE=linear.quads_per_scale, SAME=same, COUNT=count,
@@ -270,5 +302,14 @@ def gemv(
         SLOTS=land.slots if land else 1, ROUNDING=land.rounding if land else 0,
         ANY_CODES=land.any_codes if land else False, ANY_VALUES=land.any_values if land else True,
         RING_CODES=land.ring_codes if land else False, NATIVE=not INTERPRETED, PDL=pdl,
-        num_warps=max(1, shape.slices * linear.tile_rows // 32), **({"launch_pdl": True} if pdl else {}),
+        SHARE=share, PIECE=piece, THREADS=32 * warps, num_warps=warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
+
+
+def _shares(ahead: Tensor | None, programs: int, threads: int) -> tuple[int, int]:
+    """Bytes of ``ahead`` for each of some programs to ask for, and for each of its threads."""
+    if ahead is None:
+        return 0, 16
+    share = triton.cdiv(min(ahead.nbytes, AHEAD_BYTES), programs)
+    piece = max(AHEAD_PIECE, triton.cdiv(triton.cdiv(share, threads), 16) * 16)
+    return triton.cdiv(share, piece) * piece, piece

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
@@ -17,7 +18,9 @@ from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 GREEDY_PART = 1024  # logits a program
 ROTATE_WARPS = 4
+GATE_PART = 256  # channels a program, without a rotation
 _SMALLEST_SCALE = tl.constexpr(1e-8)  # of a dynamic site, as in site.range_to_scale
+_SPAN_16 = tl.constexpr(32512.0)  # 256 * 127: a 16-bit code is 256 times one int8 plus another
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,23 @@ def _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, Q
 
 
 @triton.jit
+def _land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
+    """y in 16 bits, its row's own scale: the upper halves first, the lower WIDTH bytes on.
+
+    The scale that is stored knows that 4-bit codes sit in the upper half of a byte (``gpu_tiles``).
+    """
+    scale = tl.maximum(largest / _SPAN_16, _SMALLEST_SCALE)
+    tl.store(out_scale + row, scale * 0.0625)
+    code = to_codes(y, tl.div_rn(1.0, scale), -_SPAN_16, _SPAN_16, 0)
+    upper = tl.floor((code + 128.0) * 0.00390625)
+    tl.store(out + offsets, upper.to(tl.int8), mask=mask)
+    tl.store(out + WIDTH + offsets, (code - 256.0 * upper).to(tl.int8), mask=mask)
+
+
+@triton.jit
 def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, high, span, FIRST: tl.constexpr,
-                 QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, BD: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+                 QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, HALVES: tl.constexpr,
+                 BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     column = tl.arange(0, BD)
     mask = column < D
@@ -69,17 +86,25 @@ def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, 
         x += tl.load(residual + offsets, mask=mask, other=0.0)
     tl.store(residual + offsets, x, mask=mask)
     y = x * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon)) * gain
-    _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
+    if HALVES:
+        largest = tl.max(tl.abs(y), axis=0)
+        _land_halves(y, largest, out, out_scale, row, row * (2 * D) + column, mask, D)
+    else:
+        _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
 
 
 def norm(h: Tensor, residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor,
          out_scale: Tensor | None, first: bool, pdl: bool) -> None:  # fmt: skip
-    """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D)."""
+    """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D).
+
+    An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
+    """
     rows, width = h.shape
     _norm_kernel[(rows,)](
         h, residual, weight, out, out_scale if out_scale is not None else residual, width, epsilon, site.inverse,
         site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
-        ROUNDING=site.rounding, BD=triton.next_power_of_2(width), PDL=pdl, num_warps=16 if width > 2048 else 8,
+        ROUNDING=site.rounding, HALVES=out.shape[1] == 2 * width, BD=triton.next_power_of_2(width), PDL=pdl,
+        num_warps=16 if width > 2048 else 8,
         **_launch(pdl),
     )  # fmt: skip
 
@@ -184,10 +209,61 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilo
     _land_row(mixed, out, out_scale, row, place, within >= 0, inverse, low, high, span, QUANTIZED, False, ROUNDING)
 
 
-def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan: RotationPlan, middle: RowSite,
-           site: RowSite, out: Tensor, pdl: bool) -> None:  # fmt: skip
-    """RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site`` (not dynamic)."""
+@triton.jit
+def _gate_norm_kernel(gated, gain, out, out_scale, epsilon, inverse, low, high, span, middle_inverse, middle_scale,
+                      middle_low, middle_high, E: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+                      TAKEN: tl.constexpr, BW: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
+                      MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, HALVES: tl.constexpr,
+                      ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """PART channels of one row, from the group of WIDTH that they lie in, or (HALVES: for its maximum) from all."""
+    first = tl.program_id(0) * PART
+    row = tl.program_id(1)
+    group = tl.arange(0, TAKEN) + (0 if HALVES else first // WIDTH)
+    lane = tl.arange(0, BW)
+    channel = group[:, None] * WIDTH + lane[None, :]
+    mask = (channel < E) & (lane < WIDTH)[None, :]
+    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
+    if NORM:
+        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, axis=1) / WIDTH + epsilon))
+        y = y * scale[:, None] * weight
+    if MIDDLE:
+        y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
+    own = mask & (channel >= first) & (channel < first + PART)
+    if HALVES:
+        largest = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
+        _land_halves(y, largest, out, out_scale, row, row * (2 * E) + channel, own, E)
+    else:
+        _land_row(y, out, out_scale, row, row * E + channel, own, inverse, low, high, span, QUANTIZED, False, ROUNDING)
+
+
+def _gate_norm(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, middle: RowSite, site: RowSite,
+               out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
     rows, width = gated.shape
+    halves = out.shape[1] == 2 * width
+    part = gcd(width // groups, GATE_PART)
+    group = width // groups if gain is not None else width if halves else part
+    _gate_norm_kernel[(width // part, rows)](
+        gated, gain if gain is not None else gated, out, out_scale, epsilon, site.inverse, site.low, site.high,
+        site.span, middle.inverse, middle.scale, middle.low, middle.high, E=width, WIDTH=group, PART=part,
+        TAKEN=triton.next_power_of_2(width // group) if halves else 1, BW=triton.next_power_of_2(group),
+        NORM=gain is not None, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized,
+        HALVES=halves, ROUNDING=site.rounding, PDL=pdl, num_warps=ROTATE_WARPS, **_launch(pdl),
+    )  # fmt: skip
+
+
+def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan: RotationPlan, middle: RowSite,
+           site: RowSite, out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
+    """RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site`` (not dynamic).
+
+    Without a rotation, an ``out`` of 2 E columns takes it in 16 bits, its scale in ``out_scale`` (rows,).
+    """
+    rows, width = gated.shape
+    if not plan.rotated:
+        _gate_norm(gated, gain, epsilon, groups, middle, site, out, out_scale, pdl)
+        return
     a, b = plan.left.shape[0], plan.right.shape[0]
     _rotate_kernel[(plan.blocks * plan.parts, rows)](
         gated, gain if gain is not None else gated, plan.mix, plan.left, plan.right, out, gated, plan.factor,
@@ -238,7 +314,8 @@ def _best_kernel(logits, best, where, V, PARTS: tl.constexpr, BV: tl.constexpr, 
     column = part * BV + tl.arange(0, BV)
     value = tl.load(logits + row * V + column, mask=column < V, other=-float("inf"))
     tl.store(best + row * PARTS + part, tl.max(value, axis=0))
-    tl.store(where + row * PARTS + part, part * BV + tl.argmax(value, axis=0))
+    # of logits that are not numbers any index may come out: one beyond the table would be read as memory
+    tl.store(where + row * PARTS + part, tl.minimum(part * BV + tl.argmax(value, axis=0), V - 1))
 
 
 @triton.jit
@@ -248,7 +325,7 @@ def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: t
     wait_for_previous(PDL)
     part = tl.arange(0, BP)
     value = tl.load(best + row * PARTS + part, mask=part < PARTS, other=-float("inf"))
-    winner = tl.argmax(value, axis=0)
+    winner = tl.minimum(tl.argmax(value, axis=0), PARTS - 1)
     tl.store(ids + row, tl.load(where + row * PARTS + winner).to(tl.int64))
     if row == 0:
         tl.store(position, tl.load(position) + advance)

@@ -17,7 +17,7 @@ from squamata.kernels.gpu_gemv import Landing, Shape, gemv
 from squamata.kernels.gpu_norm import RotationPlan, RowSite, embed, greedy, greedy_scratch, norm, rotate
 from squamata.kernels.gpu_rows import RowRotation
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, conv_step, selective_step, ssd_step
-from squamata.kernels.gpu_tiles import TiledLinear
+from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 SSD_CHANNELS = 32  # of a head, a program
 
@@ -34,10 +34,20 @@ class Projection:
     site: RowSite
     shape: Shape
 
+    @property
+    def halves(self) -> bool:
+        """True if it takes its input in 16 bits, as two rows of int8 with a scale of their own."""
+        return self.linear.format == Format.INT4_INT16
+
+    def input(self, name: str, buffers: Buffers) -> Tensor:
+        """Memory for what it reads."""
+        columns = self.linear.columns * (2 if self.halves else 1)
+        return buffers.get(name, columns, self.site.quantized or self.halves)
+
     def run(self, x: Tensor, out: Outputs, ring: Tensor | None, buffers: Buffers) -> None:
-        scale = buffers.row_scale if self.site.span > 0 else None
+        scale = buffers.row_scale if self.site.span > 0 or self.halves else None
         gemv(x, scale, self.linear, self.factor, self.landing, out.codes, out.values, ring, buffers.position,
-             self.shape, buffers.pdl)  # fmt: skip
+             self.shape, buffers.pdl, buffers.ahead.get(self.linear.words.data_ptr()))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ def enter(
 ) -> Iterator[Kernel]:
     """residual += h and norm, then the product called ``name``."""
     projection = stage.projection
-    x = buffers.get("normed", projection.linear.columns, projection.site.quantized)
+    x = projection.input("normed", buffers)
     yield (
         "norm",
         lambda: norm(
@@ -180,7 +190,7 @@ def enter(
 def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> Iterator[Kernel]:
     """Gate norm and rotation, then the product: the new h."""
     projection = stage.projection
-    x = buffers.get("rotated", projection.linear.columns, projection.site.quantized)
+    x = projection.input("rotated", buffers)
     yield (
         "rotate",
         lambda: rotate(
@@ -192,6 +202,7 @@ def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> Iterator[Kerne
             stage.middle,
             projection.site,
             x,
+            buffers.row_scale,
             buffers.pdl,
         ),
     )
@@ -200,13 +211,17 @@ def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> Iterator[Kerne
 
 @dataclass
 class Buffers:
-    """Static memory of a step. ``position``: int32 (1,), the tokens taken in so far, modulo nothing."""
+    """Static memory of a step. ``position``: int32 (1,), the tokens taken in so far, modulo nothing.
+
+    ``ahead``: by the address of a weight, the weight that a product may fetch into the cache while others compute.
+    """
 
     rows: int
     width: int
     device: torch.device
     pdl: bool
     memory: dict[tuple[str, int, torch.dtype], Tensor] = field(default_factory=dict)
+    ahead: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.h = torch.zeros(self.rows, self.width, device=self.device)
@@ -252,6 +267,10 @@ class DecodePlan:
         vocabulary = self.head.projection.linear.rows
         self.logits = self.buffers.get("logits", vocabulary)
         self.scratch = greedy_scratch(self.buffers.rows, vocabulary, self.buffers.device)
+        large = [layer_part.linear.words for layer in self.layers
+                 for layer_part in (layer.entry.projection, layer.exit.projection)]  # fmt: skip
+        large.append(self.head.projection.linear.words)
+        self.buffers.ahead |= {words.data_ptr(): after for words, after in zip(large, large[1:] + large[:1])}
 
     def kernels(self) -> Iterator[Kernel]:
         """Every launch of one token, in order, with the name of what it does."""
