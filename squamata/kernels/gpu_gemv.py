@@ -15,10 +15,18 @@ from squamata.kernels.gpu_math import dot4, let_next_start, nibble_to_float, sma
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
-MOST_QUADS = 20  # that a thread loads before it uses the first: 80 registers
+# Quads that a thread loads before it uses the first, four registers each: few enough that all programs of a large
+# product run at once (a second wave costs a whole latency), found on one H200 in whole decode steps.
+MOST_QUADS = {
+    Format.INT8_INT8: 10,
+    Format.INT4_INT8: 5,
+    Format.INT4_FLOAT: 20,
+    Format.BFLOAT16_FLOAT: 20,
+    Format.FLOAT32_FLOAT: 20,
+    Format.INT8_FLOAT: 20,
+    Format.INT4_INT16: 5,
+}
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
-AHEAD_BYTES = 2**24  # of the next product's weight that a product asks the second-level cache to fetch
-AHEAD_PIECE = 1024  # bytes a request, at least
 
 
 @dataclass(frozen=True)
@@ -84,19 +92,6 @@ def _into_cache(x, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _fetch_ahead(start, total, SHARE: tl.constexpr, PIECE: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for this program's SHARE bytes of ``total``, PIECE bytes a thread, to be brought into the second level."""
-    at = tl.arange(0, THREADS) * PIECE
-    offset = tl.program_id(0).to(tl.int64) * SHARE + at
-    wanted = ((at < SHARE) & (offset + PIECE <= total)).to(tl.int32)
-    address = start.to(tl.int64) + offset
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
-        "=r,l,r,r", [address, wanted, wanted * PIECE], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _quad_times_row(tile, accumulator, x, quads, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
     """accumulator [BN, S, 4] + products of one quad a slice with activations ``x`` (of one row); quads [1, S, 1]."""
     lane = tl.arange(0, 4)[None, None, :]
@@ -148,19 +143,18 @@ def _store(y, row, n, factor_tables, codes, values, ring_codes, ring_values, pos
 
 @triton.jit
 def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, codes, values, ring_codes, ring_values,
-          position, ahead, ahead_bytes, N, rows, X_STRIDE: tl.constexpr, X_LENGTH: tl.constexpr, QUADS: tl.constexpr,
+          position, N, rows, X_STRIDE: tl.constexpr, X_LENGTH: tl.constexpr, QUADS: tl.constexpr,
           QUADS_PER_SCALE: tl.constexpr,
           SAME: tl.constexpr, COUNT: tl.constexpr, ROUNDS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
           ROWS: tl.constexpr,
           FORMAT: tl.constexpr, GROUPED: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
           RING_START: tl.constexpr, RING_STOP: tl.constexpr, SLOTS: tl.constexpr, ROUNDING: tl.constexpr,
           ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr, RING_CODES: tl.constexpr, NATIVE: tl.constexpr,
-          PDL: tl.constexpr, SHARE: tl.constexpr, PIECE: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+          PDL: tl.constexpr):  # fmt: skip
     """One tile of BN output rows for ROWS activation rows; S slices of K side by side, each COUNT * ROUNDS quads.
 
     SAME neighbouring quads share a scale and are summed before it is applied. Activations of 16 bits (FORMAT 6) are two
-    rows of int8, X_LENGTH words apart: 256 times the first plus the second. SHARE bytes of ``ahead`` a program are
-    fetched into the second level of the cache.
+    rows of int8, X_LENGTH words apart: 256 times the first plus the second.
     """
     tile = tl.program_id(0)
     first_row = tl.program_id(1) * ROWS
@@ -225,8 +219,6 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
         if row < rows:
             _store(y, row, n, tables, codes, values, ring_codes, ring_values, position, N, RING_START, RING_STOP, SLOTS,
                    ROUNDING, ANY_CODES, ANY_VALUES, RING_CODES, rows)  # fmt: skip
-    if SHARE > 0 and NATIVE:
-        _fetch_ahead(ahead, ahead_bytes, SHARE, PIECE, THREADS)
 
 
 @dataclass(frozen=True)
@@ -266,16 +258,15 @@ def gemv(
     position: Tensor,
     shape: Shape,
     pdl: bool,
-    ahead: Tensor | None = None,
 ) -> None:
     """y = W x, each row times ``factor`` (and ``x_scale`` (rows,) if dynamic), plus bias, landed.
 
     ``x``: int8 or float32 (rows, K), rows 4-byte aligned; two int8 rows of K side by side for INT4_INT16. ``codes``
-    int8 and ``values`` float32: (rows, N), one of them may be None. ``ahead``: what the next product will stream.
+    int8 and ``values`` float32: (rows, N), one of them may be None.
     """
     rows = x.shape[0]
     quads_per_slice = linear.quads // shape.slices
-    count = max(size for size in range(1, MOST_QUADS + 1) if quads_per_slice % size == 0)
+    count = max(size for size in range(1, MOST_QUADS[linear.format] + 1) if quads_per_slice % size == 0)
     grouped = linear.group_scale is not None
     halves = linear.format == Format.INT4_INT16
     same = gcd(linear.quads_per_scale, count, 8) if grouped or halves else count  # 8: integer sums stay below 2^22
@@ -284,15 +275,12 @@ def gemv(
     activations = x.view(torch.int32) if integer else x
     fallback = codes if codes is not None else values
     land = landing
-    warps = max(1, shape.slices * linear.tile_rows // 32)
-    share, piece = _shares(ahead, linear.words.shape[0], 32 * warps) if not INTERPRETED else (0, 16)
     _gemv[(linear.words.shape[0], triton.cdiv(rows, per_program))](
         activations, x_scale if x_scale is not None else factor, linear.words,
         linear.group_scale if grouped else factor, factor, linear.bias if linear.bias is not None else factor,
         land.inverse if land else factor, land.low if land else factor, land.high if land else factor,
         codes if codes is not None else fallback, values if values is not None else fallback,
-        ring if ring is not None else fallback, ring if ring is not None else fallback, position,
-        ahead if ahead is not None else factor, ahead.nbytes if ahead is not None else 0, linear.rows, rows,
+        ring if ring is not None else fallback, ring if ring is not None else fallback, position, linear.rows, rows,
         X_STRIDE=x.stride(0) // 4 if integer else x.stride(0),
         X_LENGTH=linear.columns // 4 if integer else linear.columns, QUADS=linear.quads,
         QUADS_PER_SCALE=linear.quads_per_scale, SAME=same, COUNT=count,
@@ -302,14 +290,5 @@ def gemv(
         SLOTS=land.slots if land else 1, ROUNDING=land.rounding if land else 0,
         ANY_CODES=land.any_codes if land else False, ANY_VALUES=land.any_values if land else True,
         RING_CODES=land.ring_codes if land else False, NATIVE=not INTERPRETED, PDL=pdl,
-        SHARE=share, PIECE=piece, THREADS=32 * warps, num_warps=warps, **({"launch_pdl": True} if pdl else {}),
+        num_warps=max(1, shape.slices * linear.tile_rows // 32), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-
-
-def _shares(ahead: Tensor | None, programs: int, threads: int) -> tuple[int, int]:
-    """Bytes of ``ahead`` for each of some programs to ask for, and for each of its threads."""
-    if ahead is None:
-        return 0, 16
-    share = triton.cdiv(min(ahead.nbytes, AHEAD_BYTES), programs)
-    piece = max(AHEAD_PIECE, triton.cdiv(triton.cdiv(share, threads), 16) * 16)
-    return triton.cdiv(share, piece) * piece, piece

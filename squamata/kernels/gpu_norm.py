@@ -64,7 +64,7 @@ def _land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
     """
     scale = tl.maximum(largest / _SPAN_16, _SMALLEST_SCALE)
     tl.store(out_scale + row, scale * 0.0625)
-    code = to_codes(y, tl.div_rn(1.0, scale), -_SPAN_16, _SPAN_16, 0)
+    code = to_codes(y, 1.0 / scale, -_SPAN_16, _SPAN_16, 0)
     upper = tl.floor((code + 128.0) * 0.00390625)
     tl.store(out + offsets, upper.to(tl.int8), mask=mask)
     tl.store(out + WIDTH + offsets, (code - 256.0 * upper).to(tl.int8), mask=mask)
@@ -85,9 +85,10 @@ def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, 
     if not FIRST:
         x += tl.load(residual + offsets, mask=mask, other=0.0)
     tl.store(residual + offsets, x, mask=mask)
-    y = x * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon)) * gain
+    length = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon))
+    y = x * length * gain
     if HALVES:
-        largest = tl.max(tl.abs(y), axis=0)
+        largest = tl.max(tl.abs(x * gain), axis=0) * length  # both sums over the row at once
         _land_halves(y, largest, out, out_scale, row, row * (2 * D) + column, mask, D)
     else:
         _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
@@ -156,33 +157,53 @@ def _square(part: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
-                   middle_inverse, middle_scale, middle_low, middle_high,
-                   E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
-                   A: tl.constexpr,
-                   B: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
-                   MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
-                   QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One part (A * B outputs) of one row: out = H (norm(gated) * gain) * factor, landed."""
-    at = tl.program_id(0)
-    row = tl.program_id(1)
+def _mix_whole(row, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr, AB: tl.constexpr,
+               NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One row of the mixing matrix times the parts of a whole row, normed: a part after the other, none padded.
+
+    The norm is one number, so the sum need not wait for it.
+    """
+    factors = ()
+    for j in tl.static_range(PARTS):
+        factor = tl.load(signs + j)
+        if NORM:
+            factors = factors + (factor * tl.load(gain + j * AB + within),)  # type: ignore[assignment]  # noqa: RUF005
+        else:
+            factors = factors + (factor,)  # type: ignore[assignment]  # noqa: RUF005
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    parts = ()
+    for j in tl.static_range(PARTS):
+        parts = parts + (tl.load(row + j * AB + within),)  # type: ignore[assignment]  # noqa: RUF005
+    mixed, squares = tl.zeros((AB,), tl.float32), tl.zeros((AB,), tl.float32)
+    for j in tl.static_range(PARTS):
+        mixed += parts[j] * factors[j]
+        squares += parts[j] * parts[j]
+    if NORM:
+        mixed = mixed * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / E + epsilon))
+    return mixed
+
+
+@triton.jit
+def _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low, middle_high,
+              E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+              AB: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
+              MIDDLE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The same for any number of blocks and groups, and with a site in the middle."""
     block = at // PARTS
     j = tl.arange(0, PARTS_PADDED)
-    within = tl.arange(0, A * B)
     signs = tl.load(mix + (at % PARTS) * PARTS + j, mask=j < PARTS, other=0.0)
-    channel = (block * PARTS + j)[:, None] * (A * B) + within[None, :]
+    channel = (block * PARTS + j)[:, None] * AB + within[None, :]
     mask = (j < PARTS)[:, None] & (within >= 0)[None, :]
-    H_left = tl.load(left + tl.arange(0, A)[:, None] * A + tl.arange(0, A)[None, :])
-    H_right = tl.load(right + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
     weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
     let_next_start(PDL)
     wait_for_previous(PDL)
     y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
     if NORM:
         width: tl.constexpr = E // GROUPS
-        if GROUPS == 1 and PARTS * A * B == E:  # the tile is the whole row
+        if GROUPS == 1 and PARTS * AB == E:  # the tile is the whole row
             y = y * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(tl.sum(y * y, axis=1), axis=0) / width + epsilon))
-        elif PARTS * A * B == E and PARTS_PADDED % GROUPS == 0 and PARTS == PARTS_PADDED:
+        elif PARTS * AB == E and PARTS_PADDED % GROUPS == 0 and PARTS == PARTS_PADDED:
             squares = tl.reshape(tl.sum(y * y, axis=1), (GROUPS, PARTS // GROUPS))
             scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) / width + epsilon))
             spread = tl.broadcast_to(scale[:, None], (GROUPS, PARTS // GROUPS))
@@ -196,7 +217,29 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilo
         y = y * weight
     if MIDDLE:
         y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
-    mixed = tl.sum(y * signs[:, None], axis=0)
+    return tl.sum(y * signs[:, None], axis=0)
+
+
+@triton.jit
+def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
+                   middle_inverse, middle_scale, middle_low, middle_high,
+                   E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+                   A: tl.constexpr,
+                   B: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
+                   MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
+                   QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One part (A * B outputs) of one row: out = H (norm(gated) * gain) * factor, landed."""
+    at = tl.program_id(0)
+    row = tl.program_id(1)
+    within = tl.arange(0, A * B)
+    H_left = tl.load(left + tl.arange(0, A)[:, None] * A + tl.arange(0, A)[None, :])
+    H_right = tl.load(right + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
+    if PARTS * A * B == E and GROUPS == 1 and PARTS < PARTS_PADDED and not MIDDLE:
+        mixed = _mix_whole(gated + row * E, gain, mix + at * PARTS, within, epsilon, E, PARTS, A * B, NORM, PDL)
+    else:
+        mixed = _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
+                          middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, NORM, MIDDLE, MIDDLE_ROUNDING,
+                          PDL)  # fmt: skip
     if ROTATED:
         if A == 16:
             square = tl.reshape(mixed, (A, B))
@@ -226,14 +269,17 @@ def _gate_norm_kernel(gated, gain, out, out_scale, epsilon, inverse, low, high, 
     let_next_start(PDL)
     wait_for_previous(PDL)
     y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
+    largest = tl.max(tl.abs(y * weight), axis=1) if HALVES else 0.0
     if NORM:
         scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, axis=1) / WIDTH + epsilon))
+        largest = largest * scale
         y = y * scale[:, None] * weight
     if MIDDLE:
         y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
+        largest = tl.max(tl.abs(y), axis=1) if HALVES else 0.0
     own = mask & (channel >= first) & (channel < first + PART)
     if HALVES:
-        largest = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
+        largest = tl.max(largest, axis=0)
         _land_halves(y, largest, out, out_scale, row, row * (2 * E) + channel, own, E)
     else:
         _land_row(y, out, out_scale, row, row * E + channel, own, inverse, low, high, span, QUANTIZED, False, ROUNDING)
@@ -250,7 +296,7 @@ def _gate_norm(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, 
         site.span, middle.inverse, middle.scale, middle.low, middle.high, E=width, WIDTH=group, PART=part,
         TAKEN=triton.next_power_of_2(width // group) if halves else 1, BW=triton.next_power_of_2(group),
         NORM=gain is not None, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized,
-        HALVES=halves, ROUNDING=site.rounding, PDL=pdl, num_warps=ROTATE_WARPS, **_launch(pdl),
+        HALVES=halves, ROUNDING=site.rounding, PDL=pdl, num_warps=8 if halves else ROTATE_WARPS, **_launch(pdl),
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Projection:
     def run(self, x: Tensor, out: Outputs, ring: Tensor | None, buffers: Buffers) -> None:
         scale = buffers.row_scale if self.site.span > 0 or self.halves else None
         gemv(x, scale, self.linear, self.factor, self.landing, out.codes, out.values, ring, buffers.position,
-             self.shape, buffers.pdl, buffers.ahead.get(self.linear.words.data_ptr()))  # fmt: skip
+             self.shape, buffers.pdl)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,17 +211,13 @@ def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> Iterator[Kerne
 
 @dataclass
 class Buffers:
-    """Static memory of a step. ``position``: int32 (1,), the tokens taken in so far, modulo nothing.
-
-    ``ahead``: by the address of a weight, the weight that a product may fetch into the cache while others compute.
-    """
+    """Static memory of a step. ``position``: int32 (1,), the tokens taken in so far, modulo nothing."""
 
     rows: int
     width: int
     device: torch.device
     pdl: bool
     memory: dict[tuple[str, int, torch.dtype], Tensor] = field(default_factory=dict)
-    ahead: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.h = torch.zeros(self.rows, self.width, device=self.device)
@@ -267,10 +263,6 @@ class DecodePlan:
         vocabulary = self.head.projection.linear.rows
         self.logits = self.buffers.get("logits", vocabulary)
         self.scratch = greedy_scratch(self.buffers.rows, vocabulary, self.buffers.device)
-        large = [layer_part.linear.words for layer in self.layers
-                 for layer_part in (layer.entry.projection, layer.exit.projection)]  # fmt: skip
-        large.append(self.head.projection.linear.words)
-        self.buffers.ahead |= {words.data_ptr(): after for words, after in zip(large, large[1:] + large[:1])}
 
     def kernels(self) -> Iterator[Kernel]:
         """Every launch of one token, in order, with the name of what it does."""
