@@ -251,8 +251,9 @@ def main() -> None:
                                  for name in arguments.recipes]  # fmt: skip
         for found in results["greedy"]:
             print(f"{found['model']}, {found['recipe']}: greedy tokens equal {found['equal']} of {found['of']}; "
-                  f"logits' relative error {found['first_error']:.1e} first, {found['worst_error']:.1e} worst (the reference's "
-                  f"own {found['reference_noise']:.1e}); layer by layer {found['differing']} of {found['codes']} codes "
+                  f"logits' relative error {found['first_error']:.1e} first, {found['worst_error']:.1e} worst "
+                  f"(the reference's own {found['reference_noise']:.1e}); layer by layer {found['differing']} of "
+                  f"{found['codes']} codes "
                   f"differ, by {found['most_apart']} at most, outputs by {found['layer_error']:.1e}",
                   flush=True)  # fmt: skip
     if not arguments.no_products:

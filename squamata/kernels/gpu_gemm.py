@@ -344,7 +344,13 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     words = linear.words.view(kinds.get(linear.format, torch.int8))
     rows = x.shape[0]
     grid = (triton.cdiv(rows, config.rows) * triton.cdiv(linear.rows, config.outputs),)
-    kernel = _packed_kernel if packed else _grouped_kernel if grouped and linear.format == Format.INT8_INT8 else _whole_kernel
+    kernel = (
+        _packed_kernel
+        if packed
+        else _grouped_kernel
+        if grouped and linear.format == Format.INT8_INT8
+        else _whole_kernel
+    )
     kernel[grid](
         x, scale, words, linear.group_scale if grouped else factor, *pointers, rows, linear.rows, X_STRIDE=x.stride(0),
         K=linear.columns, QUAD=linear.format.quad, TR=linear.tile_rows, CHUNK=chunk, SCALE_ROWS=scale_rows,

@@ -15,17 +15,11 @@ from squamata.kernels.gpu_math import dot4, let_next_start, nibble_to_float, sma
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
-# Quads that a thread loads before it uses the first, four registers each: few enough that all programs of a large
-# product run at once (a second wave costs a whole latency), found on one H200 in whole decode steps.
-MOST_QUADS = {
-    Format.INT8_INT8: 10,
-    Format.INT4_INT8: 5,
-    Format.INT4_FLOAT: 20,
-    Format.BFLOAT16_FLOAT: 20,
-    Format.FLOAT32_FLOAT: 20,
-    Format.INT8_FLOAT: 20,
-    Format.INT4_INT16: 5,
-}
+MOST_QUADS = 20  # that a thread loads before it uses the first: 80 registers
+# For products of no more programs than run at once if their threads need fewer registers: a second wave costs a whole
+# latency. Where there are several waves anyway, as at 8B, more in flight is faster (whole decode steps on one H200).
+FEW_PROGRAMS = 400
+FEW_QUADS = {Format.INT8_INT8: 10, Format.INT4_INT16: 5}
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
 
@@ -193,9 +187,7 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
                     quads = (slices * STEP + (around * COUNT + block * SAME + i))[None, :, None]
                     sums = _quad_times_row(tiles[block * SAME + i], sums, x_row, quads, FORMAT, NATIVE)
                     if halves:
-                        lower = _quad_times_row(
-                            tiles[block * SAME + i], lower, x_row + X_LENGTH, quads, FORMAT, NATIVE
-                        )
+                        lower = _quad_times_row(tiles[block * SAME + i], lower, x_row + X_LENGTH, quads, FORMAT, NATIVE)
                 part = tl.sum(sums, axis=2, keep_dims=True)
                 if halves:
                     part = small_to_float(part) * 256.0 + small_to_float(tl.sum(lower, axis=2, keep_dims=True))
@@ -266,7 +258,9 @@ def gemv(
     """
     rows = x.shape[0]
     quads_per_slice = linear.quads // shape.slices
-    count = max(size for size in range(1, MOST_QUADS[linear.format] + 1) if quads_per_slice % size == 0)
+    few = linear.words.shape[0] <= FEW_PROGRAMS
+    most = FEW_QUADS.get(linear.format, MOST_QUADS) if few else MOST_QUADS
+    count = max(size for size in range(1, most + 1) if quads_per_slice % size == 0)
     grouped = linear.group_scale is not None
     halves = linear.format == Format.INT4_INT16
     same = gcd(linear.quads_per_scale, count, 8) if grouped or halves else count  # 8: integer sums stay below 2^22

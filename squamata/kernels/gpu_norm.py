@@ -165,11 +165,8 @@ def _mix_whole(row, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.con
     """
     factors = ()
     for j in tl.static_range(PARTS):
-        factor = tl.load(signs + j)
-        if NORM:
-            factors = factors + (factor * tl.load(gain + j * AB + within),)  # type: ignore[assignment]  # noqa: RUF005
-        else:
-            factors = factors + (factor,)  # type: ignore[assignment]  # noqa: RUF005
+        gain_ = tl.load(gain + j * AB + within) if NORM else 1.0
+        factors = factors + (tl.load(signs + j) * gain_,)  # type: ignore[assignment]  # noqa: RUF005
     let_next_start(PDL)
     wait_for_previous(PDL)
     parts = ()

@@ -142,9 +142,7 @@ class Planner:
 
     def exit(self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int) -> OutputStage:
         rotation = plan_rotation(block.out_rotation, block.config.d_inner, self.device)
-        projection = self.projection(
-            block.out_proj, block.sites["out"], (None,), halves=block.out_rotation is None
-        )
+        projection = self.projection(block.out_proj, block.sites["out"], (None,), halves=block.out_rotation is None)
         if projection.site.span > 0:
             raise SquamataError("the GPU kernels take a static scale before out_proj, not one a token")
         middle = row_site(block.sites["y"])
