@@ -383,16 +383,9 @@ def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position
         logits, *scratch, vocabulary, PARTS=parts, BV=GREEDY_PART, PDL=pdl, num_warps=4, **_launch(pdl)
     )
     _pick_kernel[(rows,)](
-        *scratch,
-        ids,
-        position,
-        advance,
-        PARTS=parts,
-        BP=triton.next_power_of_2(parts),
-        PDL=pdl,
-        num_warps=1,
+        *scratch, ids, position, advance, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1,
         **_launch(pdl),
-    )
+    )  # fmt: skip
 
 
 def greedy_scratch(rows: int, vocabulary: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
