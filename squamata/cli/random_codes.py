@@ -15,11 +15,10 @@ from squamata.kernels.qtensor import QTensor, Value
 from squamata.load.random_model import random_tensors
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig, parameter_shapes
-from squamata.models.lm import model_layouts
+from squamata.models.lm import model_layouts, model_sites
 from squamata.quantize import quantize_tensors
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
-from squamata.spec.sites import all_sites
 
 LARGE = 2**20  # elements from which a random weight is drawn as codes, on the device
 SITE_RANGE = {"state": 2.0, "u": 3.0, "B_conv": 3.0, "C_conv": 3.0, "out": 5.0}  # largest value, else 4
@@ -76,12 +75,13 @@ def _random_codes(size: tuple[int, ...], spec: QuantSpec, partition: Partition, 
 
 def _random_sites(config: ModelConfig, specs: Mapping[str, QuantSpec], device: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for name, info in all_sites(config.blocks).items():
-        spec = specs.get(name)
-        if info.kind in ("activation", "state") and spec is not None and not spec.dynamic:
-            if not spec.granularity.per_tensor:
-                raise SquamataError(f"{name}: random models have one scale a site, not one per {spec.granularity}")
-            found[f"{name}.scale"] = torch.tensor(
-                SITE_RANGE.get(name.rsplit(".", 1)[-1], 4.0) / spec.span, device=device
-            )
+    for site in model_sites(config, specs):
+        if site.spec is None or site.spec.dynamic:
+            continue
+        if site.spec.granularity.ragged:
+            raise SquamataError(f"{site.name}: random models have no index map for scales per {site.spec.granularity}")
+        size = torch.Size(site.partition.shape())
+        spread = torch.ones(()) if not size else 0.8 + 0.2 * torch.rand(size, device="cpu")
+        largest = SITE_RANGE.get(site.name.rsplit(".", 1)[-1], 4.0)
+        found[f"{site.name}.scale"] = (spread * largest / site.spec.span).to(device)
     return found

@@ -15,16 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemm import Finish, _finish, choose_outputs
+from squamata.kernels.gpu_gemm import PACKED, Finish, _finish, choose_outputs
 from squamata.kernels.gpu_gemv import Landing
 from squamata.kernels.gpu_math import nibble_to_float
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
-PACKED = (Format.INT4_INT8, Format.INT4_FLOAT)
 OPERAND = {
     Format.INT8_INT8: torch.int8,
     Format.INT4_INT8: torch.int8,
     Format.INT4_FLOAT: torch.bfloat16,
+    Format.INT4_INT16: torch.bfloat16,
     Format.BFLOAT16_FLOAT: torch.bfloat16,
     Format.INT8_FLOAT: torch.bfloat16,
 }
@@ -54,7 +54,8 @@ def _expand_kernel(words, group_scale, out, N, TR: tl.constexpr, ROW_BYTES: tl.c
             tl.store(row + place, byte << 4, mask=inside)
             tl.store(row + place + 16, byte & -16, mask=inside)
         else:
-            low, high = nibble_to_float(byte.to(tl.int32), 0), nibble_to_float(byte.to(tl.int32), 1)
+            unsigned = byte.to(tl.int32) ^ (0x88 if FORMAT == 6 else 0)
+            low, high = nibble_to_float(unsigned, 0), nibble_to_float(unsigned, 1)
             tl.store(row + place, (low * scale).to(out.dtype.element_ty), mask=inside)
             tl.store(row + place + 16, (high * scale).to(out.dtype.element_ty), mask=inside)
     else:

@@ -20,6 +20,7 @@ from squamata.kernels.gpu_gemv import INTERPRETED, Landing
 from squamata.kernels.gpu_math import dot_float, small_to_float, softplus, to_codes
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
+PACKED = (Format.INT4_INT8, Format.INT4_FLOAT, Format.INT4_INT16)
 LAND, RESIDUAL, SPLIT, SOFTPLUS, PLAIN = range(5)  # what becomes of a product: see ``Finish``
 
 
@@ -41,7 +42,7 @@ _INT8 = [
     (256, Config(128, 64, 128, 4, 4)),
     (2**31, Config(128, 128, 128, 4, 3)),
 ]
-_GROUPED = [(64, Config(64, 64, 128, 4, 4)), (2**31, Config(64, 128, 128, 4, 3))]
+_GROUPED = [(64, Config(64, 64, 128, 4, 4)), (2**31, Config(128, 64, 128, 4, 3))]
 _INT4 = [(32, Config(32, 64, 128, 4, 4)), (2**31, Config(64, 128, 128, 4, 4))]
 _FLOAT = [
     (64, Config(64, 64, 64, 4, 5)),
@@ -52,6 +53,7 @@ CONFIGS = {
     Format.INT8_INT8: _INT8,
     Format.INT4_INT8: _INT4,
     Format.INT4_FLOAT: _INT4,
+    Format.INT4_INT16: _INT4,
     Format.BFLOAT16_FLOAT: _FLOAT,
     Format.FLOAT32_FLOAT: [(2**31, Config(32, 32, 32, 4, 2))],
     Format.INT8_FLOAT: _FLOAT,
@@ -68,7 +70,8 @@ def choose_config(linear: TiledLinear, rows: int) -> Config:
     grouped = linear.format == Format.INT8_INT8 and linear.group_scale is not None
     table = _GROUPED if grouped else CONFIGS[linear.format]
     at = next(index for index, (limit, _) in enumerate(table) if rows <= limit)
-    while at > 0 and triton.cdiv(rows, table[at][1].rows) * triton.cdiv(linear.rows, table[at][1].outputs) < _PROGRAMS:
+    few = _PROGRAMS * (4 if grouped else 1)
+    while at > 0 and triton.cdiv(rows, table[at][1].rows) * triton.cdiv(linear.rows, table[at][1].outputs) < few:
         at -= 1
     found = table[at][1]
     narrow = triton.cdiv(rows, found.rows) * triton.cdiv(linear.rows, found.outputs) < _PROGRAMS // 2
@@ -193,8 +196,37 @@ def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale,
 
 
 @triton.jit
+def _grouped_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, low, high, shift, first, values,
+                    residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
+                    CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                    BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
+                    MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
+                    ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
+                    SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """int8 weights with a scale a row and BK columns: the left operand, so that a thread needs two scales a step."""
+    first_m, first_n = _program(M, N, BM, BN, BAND)
+    m, n, k = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
+    row, tile_row = tl.minimum(m, M - 1).to(tl.int64), tl.minimum(n, (N + TR - 1) // TR * TR - 1)
+    x_at = x + row[None, :] * X_STRIDE + k[:, None]
+    start = (tile_row // TR).to(tl.int64) * (K * TR) + tile_row % TR * QUAD
+    w_at = weight + start[:, None] + (k // QUAD * (TR * QUAD) + k % QUAD)[None, :]
+    scale_at = group_scale + tile_row // SCALE_ROWS * (K // CHUNK * SCALE_ROWS) + tile_row % SCALE_ROWS
+    total = tl.zeros((BN, BM), tl.float32)
+    for _ in range(0, K // CHUNK):
+        sums = tl.dot(tl.load(w_at), tl.load(x_at), out_dtype=tl.int32)
+        total += sums.to(tl.float32) * tl.load(scale_at).to(tl.float32)[:, None]
+        x_at += BK
+        w_at += BK * TR
+        scale_at += SCALE_ROWS
+    _finish(tl.trans(total), m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shift, first, values,
+            residual, MODE, DYNAMIC, HAS_BIAS, ROUNDING, ANY_CODES, ANY_VALUES, SPLIT_AT, SPLIT_FORMAT)  # fmt: skip
+
+
+@triton.jit
 def _unpack(packed, kind, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
     """The two codes of every byte: times 16 in int8 (the factor knows), or exact in the activations' type."""
+    if FORMAT == 6:  # two's complement: as code + 8
+        packed = packed ^ -120
     if FORMAT == 1:
         low, high = (packed << 4).to(tl.int8), (packed & -16).to(tl.int8)
     elif NATIVE and kind == tl.bfloat16:  # 0x4300: 128 + nibble, its last place is 1
@@ -272,7 +304,7 @@ def _depth(linear: TiledLinear, config: Config, grouped: bool) -> tuple[int, int
     """Weights of a row that a step takes, and (packed formats) that are summed before a scale is applied."""
     if linear.format == Format.INT8_INT8 and grouped:
         return linear.quads_per_scale * 16, linear.quads_per_scale * 16
-    if linear.format not in (Format.INT4_INT8, Format.INT4_FLOAT):
+    if linear.format not in PACKED:
         return min(config.depth, max(32, triton.next_power_of_2(linear.columns))), linear.columns
     chunk = linear.quads_per_scale * 32 if grouped else gcd(linear.columns, 128)
     return gcd(chunk, config.depth), chunk
@@ -303,7 +335,7 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     outputs (``gpu_gemv.Landing``), or None.
     """
     config = config or choose_config(linear, x.shape[0])
-    packed = linear.format in (Format.INT4_INT8, Format.INT4_FLOAT)
+    packed = linear.format in PACKED
     grouped = linear.group_scale is not None
     depth, chunk = _depth(linear, config, grouped)
     scale_rows = int(linear.group_scale.shape[2]) if linear.group_scale is not None else 1
@@ -312,7 +344,13 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     words = linear.words.view(kinds.get(linear.format, torch.int8))
     rows = x.shape[0]
     grid = (triton.cdiv(rows, config.rows) * triton.cdiv(linear.rows, config.outputs),)
-    kernel = _packed_kernel if packed else _whole_kernel
+    kernel = (
+        _packed_kernel
+        if packed
+        else _grouped_kernel
+        if grouped and linear.format == Format.INT8_INT8
+        else _whole_kernel
+    )
     kernel[grid](
         x, scale, words, linear.group_scale if grouped else factor, *pointers, rows, linear.rows, X_STRIDE=x.stride(0),
         K=linear.columns, QUAD=linear.format.quad, TR=linear.tile_rows, CHUNK=chunk, SCALE_ROWS=scale_rows,

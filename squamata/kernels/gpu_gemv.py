@@ -16,6 +16,10 @@ from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 MOST_QUADS = 20  # that a thread loads before it uses the first: 80 registers
+# For products of no more programs than run at once if their threads need fewer registers: a second wave costs a whole
+# latency. Where there are several waves anyway, as at 8B, more in flight is faster (whole decode steps on one H200).
+FEW_PROGRAMS = 400
+FEW_QUADS = {Format.INT8_INT8: 10, Format.INT4_INT16: 5}
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
 
@@ -87,7 +91,7 @@ def _quad_times_row(tile, accumulator, x, quads, FORMAT: tl.constexpr, NATIVE: t
     lane = tl.arange(0, 4)[None, None, :]
     if FORMAT == 0:
         accumulator = dot4(tile, tl.load(x + quads * 4 + lane), accumulator, NATIVE)
-    if FORMAT == 1:
+    if FORMAT == 1 or FORMAT == 6:
         low, high = (tile << 4) & -0x0F0F0F10, tile & -0x0F0F0F10  # 0xF0F0F0F0
         accumulator = dot4(low, tl.load(x + quads * 8 + lane), accumulator, NATIVE)
         accumulator = dot4(high, tl.load(x + quads * 8 + 4 + lane), accumulator, NATIVE)
@@ -143,7 +147,8 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
           PDL: tl.constexpr):  # fmt: skip
     """One tile of BN output rows for ROWS activation rows; S slices of K side by side, each COUNT * ROUNDS quads.
 
-    SAME neighbouring quads share a scale and are summed before it is applied.
+    SAME neighbouring quads share a scale and are summed before it is applied. Activations of 16 bits (FORMAT 6) are two
+    rows of int8, X_LENGTH words apart: 256 times the first plus the second.
     """
     tile = tl.program_id(0)
     first_row = tl.program_id(1) * ROWS
@@ -164,8 +169,9 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
     wait_for_previous(PDL)
     slices = tl.arange(0, S)
     integer: tl.constexpr = FORMAT < 2
+    halves: tl.constexpr = FORMAT == 6
     if NATIVE:
-        _into_cache(x + first_row * X_STRIDE, X_LENGTH)
+        _into_cache(x + first_row * X_STRIDE, X_LENGTH * (2 if halves else 1))
     for b in tl.static_range(ROWS):
         total = tl.zeros((BN, S, 1), tl.float32)
         whole = tl.zeros((BN, S, 1), tl.int32)
@@ -175,11 +181,16 @@ def _gemv(x, x_scale, words, group_scale, factor, bias, inverse, low, high, code
             if around > 0 or (b > 0 and ROUNDS > 1):
                 tiles = _load_quads(tile_words, around * COUNT, STEP, QUADS, COUNT, BN, S)
             for block in tl.static_range(COUNT // SAME):
-                sums = tl.zeros((BN, S, 4), tl.int32 if integer else tl.float32)
+                sums = tl.zeros((BN, S, 4), tl.int32 if integer or halves else tl.float32)
+                lower = tl.zeros((BN, S, 4), tl.int32)
                 for i in tl.static_range(SAME):
                     quads = (slices * STEP + (around * COUNT + block * SAME + i))[None, :, None]
                     sums = _quad_times_row(tiles[block * SAME + i], sums, x_row, quads, FORMAT, NATIVE)
+                    if halves:
+                        lower = _quad_times_row(tiles[block * SAME + i], lower, x_row + X_LENGTH, quads, FORMAT, NATIVE)
                 part = tl.sum(sums, axis=2, keep_dims=True)
+                if halves:
+                    part = small_to_float(part) * 256.0 + small_to_float(tl.sum(lower, axis=2, keep_dims=True))
                 if GROUPED:
                     scale = scales[(around * COUNT) // SAME + block].to(tl.float32)  # type: ignore[var-annotated]
                     if integer:
@@ -217,7 +228,7 @@ def choose_shape(rows: int, columns: int, format: Format) -> Shape:
     where K allows it, three quads a thread at least, some 200 programs at least.
     """
     quads = columns // format.quad
-    tall = format.integer_activations
+    tall = format.integer_activations or format == Format.INT4_INT16
     tile_rows = next((size for size in (32, 16) if tall and rows // size >= (256 if size == 32 else 200)), 8)
     slices = 1
     while quads % (2 * slices) == 0 and quads // (2 * slices) >= 3 and slices * tile_rows < 256:
@@ -242,15 +253,18 @@ def gemv(
 ) -> None:
     """y = W x, each row times ``factor`` (and ``x_scale`` (rows,) if dynamic), plus bias, landed.
 
-    ``x``: int8 or float32 (rows, K), rows 4-byte aligned. ``codes`` int8 and ``values`` float32: (rows, N), one of
-    them may be None.
+    ``x``: int8 or float32 (rows, K), rows 4-byte aligned; two int8 rows of K side by side for INT4_INT16. ``codes``
+    int8 and ``values`` float32: (rows, N), one of them may be None.
     """
     rows = x.shape[0]
     quads_per_slice = linear.quads // shape.slices
-    count = max(size for size in range(1, MOST_QUADS + 1) if quads_per_slice % size == 0)
+    few = linear.words.shape[0] <= FEW_PROGRAMS
+    most = FEW_QUADS.get(linear.format, MOST_QUADS) if few else MOST_QUADS
+    count = max(size for size in range(1, most + 1) if quads_per_slice % size == 0)
     grouped = linear.group_scale is not None
-    same = gcd(linear.quads_per_scale, count, 8) if grouped else count  # 8: integer sums stay below 2^22
-    integer = linear.format.integer_activations
+    halves = linear.format == Format.INT4_INT16
+    same = gcd(linear.quads_per_scale, count, 8) if grouped or halves else count  # 8: integer sums stay below 2^22
+    integer = linear.format.integer_activations or halves
     per_program = 1 if rows == 1 else min(FEW_ROWS, triton.next_power_of_2(rows))
     activations = x.view(torch.int32) if integer else x
     fallback = codes if codes is not None else values

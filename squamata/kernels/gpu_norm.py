@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
@@ -17,7 +18,9 @@ from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 GREEDY_PART = 1024  # logits a program
 ROTATE_WARPS = 4
+GATE_PART = 256  # channels a program, without a rotation
 _SMALLEST_SCALE = tl.constexpr(1e-8)  # of a dynamic site, as in site.range_to_scale
+_SPAN_16 = tl.constexpr(32512.0)  # 256 * 127: a 16-bit code is 256 times one int8 plus another
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,23 @@ def _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, Q
 
 
 @triton.jit
+def _land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
+    """y in 16 bits, its row's own scale: the upper halves first, the lower WIDTH bytes on.
+
+    The scale that is stored knows that 4-bit codes sit in the upper half of a byte (``gpu_tiles``).
+    """
+    scale = tl.maximum(largest / _SPAN_16, _SMALLEST_SCALE)
+    tl.store(out_scale + row, scale * 0.0625)
+    code = to_codes(y, 1.0 / scale, -_SPAN_16, _SPAN_16, 0)
+    upper = tl.floor((code + 128.0) * 0.00390625)
+    tl.store(out + offsets, upper.to(tl.int8), mask=mask)
+    tl.store(out + WIDTH + offsets, (code - 256.0 * upper).to(tl.int8), mask=mask)
+
+
+@triton.jit
 def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, high, span, FIRST: tl.constexpr,
-                 QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, BD: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+                 QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, HALVES: tl.constexpr,
+                 BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     column = tl.arange(0, BD)
     mask = column < D
@@ -68,18 +85,27 @@ def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, 
     if not FIRST:
         x += tl.load(residual + offsets, mask=mask, other=0.0)
     tl.store(residual + offsets, x, mask=mask)
-    y = x * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon)) * gain
-    _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
+    length = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon))
+    y = x * length * gain
+    if HALVES:
+        largest = tl.max(tl.abs(x * gain), axis=0) * length  # both sums over the row at once
+        _land_halves(y, largest, out, out_scale, row, row * (2 * D) + column, mask, D)
+    else:
+        _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
 
 
 def norm(h: Tensor, residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor,
          out_scale: Tensor | None, first: bool, pdl: bool) -> None:  # fmt: skip
-    """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D)."""
+    """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D).
+
+    An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
+    """
     rows, width = h.shape
     _norm_kernel[(rows,)](
         h, residual, weight, out, out_scale if out_scale is not None else residual, width, epsilon, site.inverse,
         site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
-        ROUNDING=site.rounding, BD=triton.next_power_of_2(width), PDL=pdl, num_warps=16 if width > 2048 else 8,
+        ROUNDING=site.rounding, HALVES=out.shape[1] == 2 * width, BD=triton.next_power_of_2(width), PDL=pdl,
+        num_warps=16 if width > 2048 else 8,
         **_launch(pdl),
     )  # fmt: skip
 
@@ -131,33 +157,50 @@ def _square(part: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
-                   middle_inverse, middle_scale, middle_low, middle_high,
-                   E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
-                   A: tl.constexpr,
-                   B: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
-                   MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
-                   QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One part (A * B outputs) of one row: out = H (norm(gated) * gain) * factor, landed."""
-    at = tl.program_id(0)
-    row = tl.program_id(1)
+def _mix_whole(row, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr, AB: tl.constexpr,
+               NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One row of the mixing matrix times the parts of a whole row, normed: a part after the other, none padded.
+
+    The norm is one number, so the sum need not wait for it.
+    """
+    factors = ()
+    for j in tl.static_range(PARTS):
+        gain_ = tl.load(gain + j * AB + within) if NORM else 1.0
+        factors = factors + (tl.load(signs + j) * gain_,)  # type: ignore[assignment]  # noqa: RUF005
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    parts = ()
+    for j in tl.static_range(PARTS):
+        parts = parts + (tl.load(row + j * AB + within),)  # type: ignore[assignment]  # noqa: RUF005
+    mixed, squares = tl.zeros((AB,), tl.float32), tl.zeros((AB,), tl.float32)
+    for j in tl.static_range(PARTS):
+        mixed += parts[j] * factors[j]
+        squares += parts[j] * parts[j]
+    if NORM:
+        mixed = mixed * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / E + epsilon))
+    return mixed
+
+
+@triton.jit
+def _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low, middle_high,
+              E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+              AB: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
+              MIDDLE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The same for any number of blocks and groups, and with a site in the middle."""
     block = at // PARTS
     j = tl.arange(0, PARTS_PADDED)
-    within = tl.arange(0, A * B)
     signs = tl.load(mix + (at % PARTS) * PARTS + j, mask=j < PARTS, other=0.0)
-    channel = (block * PARTS + j)[:, None] * (A * B) + within[None, :]
+    channel = (block * PARTS + j)[:, None] * AB + within[None, :]
     mask = (j < PARTS)[:, None] & (within >= 0)[None, :]
-    H_left = tl.load(left + tl.arange(0, A)[:, None] * A + tl.arange(0, A)[None, :])
-    H_right = tl.load(right + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
     weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
     let_next_start(PDL)
     wait_for_previous(PDL)
     y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
     if NORM:
         width: tl.constexpr = E // GROUPS
-        if GROUPS == 1 and PARTS * A * B == E:  # the tile is the whole row
+        if GROUPS == 1 and PARTS * AB == E:  # the tile is the whole row
             y = y * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(tl.sum(y * y, axis=1), axis=0) / width + epsilon))
-        elif PARTS * A * B == E and PARTS_PADDED % GROUPS == 0 and PARTS == PARTS_PADDED:
+        elif PARTS * AB == E and PARTS_PADDED % GROUPS == 0 and PARTS == PARTS_PADDED:
             squares = tl.reshape(tl.sum(y * y, axis=1), (GROUPS, PARTS // GROUPS))
             scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) / width + epsilon))
             spread = tl.broadcast_to(scale[:, None], (GROUPS, PARTS // GROUPS))
@@ -171,7 +214,29 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilo
         y = y * weight
     if MIDDLE:
         y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
-    mixed = tl.sum(y * signs[:, None], axis=0)
+    return tl.sum(y * signs[:, None], axis=0)
+
+
+@triton.jit
+def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
+                   middle_inverse, middle_scale, middle_low, middle_high,
+                   E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+                   A: tl.constexpr,
+                   B: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
+                   MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
+                   QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One part (A * B outputs) of one row: out = H (norm(gated) * gain) * factor, landed."""
+    at = tl.program_id(0)
+    row = tl.program_id(1)
+    within = tl.arange(0, A * B)
+    H_left = tl.load(left + tl.arange(0, A)[:, None] * A + tl.arange(0, A)[None, :])
+    H_right = tl.load(right + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
+    if PARTS * A * B == E and GROUPS == 1 and PARTS < PARTS_PADDED and not MIDDLE:
+        mixed = _mix_whole(gated + row * E, gain, mix + at * PARTS, within, epsilon, E, PARTS, A * B, NORM, PDL)
+    else:
+        mixed = _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
+                          middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, NORM, MIDDLE, MIDDLE_ROUNDING,
+                          PDL)  # fmt: skip
     if ROTATED:
         if A == 16:
             square = tl.reshape(mixed, (A, B))
@@ -184,10 +249,64 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilo
     _land_row(mixed, out, out_scale, row, place, within >= 0, inverse, low, high, span, QUANTIZED, False, ROUNDING)
 
 
-def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan: RotationPlan, middle: RowSite,
-           site: RowSite, out: Tensor, pdl: bool) -> None:  # fmt: skip
-    """RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site`` (not dynamic)."""
+@triton.jit
+def _gate_norm_kernel(gated, gain, out, out_scale, epsilon, inverse, low, high, span, middle_inverse, middle_scale,
+                      middle_low, middle_high, E: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+                      TAKEN: tl.constexpr, BW: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
+                      MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, HALVES: tl.constexpr,
+                      ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """PART channels of one row, from the group of WIDTH that they lie in, or (HALVES: for its maximum) from all."""
+    first = tl.program_id(0) * PART
+    row = tl.program_id(1)
+    group = tl.arange(0, TAKEN) + (0 if HALVES else first // WIDTH)
+    lane = tl.arange(0, BW)
+    channel = group[:, None] * WIDTH + lane[None, :]
+    mask = (channel < E) & (lane < WIDTH)[None, :]
+    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
+    largest = tl.max(tl.abs(y * weight), axis=1) if HALVES else 0.0
+    if NORM:
+        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, axis=1) / WIDTH + epsilon))
+        largest = largest * scale
+        y = y * scale[:, None] * weight
+    if MIDDLE:
+        y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
+        largest = tl.max(tl.abs(y), axis=1) if HALVES else 0.0
+    own = mask & (channel >= first) & (channel < first + PART)
+    if HALVES:
+        largest = tl.max(largest, axis=0)
+        _land_halves(y, largest, out, out_scale, row, row * (2 * E) + channel, own, E)
+    else:
+        _land_row(y, out, out_scale, row, row * E + channel, own, inverse, low, high, span, QUANTIZED, False, ROUNDING)
+
+
+def _gate_norm(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, middle: RowSite, site: RowSite,
+               out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
     rows, width = gated.shape
+    halves = out.shape[1] == 2 * width
+    part = gcd(width // groups, GATE_PART)
+    group = width // groups if gain is not None else width if halves else part
+    _gate_norm_kernel[(width // part, rows)](
+        gated, gain if gain is not None else gated, out, out_scale, epsilon, site.inverse, site.low, site.high,
+        site.span, middle.inverse, middle.scale, middle.low, middle.high, E=width, WIDTH=group, PART=part,
+        TAKEN=triton.next_power_of_2(width // group) if halves else 1, BW=triton.next_power_of_2(group),
+        NORM=gain is not None, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized,
+        HALVES=halves, ROUNDING=site.rounding, PDL=pdl, num_warps=8 if halves else ROTATE_WARPS, **_launch(pdl),
+    )  # fmt: skip
+
+
+def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan: RotationPlan, middle: RowSite,
+           site: RowSite, out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
+    """RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site`` (not dynamic).
+
+    Without a rotation, an ``out`` of 2 E columns takes it in 16 bits, its scale in ``out_scale`` (rows,).
+    """
+    rows, width = gated.shape
+    if not plan.rotated:
+        _gate_norm(gated, gain, epsilon, groups, middle, site, out, out_scale, pdl)
+        return
     a, b = plan.left.shape[0], plan.right.shape[0]
     _rotate_kernel[(plan.blocks * plan.parts, rows)](
         gated, gain if gain is not None else gated, plan.mix, plan.left, plan.right, out, gated, plan.factor,
@@ -238,7 +357,8 @@ def _best_kernel(logits, best, where, V, PARTS: tl.constexpr, BV: tl.constexpr, 
     column = part * BV + tl.arange(0, BV)
     value = tl.load(logits + row * V + column, mask=column < V, other=-float("inf"))
     tl.store(best + row * PARTS + part, tl.max(value, axis=0))
-    tl.store(where + row * PARTS + part, part * BV + tl.argmax(value, axis=0))
+    # of logits that are not numbers any index may come out: one beyond the table would be read as memory
+    tl.store(where + row * PARTS + part, tl.minimum(part * BV + tl.argmax(value, axis=0), V - 1))
 
 
 @triton.jit
@@ -248,7 +368,7 @@ def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: t
     wait_for_previous(PDL)
     part = tl.arange(0, BP)
     value = tl.load(best + row * PARTS + part, mask=part < PARTS, other=-float("inf"))
-    winner = tl.argmax(value, axis=0)
+    winner = tl.minimum(tl.argmax(value, axis=0), PARTS - 1)
     tl.store(ids + row, tl.load(where + row * PARTS + winner).to(tl.int64))
     if row == 0:
         tl.store(position, tl.load(position) + advance)
@@ -263,16 +383,9 @@ def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position
         logits, *scratch, vocabulary, PARTS=parts, BV=GREEDY_PART, PDL=pdl, num_warps=4, **_launch(pdl)
     )
     _pick_kernel[(rows,)](
-        *scratch,
-        ids,
-        position,
-        advance,
-        PARTS=parts,
-        BP=triton.next_power_of_2(parts),
-        PDL=pdl,
-        num_warps=1,
+        *scratch, ids, position, advance, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1,
         **_launch(pdl),
-    )
+    )  # fmt: skip
 
 
 def greedy_scratch(rows: int, vocabulary: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

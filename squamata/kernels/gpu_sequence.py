@@ -21,7 +21,8 @@ from squamata.kernels.gpu_norm import _SMALLEST_SCALE
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _store_state
 
 CONV_TOKENS, CONV_CHANNELS = 16, 256  # a program
-SSD_TOKENS, SSD_CHANNELS, SSD_WARPS, SSD_STAGES = 64, 32, 4, 2  # a step, of a head
+# Of a head, a step. Never one stage: Triton 3.6 then reads shared memory out of bounds (compute-sanitizer; two: clean)
+SSD_TOKENS, SSD_CHANNELS, SSD_WARPS, SSD_STAGES = 64, 32, 4, 2
 SSD_PROGRAMS = 512  # that fill the device
 TOKEN_CHANNELS, TOKEN_WARPS = 32, 2  # of a head, one token
 

@@ -30,15 +30,20 @@ class Format(IntEnum):
     BFLOAT16_FLOAT = 3
     FLOAT32_FLOAT = 4
     INT8_FLOAT = 5
+    INT4_INT16 = 6
 
     @property
     def quad(self) -> int:
         """Weights of a row in 16 bytes."""
-        four_bit = {Format.INT4_INT8: 32, Format.INT4_FLOAT: 32}
+        four_bit = {Format.INT4_INT8: 32, Format.INT4_FLOAT: 32, Format.INT4_INT16: 32}
         return (four_bit | {Format.BFLOAT16_FLOAT: 8, Format.FLOAT32_FLOAT: 4}).get(self, 16)
 
     @property
     def integer_activations(self) -> bool:
+        """True if int8 activations meet the weight, in products of any number of rows.
+
+        The 16 bits of INT4_INT16 are how a product of few rows takes activations that are float elsewhere.
+        """
         return self in (Format.INT8_INT8, Format.INT4_INT8)
 
 
@@ -76,15 +81,19 @@ class TiledLinear:
         return sum(part.nbytes for part in parts if part is not None)
 
 
-def weight_format(layer: Linear, integer_activations: bool, bfloat16: bool) -> Format:
-    """How this layer's weight is streamed. SquamataError for one the GPU kernels do not take."""
+def weight_format(layer: Linear, integer_activations: bool, bfloat16: bool, halves: bool = False) -> Format:
+    """How this layer's weight is streamed. SquamataError for one the GPU kernels do not take.
+
+    ``halves``: whoever writes the activations can leave them in 16 bits, as two of int8.
+    """
     weight = layer.weight
     if not isinstance(weight, QTensor):
         return Format.BFLOAT16_FLOAT if bfloat16 else Format.FLOAT32_FLOAT
     if weight.second is not None or weight.spec.bits not in (4, 8):
         raise SquamataError(f"the GPU kernels take symmetric 8- and 4-bit weights, not {weight.spec.describe()}")
     if weight.spec.bits == 4:
-        return Format.INT4_INT8 if integer_activations else Format.INT4_FLOAT
+        floating = Format.INT4_INT16 if halves else Format.INT4_FLOAT
+        return Format.INT4_INT8 if integer_activations else floating
     return Format.INT8_INT8 if integer_activations else Format.INT8_FLOAT
 
 
@@ -158,4 +167,5 @@ _ORDERS: dict[Format, Callable[[Tensor], Tensor]] = {
     Format.BFLOAT16_FLOAT: _strided(2),
     Format.FLOAT32_FLOAT: _bytes,
     Format.INT8_FLOAT: _strided(4),
+    Format.INT4_INT16: _int4_for_int8,
 }

@@ -93,7 +93,7 @@ class Planner:
         entry = InputStage(
             self.floats(block.norm),
             config.norm_epsilon,
-            self.projection(block.in_proj, sites["in"], outputs, ring, config.d_conv),
+            self.projection(block.in_proj, sites["in"], outputs, ring, config.d_conv, halves=True),
         )
         landed = [sites[name] for name in ("u", "B_conv", "C_conv")]
         conv = self.convolution(scan, list(outputs[1:4]), landed)
@@ -118,7 +118,9 @@ class Planner:
         entry = InputStage(
             self.floats(block.norm),
             config.norm_epsilon,
-            self.projection(block.in_proj, sites["in"], (sites["x"], sites["z"]), (0, inner), config.d_conv),
+            self.projection(
+                block.in_proj, sites["in"], (sites["x"], sites["z"]), (0, inner), config.d_conv, halves=True
+            ),
         )
         both = [self.read(sites[name]) for name in ("B", "C")]
         if both[0].codes != both[1].codes:
@@ -144,7 +146,7 @@ class Planner:
 
     def exit(self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int) -> OutputStage:
         rotation = plan_rotation(block.out_rotation, block.config.d_inner, self.device)
-        projection = self.projection(block.out_proj, block.sites["out"], (None,))
+        projection = self.projection(block.out_proj, block.sites["out"], (None,), halves=block.out_rotation is None)
         if projection.site.span > 0:
             raise SquamataError("the GPU kernels take a static scale before out_proj, not one a token")
         middle = row_site(block.sites["y"])
@@ -175,15 +177,20 @@ class Planner:
         out: tuple[Site | None, ...],
         ring: tuple[int, int] = (0, 0),
         slots: int = 1,
+        halves: bool = False,
     ) -> Projection:
-        """A product's plan: packed weight, scale of the input, and where its rows land."""
+        """A product's plan: packed weight, scale of the input, and where its rows land.
+
+        ``halves``: what writes its input can leave it in 16 bits, which is fast where few sequences meet 4-bit weights.
+        """
         site = row_site(into)
         quantized = isinstance(layer.weight, QTensor)
         if site.quantized and not quantized:
             raise SquamataError(
                 f"{into.name} is in int8 but the weight that reads it is not: the GPU kernels want both"
             )
-        format = weight_format(layer, site.quantized, self.bfloat16)
+        halves = halves and self.bfloat16 and self.batch <= FEW_SEQUENCES
+        format = weight_format(layer, site.quantized, self.bfloat16, halves)
         shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format)
         if self.batch > FEW_SEQUENCES:
             shape = Shape(1, shape.slices)  # whole rows, as the products of many rows want them

@@ -17,7 +17,7 @@ from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
 from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.gpu_gemv import INTERPRETED, Landing, choose_shape, gemv
-from squamata.kernels.gpu_norm import RowSite, plan_rotation, rotate
+from squamata.kernels.gpu_norm import RowSite, greedy, greedy_scratch, plan_rotation, rotate
 from squamata.kernels.gpu_tiles import Format, tile_linear
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import FAMILIES, Family
@@ -79,6 +79,47 @@ def test_product_agrees_with_the_exact_one(format: Format, bits: int, group: int
     assert torch.allclose(out.cpu().double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 
+def in_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (rows, K) in 16 bits as two int8 rows side by side, the scale of a row as products take it, and its values."""
+    scale = x.abs().amax(1, keepdim=True) / 32512
+    codes = (x / scale).round()
+    upper = ((codes + 128) / 256).floor()
+    return torch.cat([upper, codes - 256 * upper], 1).to(torch.int8), (scale / 16).reshape(-1), codes * scale
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("group", [32, None])
+def test_product_of_4_by_16_bits_agrees_with_the_exact_one(group: int | None, rows: int) -> None:
+    torch.manual_seed(rows)
+    outputs, columns = 37, 192
+    weight = random_weight(outputs, columns, 4, group)
+    shape = choose_shape(outputs, columns, Format.INT4_INT16)
+    tiled = tile_linear(Linear(weight), Format.INT4_INT16, shape.tile_rows, DEVICE)
+    x, scale, values = in_halves(torch.randn(rows, columns))
+    out = torch.full((rows, outputs), float("nan"), device=DEVICE)
+    position = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    gemv(x.to(DEVICE), scale.to(DEVICE), tiled, tiled.factor, None, None, out, None, position, shape, pdl=False)
+    exact = values.double() @ weight.dequantize(torch.float64).T
+    assert torch.allclose(out.cpu().double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gate_norm_in_16_bits(groups: int) -> None:
+    """Codes that stand for the norm to half a step of the row's scale, and int8 that stay int8."""
+    torch.manual_seed(groups)
+    y, gain = torch.randn(2, 96), torch.rand(96) + 0.5
+    out = torch.full((2, 192), 99, dtype=torch.int8, device=DEVICE)
+    scale = torch.full((2,), float("nan"), device=DEVICE)
+    plan = plan_rotation(None, 96, DEVICE)
+    rotate(y.to(DEVICE), gain.to(DEVICE), 1e-5, groups, plan, RowSite(), RowSite(), out, scale, pdl=False)
+    grouped = y.double().unflatten(1, (groups, -1))
+    exact = (grouped * (grouped.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(1) * gain
+    upper, lower = out.cpu().double().chunk(2, 1)
+    step = 16 * scale.cpu().double()[:, None]
+    assert torch.allclose(step[:, 0] * 32512, exact.abs().amax(1), rtol=1e-6)
+    assert ((256 * upper + lower) * step - exact).abs().max() <= 0.51 * float(step.max())
+
+
 def test_rows_land_on_their_own_grids_and_in_the_ring() -> None:
     torch.manual_seed(0)
     outputs, columns, ring = 40, 64, (8, 24)
@@ -112,7 +153,7 @@ def test_rotation_agrees_with_the_butterflies(size: int, family: Family) -> None
     rotation = Rotation(size, size, family)
     out = torch.full((2, size), float("nan"), device=DEVICE)
     plan = plan_rotation(rotation, size, DEVICE)
-    rotate(y.to(DEVICE), None, 0.0, 1, plan, RowSite(), RowSite(), out, pdl=False)
+    rotate(y.to(DEVICE), None, 0.0, 1, plan, RowSite(), RowSite(), out, torch.ones(2, device=DEVICE), pdl=False)
     assert torch.allclose(out.cpu(), rotate_reference(y, rotation), atol=1e-5)
 
 
@@ -156,6 +197,28 @@ def test_step_agrees_with_the_reference(kind: str, case: str) -> None:
             tolerance = 1e-5 if case in ("float", "w4a16") else 2e-2  # a code that flips at a tie goes on
             assert float((got - wanted).norm() / wanted.norm()) < tolerance
             assert torch.equal(decoder.ids.cpu(), got.argmax(-1))
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_fast_step_with_4_bit_weights_agrees_with_the_exact_one(kind: str) -> None:
+    """Activations in 16 bits and bfloat16 for the weights that the recipe leaves in float: as far apart as bfloat16."""
+    config = small(kind)
+    model = LanguageModel(quantized(config, perturbed_tensors(config), recipe("w4a16"), []))
+    fast, exact = (CapturedDecoder(model, 2, DEVICE, weights=name, pdl=False) for name in ("bfloat16", "float32"))
+    assert fast.plan.layers[0].entry.projection.linear.format == Format.INT4_INT16
+    ids = random_ids(config, 2, 4, seed=1).to(DEVICE)
+    for token in range(4):
+        wanted, got = exact.step(ids[:, token]), fast.step(ids[:, token])
+        assert float((got - wanted).norm() / wanted.norm()) < 1e-2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter refuses a maximum of what is not a number")
+def test_logits_that_are_not_numbers_leave_ids_inside_the_vocabulary() -> None:
+    logits = torch.full((2, 1100), float("nan"), device=DEVICE)
+    ids = torch.full((2,), -1, dtype=torch.int64, device=DEVICE)
+    position = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    greedy(logits, greedy_scratch(2, 1100, DEVICE), ids, position, pdl=False)
+    assert bool(((ids >= 0) & (ids < 1100)).all())
 
 
 def test_a_recipe_that_the_kernels_do_not_take_is_refused_in_one_line() -> None:

@@ -17,7 +17,7 @@ from squamata.kernels.gpu_gemv import Landing, Shape, gemv
 from squamata.kernels.gpu_norm import RotationPlan, RowSite, embed, greedy, greedy_scratch, norm, rotate
 from squamata.kernels.gpu_rows import RowRotation
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, conv_step, selective_step, ssd_step
-from squamata.kernels.gpu_tiles import TiledLinear
+from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 SSD_CHANNELS = 32  # of a head, a program
 
@@ -34,8 +34,18 @@ class Projection:
     site: RowSite
     shape: Shape
 
+    @property
+    def halves(self) -> bool:
+        """True if it takes its input in 16 bits, as two rows of int8 with a scale of their own."""
+        return self.linear.format == Format.INT4_INT16
+
+    def input(self, name: str, buffers: Buffers) -> Tensor:
+        """Memory for what it reads."""
+        columns = self.linear.columns * (2 if self.halves else 1)
+        return buffers.get(name, columns, self.site.quantized or self.halves)
+
     def run(self, x: Tensor, out: Outputs, ring: Tensor | None, buffers: Buffers) -> None:
-        scale = buffers.row_scale if self.site.span > 0 else None
+        scale = buffers.row_scale if self.site.span > 0 or self.halves else None
         gemv(x, scale, self.linear, self.factor, self.landing, out.codes, out.values, ring, buffers.position,
              self.shape, buffers.pdl)  # fmt: skip
 
@@ -159,7 +169,7 @@ def enter(
 ) -> Iterator[Kernel]:
     """residual += h and norm, then the product called ``name``."""
     projection = stage.projection
-    x = buffers.get("normed", projection.linear.columns, projection.site.quantized)
+    x = projection.input("normed", buffers)
     yield (
         "norm",
         lambda: norm(
@@ -180,7 +190,7 @@ def enter(
 def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> Iterator[Kernel]:
     """Gate norm and rotation, then the product: the new h."""
     projection = stage.projection
-    x = buffers.get("rotated", projection.linear.columns, projection.site.quantized)
+    x = projection.input("rotated", buffers)
     yield (
         "rotate",
         lambda: rotate(
@@ -192,6 +202,7 @@ def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> Iterator[Kerne
             stage.middle,
             projection.site,
             x,
+            buffers.row_scale,
             buffers.pdl,
         ),
     )
