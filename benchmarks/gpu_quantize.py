@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_quantize.py --shape mamba2-2.7b --recipe quamba2-w4a8 --samples 512 --length 512
 
-Checked first on the bundled model with ``w4a8``: CPU and GPU give the same codes but for ties (at most 1e-3). The recipe
-that is timed is compared too, but not judged by it: channels of nearly equal size may change places where sums are
+Checked first on the bundled model with ``w4a8``: CPU and GPU give the same codes but for ties (at most 1e-3). What
+is timed is compared too, but not judged by it: channels of nearly equal size may change places where sums are
 rounded differently, which the rotation spreads over a whole layer, and with GPTQ a tie that falls the other way moves
 what later columns make up for. ``--layers N``: the first N layers only, seconds a layer.
 The result is made layer by layer and dropped; writing it is not timed.
