@@ -4,7 +4,8 @@
 
 Random weights in the published shapes: speed and memory only. Before anything is timed, the float logits are compared
 with transformers' and the quantized logits of the fast kernels with the reference's. The contestants take turns
-(A B C A B C ...), because a shared machine's speed drifts: quote ratios, pair by pair.
+(A B C A B C ...), because a shared machine's speed drifts: quote ratios, pair by pair. ``w4a8/int4`` is a recipe with
+embedding and head in that format; the columns "x squamata ..." compare with the first quantized recipe.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from squamata.load.random_model import random_tensors
 from squamata.models.config import ModelConfig, shape
 from squamata.pipeline import random_model
 from squamata.run.model import Model
+from squamata.spec.recipe import Recipe
 
 PROMPT, DECODED = 512, 64
 
@@ -96,11 +98,16 @@ def check(models: dict[str, Model], reference: torch.nn.Module, ids: torch.Tenso
     return errors
 
 
+def _with_tables(spelled: str) -> Recipe:
+    name, _, tables = spelled.partition("/")
+    return Recipe.read(name).with_tables(tables or None, tables or None)
+
+
 def measure(name: str, recipes: list[str], rounds: int, decoded: int) -> dict[str, Any]:
     """All contestants of one shape, in turn."""
     config = shape(name)
     ids = torch.randint(0, config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(1))
-    ours = {recipe: random_model(name, recipe) for recipe in recipes}
+    ours = {recipe: random_model(name, _with_tables(recipe)) for recipe in recipes}
     theirs = {"float32": hugging_face(config, torch.float32), "bfloat16": hugging_face(config, torch.bfloat16)}
     errors = check(ours, theirs["float32"], ids[:, :48])
     contestants: dict[str, Callable[[], tuple[float, float]]] = {
@@ -118,18 +125,21 @@ def measure(name: str, recipes: list[str], rounds: int, decoded: int) -> dict[st
 
 
 def table(result: dict[str, Any]) -> str:
+    first = next(key for key in result["times"] if key.startswith("squamata") and key != "squamata float")
     lines = [
         f"{result['shape']}: " + ", ".join(f"{key} {value:.1e}" for key, value in result["errors"].items()), "",
-        "| | prefill 512, tokens/s | x transformers float32 | decode, tokens/s | x transformers bfloat16 |",
-        "|---|---|---|---|---|",
+        f"| | prefill 512, tokens/s | x transformers float32 | x {first} | decode, tokens/s | x transformers bfloat16 "
+        f"| x {first} |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for key, times in result["times"].items():
         cells = []
         for phase, rival in ((0, "transformers float32"), (1, "transformers bfloat16")):
             speeds = [pair[phase] for pair in times]
-            pairs = zip(times, result["times"][rival], strict=True)
-            ratio = statistics.median(mine[phase] / their[phase] for mine, their in pairs)
-            cells += [f"{statistics.median(speeds):.0f} ({min(speeds):.0f}-{max(speeds):.0f})", f"{ratio:.1f}"]
+            cells.append(f"{statistics.median(speeds):.0f} ({min(speeds):.0f}-{max(speeds):.0f})")
+            for beside, digits in ((rival, 1), (first, 2)):
+                pairs = zip(times, result["times"][beside], strict=True)
+                cells.append(f"{statistics.median(mine[phase] / their[phase] for mine, their in pairs):.{digits}f}")
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

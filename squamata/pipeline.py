@@ -160,9 +160,9 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
     whole.check(recipe, config)
 
 
-def random_model(shape_name: str, recipe_name: str, progress: Progress | None = None) -> Model:
+def random_model(shape_name: str, recipe: str | Recipe, progress: Progress | None = None) -> Model:
     """A published shape with random weights, quantized in memory with scales from 2 x 64 random tokens."""
-    config, recipe = shape(shape_name), Recipe.read(recipe_name)
+    config, recipe = shape(shape_name), recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     check(recipe, config)
     ids = torch.randint(config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     parts = QuantizedParts(RandomSource(config), recipe, [ids], progress=progress)
