@@ -14,6 +14,7 @@ from quamba_writer import QuambaWriter, marlin_rows, marlin_tiles, qqq_rows, qua
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids
 
 from squamata.errors import SquamataError
+from squamata.evaluate.profile import TOLERANCE_SIXTEEN_BITS
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.hadamard.matrices import base_matrix, hadamard_matrix
 from squamata.kernels.qtensor import QTensor, as_float
@@ -244,7 +245,8 @@ def test_their_rotation_is_undone_by_theirs(tmp_path: Path, d_inner: int) -> Non
         with use_backend(backend) if backend else torch.no_grad():
             return float((LanguageModel(checkpoint)(ids) - expected).norm() / expected.norm())
 
-    assert error(found, "ref") < 1e-5 and error(found, None) < 1e-5
+    assert error(found, "ref") < 1e-5
+    assert error(found, None) < TOLERANCE_SIXTEEN_BITS / 4  # one layer, whose products take activations of 16 bits
     compiled = Model(found)
     decoded = compiled.step(ids[:1, 0], compiled.new_cache())
     assert compiled._decoder is not None and torch.allclose(decoded, expected[:1, 0], rtol=1e-3, atol=1e-3)
