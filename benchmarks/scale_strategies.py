@@ -38,7 +38,7 @@ STRATEGIES: dict[str, Any] = {
     "entropy": "entropy",
     "outlier_aware": "outlier_aware",
     "search by mse": {"search": {"over": CANDIDATES, "by": "mse"}},
-    "search by kl": {"search": {"over": CANDIDATES, "by": "kl"}},
+    "search by codes": {"search": {"over": CANDIDATES, "by": "codes"}},
     "lsq from percentile 0.9999": PERCENTILE,
 }
 ACTIVATIONS = ("in", "z", "x", "B", "C", "dt", "B_conv", "C_conv", "out")
