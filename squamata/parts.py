@@ -92,7 +92,7 @@ class QuantizedParts:
         """Part ``number``; all before it must have been made here, or restored."""
         if self.device.type == "cpu":
             return self._refined(number)
-        with self.device, use_backend("ref"):  # tensors are made there; the context costs every call a little
+        with self.device, use_backend("triton"):  # tensors are made there; the context costs every call a little
             return self._refined(number)
 
     def _refined(self, number: int) -> Values:
