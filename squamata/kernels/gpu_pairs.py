@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+POSSIBLE = "dtype" in torch.ops.aten.mm.overloads()  # float16 in, float32 out: torch 2.8
 HIGH_LOW, HIGH_LOW_HIGH, HIGH_HIGH_LOW = 0, 1, 2  # what lies side by side
 FINISHED = 1024  # numbers of a row that a program scales back
 

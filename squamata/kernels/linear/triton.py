@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from squamata.kernels.gpu_pairs import HIGH_HIGH_LOW, product, split_rows
+from squamata.kernels.gpu_pairs import HIGH_HIGH_LOW, POSSIBLE, product, split_rows
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import Value, as_float
 from squamata.kernels.site import Site
@@ -16,7 +16,7 @@ FEWEST_ROWS = 256  # below them the weight's own splitting would cost more than 
 
 
 def accepts(x: Value, layer: Linear, out: Sequence[Site | None]) -> bool:
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not x.is_cuda:
+    if not POSSIBLE or not isinstance(x, Tensor) or x.dtype != torch.float32 or not x.is_cuda:
         return False
     return x.numel() >= FEWEST_ROWS * x.shape[-1] and not (torch.is_grad_enabled() and x.requires_grad)
 
