@@ -60,7 +60,7 @@ def watch_layer(block: Block, stream: Stream) -> None:
 
     For activations, each of which lands once.
     """
-    for h in stream:
+    for h in stream if any(site.observer for site in block.sites.values()) else ():
         with observed_once(block.sites.values()), suppress(_Enough):
             block.forward(h, None, block.new_cache(h.shape[0]))
 

@@ -214,6 +214,26 @@ def test_watching_a_layer_leaves_the_stream(kind: str) -> None:
     assert torch.equal(stream[0], residual + written) and not torch.equal(stream[0], before[0])
 
 
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_watching_goes_no_further_than_the_last_observer(kind: str) -> None:
+    """They see what a whole pass shows them, and what follows is not computed."""
+    config = config_of(kind)
+    block = float_model(config, perturbed_tensors(config)).blocks[1]
+    stream = [torch.randn(2, 9, 32), torch.randn(1, 4, 32)]
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for name in ("in", "u"):
+        block.sites[name].observer = seen[name].append
+    with use_backend("ref"):
+        run_layer(block, list(stream))
+        whole = {name: list(tensors) for name, tensors in seen.items()}
+        seen["in"].clear(), seen["u"].clear()
+        block.out_proj = None  # type: ignore[attr-defined]
+        watch_layer(block, stream)
+    for name, tensors in whole.items():
+        assert all(torch.equal(one, other) for one, other in zip(seen[name], tensors, strict=True))
+    assert block.sites["u"].observer == seen["u"].append  # as it was
+
+
 def test_scales_are_taken_after_the_transform() -> None:
     """The scale at `out` is that of the rotated tensor."""
     config = config_of("mamba1")
