@@ -14,7 +14,7 @@ from fakes import ByteTokenizer
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of
 
 from squamata.calibrate.observe import run_layer, watch_layer
-from squamata.calibrate.tokens import CalibrationSet, sample
+from squamata.calibrate.tokens import CalibrationSet, joined, sample
 from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend
 from squamata.spec.recipe import Calibration
@@ -232,6 +232,14 @@ def test_watching_goes_no_further_than_the_last_observer(kind: str) -> None:
     for name, tensors in whole.items():
         assert all(torch.equal(one, other) for one, other in zip(seen[name], tensors, strict=True))
     assert block.sites["u"].observer == seen["u"].append  # as it was
+
+
+def test_batches_of_one_length_are_joined_in_their_order() -> None:
+    batches = [torch.arange(rows * length).reshape(rows, length) for rows, length in ((2, 4), (3, 4), (2, 4), (1, 6))]
+    found = joined(batches, 20)
+    assert [tuple(ids.shape) for ids in found] == [(5, 4), (2, 4), (1, 6)]
+    assert torch.equal(torch.cat([ids.flatten() for ids in found]), torch.cat([ids.flatten() for ids in batches]))
+    assert [len(ids) for ids in joined(batches, 1)] == [2, 3, 2, 1]
 
 
 def test_scales_are_taken_after_the_transform() -> None:
