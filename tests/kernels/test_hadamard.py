@@ -71,8 +71,13 @@ def test_without_a_matrix_the_largest_blocks_that_have_one(width: int, block: in
     torch.testing.assert_close(applied, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rotation", [Rotation(5120, 5120), Rotation(5120, 5120, "fast-hadamard-transform"),
-                                      Rotation(96, 96), Rotation(4096, 4096), Rotation(72, 24), Rotation(1, 1)])  # fmt: skip
+FAMILIES_AND_BLOCKS = [
+    *(Rotation(size, block) for size, block in ((5120, 5120), (96, 96), (4096, 4096), (72, 24), (1, 1))),
+    Rotation(5120, 5120, "fast-hadamard-transform"),
+]
+
+
+@pytest.mark.parametrize("rotation", FAMILIES_AND_BLOCKS)
 def test_two_products_are_the_rotation(rotation: Rotation) -> None:
     """What a GPU does, and any device can."""
     x = torch.randn(2, 3, rotation.size)
