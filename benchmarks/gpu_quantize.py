@@ -65,7 +65,7 @@ def compared(recipe: Recipe) -> tuple[float, float, dict[str, float]]:
     """The bundled model on CPU and GPU: fraction of weight codes that differ, relative distance of the weights, and
     the fractions of the tensors that differ most."""
     source = open_source(bundled())
-    ids = torch.randint(source.config.vocab_size, (8, 256), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(source.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(0))
     made = []
     for device in ("cpu", "cuda"):
         parts = QuantizedParts(source, recipe, [ids], device)

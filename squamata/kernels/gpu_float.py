@@ -59,8 +59,8 @@ def convolve(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, firs
 
 @triton.jit
 def _scan_kernel(u, dt, A, B, C, scores, D, dt_bias, before, after, y, L, least, most, u_batch, u_token, dt_batch,
-                 dt_token, b_batch, b_token, c_batch, c_token, H, PER_GROUP, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
-                 BN: tl.constexpr, BL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 dt_token, b_batch, b_token, c_batch, c_token, H, PER_GROUP, P: tl.constexpr, N: tl.constexpr,
+                 BP: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """BP channels of one head of one sequence, chunk by chunk; their state is (N, BP) meanwhile. ``scores``: C B^T of
     every chunk, (B, chunks, G, BL, BL), which the heads of a group share.
     """
@@ -110,8 +110,8 @@ def scan_heads(
     strides = (stride for x in (u, dt, B, C) for stride in x.stride()[:2])
     at_once = max(16, min(SCAN_CHANNELS, triton.next_power_of_2(channels)))
     _scan_kernel[(triton.cdiv(channels, at_once), heads, batch)](
-        u, dt, A, B, C, _scores(B, C, width), D, dt_bias, state.contiguous(), after, y, u.shape[1], least, most, *strides, heads,
-        per_group, P=channels, N=width, BP=at_once, BN=max(16, triton.next_power_of_2(width)), BL=CHUNK,
+        u, dt, A, B, C, _scores(B, C, width), D, dt_bias, state.contiguous(), after, y, u.shape[1], least, most,
+        *strides, heads, per_group, P=channels, N=width, BP=at_once, BN=max(16, triton.next_power_of_2(width)), BL=CHUNK,
         PRECISION=PRECISION, num_warps=SCAN_WARPS, num_stages=SCAN_STAGES,
     )  # fmt: skip
     return y, after
