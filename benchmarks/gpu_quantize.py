@@ -53,11 +53,14 @@ STEPS = (
     ("kernels.linear.ref", "run"),
     ("kernels.linear.triton", "run"),
     ("kernels.causal_conv1d.ref", "run"),
+    ("kernels.causal_conv1d.triton", "run"),
     ("kernels.ssd_scan.ref", "run"),
+    ("kernels.ssd_scan.triton", "run"),
     ("kernels.selective_scan.ref", "run"),
     ("kernels.rms_norm.ref", "run"),
     ("kernels.gated_rms_norm.ref", "run"),
     ("kernels.hadamard.ref", "run"),
+    ("kernels.hadamard.triton", "run"),
 )
 
 

@@ -111,8 +111,8 @@ def scan_heads(
     at_once = max(16, min(SCAN_CHANNELS, triton.next_power_of_2(channels)))
     _scan_kernel[(triton.cdiv(channels, at_once), heads, batch)](
         u, dt, A, B, C, _scores(B, C, width), D, dt_bias, state.contiguous(), after, y, u.shape[1], least, most,
-        *strides, heads, per_group, P=channels, N=width, BP=at_once, BN=max(16, triton.next_power_of_2(width)), BL=CHUNK,
-        PRECISION=PRECISION, num_warps=SCAN_WARPS, num_stages=SCAN_STAGES,
+        *strides, heads, per_group, P=channels, N=width, BP=at_once, BN=max(16, triton.next_power_of_2(width)),
+        BL=CHUNK, PRECISION=PRECISION, num_warps=SCAN_WARPS, num_stages=SCAN_STAGES,
     )  # fmt: skip
     return y, after
 
