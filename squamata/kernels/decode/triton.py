@@ -162,6 +162,7 @@ class Mamba1Layer:
         )
         yield "x_proj", lambda: self.x_proj.run(u, raw, None, buffers)
         if self.norms is not None:
+            assert raw.values is not None
             yield "part_norms", partial(norm_parts, raw.values, self.norms, low.codes, low.values)
         yield "dt_proj", lambda: self.dt_proj.run(dt_low[:, : self.low_rank], dt, None, buffers)
         yield "scan", lambda: selective_step(
