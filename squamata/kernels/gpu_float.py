@@ -14,9 +14,9 @@ from torch.nn.functional import pad
 
 from squamata.kernels.gpu_math import silu, softplus
 
-CHUNK = 64  # tokens of the scan that run together
+CHUNK = 32  # tokens of the scan that run together
 CONV_TOKENS, CONV_CHANNELS, CONV_WARPS = 16, 128, 4
-SCAN_CHANNELS, SCAN_WARPS, SCAN_STAGES = 32, 8, 2  # channels of a head that a program takes
+SCAN_CHANNELS, SCAN_WARPS, SCAN_STAGES = 64, 4, 2  # channels of a head that a program takes
 PRECISION = "tf32x3"  # three products of tensor cores each, float32's error
 
 
