@@ -152,7 +152,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--large", nargs="*", type=int, default=[8, 64, 256], help="batches of the state's comparison")
     parser.add_argument("--large-shapes", nargs="*", default=["mamba2-2.7b"])
     parser.add_argument("--models", nargs="*", type=Path, default=[], help="folders of real models to check on as well")
-    parser.add_argument("--jobs", type=int, default=12, help="processes that check and compile")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that check and compile")
     parser.add_argument("--no-greedy", action="store_true")
     parser.add_argument("--no-products", action="store_true")
     parser.add_argument("--json", type=Path)

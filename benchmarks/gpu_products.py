@@ -127,7 +127,7 @@ def gemlite(outputs: int, width: int, rows: int, number: int) -> dict[str, list[
                 layer = helper.A8W8_int8_dynamic("cuda", torch.bfloat16).from_weights(codes, scales=scale)
             else:
                 zeros = torch.full_like(scale, 8.0)
-                parts = (codes.to(torch.uint8) + 8, scale.reshape(-1, 1), zeros.reshape(-1, 1))
+                parts = ((codes + 8).to(torch.uint8), scale.reshape(-1, 1), zeros.reshape(-1, 1))
                 layer = helper.A16W4_HQQ_INT("cuda", torch.bfloat16).from_weights(*parts)
             if one == 0:
                 check(name, layer(x), x, weight, RIVAL_TOLERANCE)
