@@ -113,13 +113,18 @@ def ours(outputs: int, width: int, rows: int, number: int) -> dict[str, list[Lau
 
 
 def gemlite(outputs: int, width: int, rows: int, number: int) -> dict[str, list[Launch]]:
-    """Its products of the same sizes: activations come in bfloat16 and, where it says a8, are rounded in the launch."""
+    """Its products of the same sizes: activations come in bfloat16 and, where it says a8, are rounded in the launch.
+
+    With its kernels' default configurations: trying all of them takes minutes for these sizes.
+    """
+    import gemlite as library
     from gemlite import helper
 
-    sets: dict[str, list[Launch]] = {"gemlite a8w8": [], "gemlite a16w4": []}
+    library.set_autotune("default")
+    sets: dict[str, list[Launch]] = {"gemlite a8w8 (untuned)": [], "gemlite a16w4 (untuned)": []}
     for one in range(number):
         x = torch.randn(rows, width, device="cuda").bfloat16()
-        for name, bits in (("gemlite a8w8", 8), ("gemlite a16w4", 4)):
+        for name, bits in (("gemlite a8w8 (untuned)", 8), ("gemlite a16w4 (untuned)", 4)):
             weight = random_linear(outputs, width, bits).weight
             assert isinstance(weight, QTensor)
             codes, scale = weight.codes(), weight.scale
@@ -135,30 +140,34 @@ def gemlite(outputs: int, width: int, rows: int, number: int) -> dict[str, list[
     return sets
 
 
-def products(number: int = SETS) -> Iterator[dict[str, Any]]:
-    """Rows of the table as they become known; a library that fails says so in its row. ``number``: of sets of data."""
-    for outputs, width in SIZES:
-        for rows in ROWS:
-            about = {"rows": rows, "outputs": outputs, "width": width}
-            sets: dict[str, list[Launch] | str] = dict(ours(outputs, width, rows, number))
-            if importlib.util.find_spec("gemlite") is None:
-                sets["gemlite"] = "not importable"
-            else:
-                try:
-                    sets |= gemlite(outputs, width, rows, number)
-                except (RuntimeError, ValueError, TypeError, AssertionError, SquamataError) as error:
-                    sets["gemlite"] = f"failed: {str(error).splitlines()[0][:200]}"
-            for name, launches in sets.items():
-                if isinstance(launches, str):
-                    yield about | {"product": name, "problem": launches}
-                    continue
-                times = microseconds(launches)
-                tops = 2 * rows * outputs * width / times["median"] * 1e-6
-                yield about | {"product": name, "us": times, "tops": tops}
+def product(outputs: int, width: int, rows: int, number: int = SETS) -> Iterator[dict[str, Any]]:
+    """Rows of the table for one size; a library that fails says so in its row. ``number``: of sets of data."""
+    about = {"rows": rows, "outputs": outputs, "width": width}
+    sets: dict[str, list[Launch] | str] = dict(ours(outputs, width, rows, number))
+    if importlib.util.find_spec("gemlite") is None:
+        sets["gemlite"] = "not importable"
+    else:
+        try:
+            sets |= gemlite(outputs, width, rows, number)
+        except Exception as error:  # whatever another library may raise
+            sets["gemlite"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    for name, launches in sets.items():
+        if isinstance(launches, str):
+            yield about | {"product": name, "problem": launches}
+            continue
+        times = microseconds(launches)
+        tops = 2 * rows * outputs * width / times["median"] * 1e-6
+        yield about | {"product": name, "us": times, "tops": tops}
+
+
+def compiled_product(outputs: int, width: int, rows: int) -> None:
+    """Everything that ``product`` launches, checked and compiled."""
+    for _ in product(outputs, width, rows, number=1):
+        pass
 
 
 def show(row: dict[str, Any]) -> None:
-    size = f"{row['rows']:5} x {row['width']} x {row['outputs']:6} {row['product']:20}"
+    size = f"{row['rows']:5} x {row['width']} x {row['outputs']:6} {row['product']:23}"
     if "problem" in row:
         print(size, row["problem"], flush=True)
         return

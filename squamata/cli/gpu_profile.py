@@ -147,10 +147,18 @@ def _relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def profile_gpu(
-    model: LanguageModel, prompt: int = 1024, generate: int = 128, batch: int = 1, repeats: int = 60
+    model: LanguageModel,
+    prompt: int = 1024,
+    generate: int = 128,
+    batch: int = 1,
+    repeats: int = 60,
+    agreement: GpuAgreement | None = None,
 ) -> GpuProfile:
-    """Time prefill and decode of ``batch`` sequences. SquamataError if the kernels disagree with the reference."""
-    agreement = check_agreement(model, batch)
+    """Time prefill and decode of ``batch`` sequences. SquamataError if the kernels disagree with the reference.
+
+    ``agreement``: what ``check_agreement`` has found already.
+    """
+    agreement = agreement or check_agreement(model, batch)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     decoder = CapturedDecoder(model, batch, state_dtype=torch.float16)
