@@ -25,8 +25,12 @@ SHORTEST = 2000  # characters; what is shorter is a heading
 
 def chapters(text: str) -> list[str]:
     """A book's chapters, lines of a paragraph joined, without what stands before the first."""
-    parts = [part.strip() for part in CHAPTER.split(text)[1:]]
-    return ["\n\n".join(" ".join(p.split()) for p in re.split(r"\n\s*\n", part)) for part in parts if len(part) > SHORTEST]
+    found = (part.strip() for part in CHAPTER.split(text)[1:])
+    return [joined(chapter) for chapter in found if len(chapter) > SHORTEST]
+
+
+def joined(chapter: str) -> str:
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", chapter))
 
 
 def in_turn(books: Iterable[list[str]]) -> list[str]:
