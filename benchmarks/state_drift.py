@@ -1,10 +1,11 @@
-"""How the state's precision shows with the distance decoded: KL to the float state by position, one long sequence.
+"""How the state's precision shows with the distance decoded: KL to the float state by position, in long sequences.
 
     python benchmarks/state_drift.py --model MODEL --text wikitext2-test.txt --calibration pile.jsonl --tokens 16384
 
 Everything but the state is in float, so that nothing else is seen. The same tokens go one by one through the model with
-a float state and through each format; the state is rounded at every step. Medians would hide bursts: bins give means
-and the standard error over blocks of 128 tokens.
+a float state and through each format; the state is rounded at every step. ``--sequences N``: the text's first N
+stretches of so many tokens, each from an empty state. Medians would hide bursts: bins give means and the standard error
+over blocks of 128 tokens; the first row says what the model with the float state itself loses there.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import itertools
 import json
 import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -50,34 +55,73 @@ def models(folder: Path, calibration: Path, scratch: Path) -> dict[str, Model]:
     return made
 
 
+@dataclass(frozen=True)
+class Traces:
+    """By position: losses of the float model (nats) and, of every other, KL to it and the difference of the losses."""
+
+    nats: Tensor
+    kls: dict[str, Tensor]
+    differences: dict[str, Tensor]
+
+
 @torch.no_grad()
-def divergences(float_model: Model, other: Model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL (nats) and the difference of the losses at every token after the first."""
-    kls, losses = [], []
-    caches = float_model.new_cache(), other.new_cache()
-    for token, following in itertools.pairwise(ids):
-        p = float_model.step(token[None], caches[0])[0].double().log_softmax(-1)
-        q = other.step(token[None], caches[1])[0].double().log_softmax(-1)
-        kls.append(float((p.exp() * (p - q)).sum()))
-        losses.append(float(p[following] - q[following]))
-    return torch.tensor(kls), torch.tensor(losses)
+def trace(every: dict[str, Model], ids: Tensor) -> Traces:
+    """One sequence through all models, token by token, side by side; ``every["float"]`` is what they are held to."""
+    caches = {name: model.new_cache() for name, model in every.items()}
+    others = [name for name in every if name != "float"]
+    nats: list[float] = []
+    kls: dict[str, list[float]] = {name: [] for name in others}
+    differences: dict[str, list[float]] = {name: [] for name in others}
+    for token, following in track(list(itertools.pairwise(ids)), "decoding", console=Console(stderr=True)):
+        logits = {name: model.step(token[None], caches[name])[0].double() for name, model in every.items()}
+        p = logits["float"].log_softmax(-1)
+        nats.append(float(-p[following]))
+        for name in others:
+            q = logits[name].log_softmax(-1)
+            kls[name].append(float((p.exp() * (p - q)).sum()))
+            differences[name].append(float(p[following] - q[following]))
+    tensors = ({name: torch.tensor(values) for name, values in some.items()} for some in (kls, differences))
+    return Traces(torch.tensor(nats), *tensors)
 
 
-def binned(values: torch.Tensor, edges: list[int]) -> list[tuple[float, float]]:
-    """Mean and standard error of its blocks, between the edges."""
+def binned(sequences: list[Tensor], edges: list[int]) -> list[tuple[float, float]]:
+    """Mean and standard error of its blocks, between the edges, of all sequences together."""
     found = []
     for start, stop in itertools.pairwise(edges):
-        blocks = torch.stack([block.mean() for block in values[start:stop].split(BLOCK)])
+        blocks = torch.stack([block.mean() for values in sequences for block in values[start:stop].split(BLOCK)])
         found.append((float(blocks.mean()), float(blocks.std() / math.sqrt(len(blocks)))))
     return found
 
 
-def draw(rows: dict[str, Any], path: Path) -> None:
+def summary(traces: list[Traces], edges: list[int]) -> dict[str, Any]:
+    """Means and standard errors between the edges, and perplexities over everything."""
+    losses = torch.cat([each.nats for each in traces])
+    formats = {}
+    for name in traces[0].kls:
+        ratio = math.exp(float(torch.cat([each.differences[name] for each in traces]).mean()))
+        formats[name] = {"kl": binned([each.kls[name] for each in traces], edges), "perplexity_ratio": ratio}
+    nats = binned([each.nats for each in traces], edges)
+    spans = [f"{start} - {stop}" for start, stop in itertools.pairwise(edges)]
+    return {"spans": spans, "float": {"nats": nats, "perplexity": math.exp(float(losses.mean()))}, "formats": formats}
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table in Markdown."""
+    print(f"| state | {' | '.join(f'KL {span}' for span in found['spans'])} | perplexity ratio |")
+    print("|---" * (len(found["spans"]) + 2) + "|")
+    cells = " | ".join(f"{mean:.2f} ± {error:.2f} nats lost" for mean, error in found["float"]["nats"])
+    print(f"| float (perplexity {found['float']['perplexity']:.1f}) | {cells} | 1 |")
+    for name, row in found["formats"].items():
+        cells = " | ".join(f"{mean:.5f} ± {error:.5f}" for mean, error in row["kl"])
+        print(f"| {name} | {cells} | {row['perplexity_ratio']:.4f} |")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
     """KL by position, one line a format."""
     figure, axes = plt.subplots(figsize=(9, 4))
-    for name, row in rows.items():
+    for name, row in found["formats"].items():
         means, errors = zip(*row["kl"], strict=True)
-        axes.errorbar(row["spans"], means, errors, marker="o", capsize=3, label=name)
+        axes.errorbar(found["spans"], means, errors, marker="o", capsize=3, label=name)
     axes.set_yscale("log")
     axes.set_xlabel("tokens decoded")
     axes.set_ylabel("KL(float state || quantized state), nats")
@@ -92,29 +136,24 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     edges = [0, 1024, *(2**power for power in range(12, 20) if 2**power < arguments.tokens), arguments.tokens - 1]
-    rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         every = models(arguments.model, arguments.calibration, Path(scratch))
-    reference = every.pop("float")
     text = "\n".join(read_documents(arguments.text))
-    ids = torch.tensor(reference.tokenizer.encode(text)[: arguments.tokens])
-    spans = [f"{start} - {stop}" for start, stop in itertools.pairwise(edges)]
-    print(f"| state | {' | '.join(f'KL {span}' for span in spans)} | perplexity ratio |")
-    print("|---" * (len(spans) + 2) + "|")
-    for name, model in every.items():
-        kls, losses = divergences(reference, model, ids)
-        bins = binned(kls, edges)
-        rows[name] = {"kl": bins, "spans": spans, "perplexity_ratio": math.exp(float(losses.mean()))}
-        cells = " | ".join(f"{mean:.5f} ± {error:.5f}" for mean, error in bins)
-        print(f"| {name} | {cells} | {rows[name]['perplexity_ratio']:.4f} |", flush=True)
+    ids = torch.tensor(every["float"].tokenizer.encode(text)[: arguments.tokens * arguments.sequences])
+    if len(ids) < arguments.tokens * arguments.sequences:
+        raise SystemExit(f"{arguments.text} has {len(ids)} tokens: ask for fewer or shorter sequences")
+    traces = [trace(every, sequence) for sequence in ids.split(arguments.tokens)]
+    found = summary(traces, edges)
+    show(found)
     if arguments.picture:
-        draw(rows, arguments.picture)
+        draw(found, arguments.picture)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows))
+        arguments.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
