@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import squamata
+from squamata.models.lm import Cache
 from squamata.run.model import Model
 from squamata.spec.recipe import Recipe
 from squamata.text import read_documents
@@ -37,16 +38,20 @@ PERCENTILE = {"percentile": {"alpha": 0.9995}}
 FORMATS: dict[str, dict[str, Any]] = {
     "int8 run-time (head, channel)": {"bits": 8, "granularity": "channel", "dynamic": True},
     "int6 run-time (head, channel)": {"bits": 6, "granularity": "channel", "dynamic": True},
+    "int8 run-time, stochastic": {"bits": 8, "granularity": "channel", "dynamic": True, "rounding": "stochastic"},
     "int4 run-time (head, channel)": {"bits": 4, "granularity": "channel", "dynamic": True},
+    "int4 run-time, stochastic": {"bits": 4, "granularity": "channel", "dynamic": True, "rounding": "stochastic"},
     "int8 static, percentile 0.9995": {"bits": 8, "rounding": "half-away", "scale": PERCENTILE},
     "int8 static, maximum": {"bits": 8, "rounding": "half-away"},
 }
+HALVES = {"float16": False, "float16, stochastic": True}  # the float model, whose state is rounded after every token
 BLOCK = 128
 
 
 def models(folder: Path, calibration: Path, scratch: Path) -> dict[str, Model]:
     """The float model, and one a state format."""
     made = {"float": squamata.load(folder)}
+    made |= {name: squamata.load(folder) for name in HALVES}
     for name, spec in FORMATS.items():
         recipe = Recipe.from_mapping({"name": "state", "rules": [{"site": "*.mixer.state", "spec": spec}]})
         out = scratch / str(len(made))
@@ -64,6 +69,24 @@ class Traces:
     differences: dict[str, Tensor]
 
 
+def round_to_half(state: Tensor, stochastic: bool) -> Tensor:
+    """A float32 state in float16's values: the nearest, or one of the neighbours with the fraction's probability."""
+    if not stochastic:
+        return state.half().float()
+    exponent = torch.frexp(state).exponent - 1
+    step = torch.ldexp(torch.ones_like(state), exponent.clamp_min(-14) - 10)  # 10 bits; subnormal below 2^-14
+    return (torch.floor(state / step + torch.rand_like(state)) * step).clamp(-65504, 65504)
+
+
+def step(name: str, model: Model, token: Tensor, cache: Cache) -> Tensor:
+    """Logits (V,) float64 after one more token; the state is rounded where the recipe cannot say so."""
+    logits = model.step(token[None], cache)[0].double()
+    if name in HALVES:
+        for layer in cache:
+            layer.state.copy_(round_to_half(layer.state, HALVES[name]))
+    return logits
+
+
 @torch.no_grad()
 def trace(every: dict[str, Model], ids: Tensor) -> Traces:
     """One sequence through all models, token by token, side by side; ``every["float"]`` is what they are held to."""
@@ -73,7 +96,7 @@ def trace(every: dict[str, Model], ids: Tensor) -> Traces:
     kls: dict[str, list[float]] = {name: [] for name in others}
     differences: dict[str, list[float]] = {name: [] for name in others}
     for token, following in track(list(itertools.pairwise(ids)), "decoding", console=Console(stderr=True)):
-        logits = {name: model.step(token[None], caches[name])[0].double() for name, model in every.items()}
+        logits = {name: step(name, model, token, caches[name]) for name, model in every.items()}
         p = logits["float"].log_softmax(-1)
         nats.append(float(-p[following]))
         for name in others:

@@ -301,6 +301,8 @@ def check_site(site: Site) -> None:
         raise SquamataError(f"{site.name} is simulated; the GPU kernels run integers: load the model in that mode")
     if not spec.linear_grid or spec.bits > 8 or spec.code_range[0] < -128 or spec.code_range[1] > 127:
         raise SquamataError(f"{site.name}: the GPU kernels take integers of up to 8 bits, not {spec.describe()}")
+    if spec.rounding == "stochastic":
+        raise SquamataError(f"{site.name}: the GPU kernels do not round stochastically: use the CPU")
     if not spec.dynamic and site.scale is None:
         raise SquamataError(f"{site.name} has no scale: calibrate first")
 
