@@ -11,7 +11,6 @@ import torch
 from layout_writers import write_state_spaces
 
 from squamata.kernels.dispatch import use_backend
-from squamata.kernels.qtensor import QTensor
 from squamata.load.hub import bundled
 from squamata.load.random_model import random_tensors
 from squamata.models.checkpoint import Checkpoint
