@@ -94,7 +94,7 @@ def _loaded(model: str | None, shape: str | None, recipe: str) -> LanguageModel:
 def _show(name: str, recipe: str, result: Profile) -> None:
     parts = ("embedding", "layers", "head", "sites", "total", "cache")
     table(f"{name}, {recipe}", parts, [[size(result.bytes[part]) for part in parts]])
-    _show_times(f"{result.threads} threads", result, ("median", "min", "max"), digits=2)
+    _show_times(f"threads {result.threads}", result, ("median", "min", "max"), digits=2)
     table(
         "",
         ("<", "", "<"),
