@@ -23,7 +23,7 @@ def read_yaml(path: Path, what: str) -> Any:
     except FileNotFoundError:
         raise SquamataError(f"{path}: no such {what} file") from None
     except IsADirectoryError:
-        raise SquamataError(f"{path}: a folder; give the YAML file of a {what}") from None
+        raise SquamataError(f"{path} is a folder: give the YAML file of a {what}") from None
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SquamataError(f"{path}: not a readable YAML file ({error.problem or error.context}{where})") from None
