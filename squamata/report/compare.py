@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import PairedDifference, UnitSums, difference_of_sums
+from squamata.evaluate.uncertainty import FEWEST_UNITS
 from squamata.report.plan import AS_IT_IS
 from squamata.report.rows import read_details, unpack_sums
 
@@ -55,7 +56,15 @@ def _beside(row: Row, baseline: Row, sums: Mapping[str, UnitSums | None]) -> Com
     if difference is None:
         return Comparison("not comparable")
     change = f"{100 * (difference.perplexity_ratio - 1):+.2f} %"
-    return Comparison(f"{change}, {difference.verdict}", difference)
+    return Comparison(f"{change}, {difference.verdict}{_if_few(sums[row['id']])}", difference)
+
+
+def _if_few(sums: UnitSums | None) -> str:
+    """How many units there are, if they are too few for any difference to be significant."""
+    count = FEWEST_UNITS if sums is None else len(sums.tokens)
+    if sums is None or count >= FEWEST_UNITS:
+        return ""
+    return f" ({count} {sums.kind.removesuffix('s') if count == 1 else sums.kind})"
 
 
 def paired(first: UnitSums | None, second: UnitSums | None, measure: Measure = "nats") -> PairedDifference | None:

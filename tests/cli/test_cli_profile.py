@@ -103,6 +103,7 @@ def test_nothing_is_timed_if_kernels_are_wrong(
         (("bundled", "--threads", "0"), "threads must be 1 to"),
         (("bundled", "--generate", "1"), "generate must be at least 2"),
         (("bundled", "--prompt", "0"), "prompt must be at least 1"),
+        (("bundled", "--device", "cuda", "--threads", "1"), "leave it out"),
     ],
 )
 def test_bad_input(refuse: Callable[..., str], arguments: tuple[str, ...], said: str) -> None:

@@ -78,4 +78,8 @@ def test_what_is_refused(refuse: Callable[..., str], study: Path, tmp_path: Path
     budgets = ("--budget-bits", 4, "--budget-bytes", 5)
     assert "two budgets" in refuse("sensitivity", "bundled", "--text", EXCERPT, *budgets)
     assert "needs a budget" in refuse("sensitivity", "bundled", "--text", EXCERPT, "--save-recipe", tmp_path / "r.yaml")
+    unwritable = ("--budget-bits", 9, "--save-recipe", tmp_path / "none" / "r.yaml")
+    assert "--save-recipe" in refuse("sensitivity", "bundled", "--text", EXCERPT, *unwritable)
+    too_little = ("--recipe", "w4a16", "--budget-bits", 1)
+    assert "raise it" in refuse("sensitivity", "bundled", "--text", EXCERPT, *too_little)  # and nothing measured
     assert "no such file" in refuse("outliers", "bundled", "--text", tmp_path / "none.txt")
