@@ -134,7 +134,7 @@ def _show(model: str, recipe: str, measured: Sensitivity) -> None:
         (
             row.unit,
             row.sites,
-            f"{row.kl:.6f}",
+            f"{row.kl:z.6f}",
             interval(row.kl_ci, 6),
             f"{row.perplexity:.3f}",
             f"{100 * row.top1_agreement:.2f}",
@@ -191,7 +191,7 @@ def _show_search(found: Search, budget: Budget, units: int) -> None:
             f"{mixture.bits_per_parameter:.3f}",
             f"{len(mixture.upgraded)} of {units}",
             mixture.evaluations or "",
-            f"{mixture.kl:.6f}",
+            f"{mixture.kl:z.6f}",
             interval(mixture.kl_ci, 6),
             f"{mixture.perplexity:.3f}",
             interval(mixture.perplexity_ci, 3),

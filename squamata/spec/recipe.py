@@ -287,7 +287,8 @@ def _read_yaml(name_or_path: str | Path) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix not in SUFFIXES:
         if str(name_or_path) not in recipe_names():
-            raise SquamataError(f"no recipe named '{name_or_path}'{nearest(str(name_or_path), recipe_names())}")
+            known = nearest(str(name_or_path), recipe_names())
+            raise SquamataError(f"no recipe named '{name_or_path}'{known}; a file of your own ends in .yaml")
         path = recipe_folder() / f"{name_or_path}.yaml"
     return _checked(read_yaml(path, "recipe"), str(path))
 
