@@ -28,7 +28,7 @@ STATES: dict[str, dict[str, Any]] = {
     "run-time": {"bits": 8, "granularity": "channel", "dynamic": True},
 }
 W4 = {"bits": 4, "granularity": "group(32)", "full_range": True}
-TIPPED = 2e-2  # of logits: a code may lie a tie away (see assert_near), and one step of a code moves a tiny model's so far
+TIPPED = 2e-2  # of logits: a code may lie a tie away (see assert_near), which moves a tiny model's logits so far
 SHAPES: dict[str, dict[str, Any]] = {
     "G1": {"d_inner": 64, "head_dim": 16, "n_groups": 1},
     "G2-odd": {"d_model": 40, "d_inner": 80, "head_dim": 8, "n_groups": 2, "d_state": 20},  # 5 heads a group
