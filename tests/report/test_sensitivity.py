@@ -16,7 +16,7 @@ from squamata.load.hub import bundled
 from squamata.report.forms import CalibrationChoice, Forms, sites_at, units_of
 from squamata.report.mixed import Choice, Mixer, SearchPlan, budget_in_bytes, evolve, greedy, search_mixture
 from squamata.report.reference import Remembering, beginning
-from squamata.report.sensitivity import Judge, measure_sensitivity, measure_units
+from squamata.report.sensitivity import Judge, Sensitivity, measure_sensitivity, measure_units
 from squamata.report.verbs import Verbs
 from squamata.spec.recipe import Recipe
 
@@ -32,6 +32,12 @@ def forms(verbs: Verbs) -> Forms:
 @pytest.fixture(scope="module")
 def judge(verbs: Verbs) -> Judge:
     return Judge.of("bundled", bundled() / "excerpt.jsonl", verbs, window=32, max_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def measured(forms: Forms, judge: Judge) -> Sensitivity:
+    """Of every layer in the form *low*."""
+    return measure_sensitivity(forms, "low", "layer", judge)
 
 
 def quantized(recipe: Any, folder: Path) -> Any:
@@ -75,8 +81,9 @@ def test_units_cover_every_site_once(forms: Forms) -> None:
         units_of(specs, "channel", tied=True)
 
 
-def test_the_ranking_is_that_of_single_evaluations(forms: Forms, judge: Judge, verbs: Verbs) -> None:
-    measured = measure_sensitivity(forms, "low", "layer", judge)
+def test_the_ranking_is_that_of_single_evaluations(
+    forms: Forms, judge: Judge, measured: Sensitivity, verbs: Verbs
+) -> None:
     kl = [row.kl for row in measured.rows]
     assert kl == sorted(kl, reverse=True) and abs(measured.floor_kl) < 1e-6
     assert {row.unit for row in measured.rows} == set(units_of(forms["low"].specs, "layer", forms.tied))
@@ -106,10 +113,9 @@ def test_a_mixture_is_the_recipe_that_it_emits(forms: Forms, tmp_path: Path) -> 
     assert bytes_by_part(made)["total"] == mixer.bytes(chosen) == mixer.base + sum(mixer.cost[unit] for unit in chosen)
 
 
-def test_search_stays_within_the_budget(forms: Forms, judge: Judge) -> None:
+def test_search_stays_within_the_budget(forms: Forms, judge: Judge, measured: Sensitivity) -> None:
     mixer = Mixer(forms, "low", "high", "layer")
     budget = mixer.base + 3 * max(mixer.cost.values()) + 10
-    measured = measure_sensitivity(forms, "low", "layer", judge)
     found = search_mixture(mixer, measured, SearchPlan(budget, judge, judge))
     nothing, chosen, evolved, everything = found.mixtures
     assert len(chosen.upgraded) == len(evolved.upgraded) == 3 and chosen.bytes <= budget and evolved.bytes <= budget
