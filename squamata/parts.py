@@ -15,6 +15,7 @@ from torch import Tensor
 from squamata import scales, transform
 from squamata.calibrate import learn, whole
 from squamata.calibrate.observe import (
+    Lengths,
     Stream,
     attach,
     attach_grams,
@@ -23,6 +24,7 @@ from squamata.calibrate.observe import (
     watch_head,
     watch_layer,
 )
+from squamata.calibrate.tokens import joined
 from squamata.kernels import ops
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.partition import Layout, Partition
@@ -40,6 +42,9 @@ from squamata.spec.recipe import Recipe
 from squamata.spec.sites import all_sites
 
 TABLE_BLOCK = 2**27  # elements of the embedding or the head that are in float32 at a time
+# On a GPU: tokens that run together, and of a chunk of the scan, whose work and memory grow with its length. Neither
+# changes what is seen but by the order in which float32 sums are rounded.
+TOKENS_AT_ONCE, CHUNK = 2**14, 64
 FLOAT = Recipe.read("float")
 
 Progress = Callable[[int, int], None]  # parts done, parts in all
@@ -69,13 +74,18 @@ class QuantizedParts:
         self.recipe = recipe
         check_device(device)
         self.device = torch.device(device)
-        self.batches = [ids.to(self.device) for ids in batches]
         self.specs = recipe.resolve(source.config.blocks)
         self.sites = all_sites(source.config.blocks)
+        on_host = self.device.type == "cpu"
+        self.lengths: Lengths | None = None
+        if not on_host:
+            batches, self.lengths = joined(batches, TOKENS_AT_ONCE, self._observed_by_token)
+        self.batches = [ids.to(self.device) for ids in batches]
         differ = self.specs.get("head.weight") != self.specs.get("embedding.weight")
         self.shares_table = source.config.tie_embeddings
         tied = self.shares_table and not differ and not transform.unties(recipe)
         self.config = source.config.model_copy(update={"tie_embeddings": tied})
+        self.working = self.config if on_host else self.config.model_copy(update={"chunk_size": CHUNK})
         self.layouts = model_layouts(source.config)
         self.ends = partial(transform.apply_ends, recipe, self.config)
         self.bytes_read = 0
@@ -85,6 +95,13 @@ class QuantizedParts:
         self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
 
     @property
+    def _observed_by_token(self) -> bool:
+        """True if all that looks at the streams looks at tokens, so that a batch may hold more than its sequences."""
+        states = [spec for name, spec in self.specs.items() if self.sites[name].kind == "state"]
+        whole_streams = self.recipe.tune is not None or whole.needed(self.recipe, self.specs)
+        return not whole_streams and all(spec.dynamic for spec in states)
+
+    @property
     def count(self) -> int:
         return self.config.n_layers + 2
 
@@ -92,7 +109,7 @@ class QuantizedParts:
         """Part ``number``; all before it must have been made here, or restored."""
         if self.device.type == "cpu":
             return self._refined(number)
-        with self.device, use_backend("ref"):  # tensors are made there; the context costs every call a little
+        with self.device, use_backend("triton"):  # tensors are made there; the context costs every call a little
             return self._refined(number)
 
     def _refined(self, number: int) -> Values:
@@ -158,19 +175,19 @@ class QuantizedParts:
         scales_found: dict[str, Tensor] = {}
         tuned = self.recipe.tune is not None and not learn.aims_at_logits(self.recipe)
         if self.seen:
-            block = build_block(self.config, layer, tensors, site_tensors=maps)
+            block = build_block(self.working, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
             entering = list(self.seen) if tuned else []
-            run_layer(block, self.seen)
+            run_layer(block, self.seen, self.lengths)
             scales_found = self._scales_of(statistics)
         grams = self._grams(layer, tensors)
         quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
         if self.seen and tuned:
             specs, start = under(prefix, self.specs), under(prefix, scales_found)
-            student = build_block(self.config, layer, under(prefix, quantized), specs, start, "simulate")
+            student = build_block(self.working, layer, under(prefix, quantized), specs, start, "simulate")
             scales_found |= learn.tune(self.recipe, block, student, entering)
         if self.rounded:
-            run_layer(build_block(self.config, layer, under(prefix, quantized)), self.rounded)
+            run_layer(build_block(self.working, layer, under(prefix, quantized)), self.rounded)
         return {**scales_found, **quantized}
 
     def _end(self) -> Values:
@@ -182,12 +199,12 @@ class QuantizedParts:
         final_norm = self.ends(few)["final_norm.weight"]
         site = head_site(self.config)
         statistics = attach([site], self.specs)
-        watch_head(self.config, final_norm, self.seen, site)
+        watch_head(self.config, final_norm, self.seen, site, self.lengths)
         scales_found = self._scales_of(statistics)
         grams: dict[str, Gram] = {}
         if "head.weight" in tensors:
             grams = self._watched_grams([site], tensors)
-            watch_head(self.config, final_norm, self.rounded, site)
+            watch_head(self.config, final_norm, self.rounded, site, self.lengths)
         return {**scales_found, **self._quantize_ends(tensors, "head.weight", grams)}
 
     def _quantize_ends(self, tensors: Tensors, table: str, grams: Grams = None) -> Values:
@@ -214,20 +231,20 @@ class QuantizedParts:
         needed = transform.needs(self.recipe, self.config.blocks[layer])
         if not needed:
             return {}
-        block = build_block(self.config, layer, tensors)
+        block = build_block(self.working, layer, tensors)
         wanted = {prefix + site: spec for site, spec in needed.items()}
         statistics = attach(block.sites.values(), wanted, transform.Observed)
-        watch_layer(block, self.seen)
+        watch_layer(block, self.seen, self.lengths)
         return under(prefix, statistics)
 
     def _grams(self, layer: int, tensors: Tensors) -> dict[str, Gram]:
         """What the layer's weights multiply when all layers before it are quantized."""
         if not self.rounded:
             return {}
-        block = build_block(self.config, layer, tensors)
+        block = build_block(self.working, layer, tensors)
         prefix = f"layers.{layer}."
         grams = self._watched_grams(block.sites.values(), {prefix + name: tensors[name] for name in tensors})
-        watch_layer(block, self.rounded)
+        watch_layer(block, self.rounded, self.lengths)
         return grams
 
     def _watched_grams(self, sites: Iterable[Site], tensors: Tensors) -> dict[str, Gram]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from squamata.errors import SquamataError
 from squamata.spec.recipe import Calibration
@@ -66,6 +67,29 @@ class CalibrationSet:
             "seed": self.seed,
             "settings": self.settings.model_dump(),
         }
+
+
+def joined(batches: Sequence[Tensor], tokens: int, unequal: bool) -> tuple[list[Tensor], list[list[int] | None]]:
+    """Neighbours as one batch (B, L) of at most so many tokens; a larger batch stays as it is.
+
+    Those of one length, or with ``unequal`` any, filled up with zeros to the longest. Also the tokens of every
+    sequence of each batch, None where all are as long as the batch.
+    """
+    groups: list[list[Tensor]] = []
+    for ids in batches:
+        together = [*(groups[-1] if groups else []), ids]
+        longest = max(one.shape[1] for one in together)
+        alike = unequal or all(one.shape[1] == longest for one in together)
+        if groups and alike and longest * sum(map(len, together)) <= tokens:
+            groups[-1] = together
+        else:
+            groups.append([ids])
+    found, lengths = [], []
+    for group in groups:
+        own = [ids.shape[1] for ids in group for _ in ids]
+        found.append(torch.cat([pad(ids, (0, max(own) - ids.shape[1])) for ids in group]))
+        lengths.append(None if len(set(own)) == 1 else own)
+    return found, lengths
 
 
 def _batched(items: Iterator[tuple[int, ...]], size: int) -> Iterator[tuple[tuple[int, ...], ...]]:

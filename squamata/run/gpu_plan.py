@@ -25,6 +25,7 @@ from squamata.kernels.decode.triton import (
 from squamata.kernels.gpu_gemv import Landing, Shape, choose_shape
 from squamata.kernels.gpu_math import ROUNDINGS
 from squamata.kernels.gpu_norm import RowSite, plan_rotation
+from squamata.kernels.gpu_parts import PartNorms
 from squamata.kernels.gpu_rows import RowRotation, plan_row_rotation
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan
 from squamata.kernels.gpu_tiles import tile_linear, weight_format
@@ -112,8 +113,6 @@ class Planner:
 
     def mamba1(self, block: Mamba1) -> Mamba1Layer:
         sites, config, scan = block.sites, block.config, block.scan
-        if scan.bcdt_norm_epsilon is not None:
-            raise SquamataError("the GPU kernels have no norm on dt, B and C yet: run FalconMamba on the CPU")
         inner = config.d_inner
         entry = InputStage(
             self.floats(block.norm),
@@ -129,7 +128,12 @@ class Planner:
             raise SquamataError("the GPU kernels let x_proj read u, which this recipe represents apart from 'u_proj'")
         inputs = {name: self.read(sites[name]) for name in ("z", "dt")}
         inputs["BC"] = InputPlan(both[0].codes, torch.cat([part.scale for part in both]))
-        x_proj = self.projection(scan.x_proj, sites["u"], (sites["dt_low"], sites["B"], sites["C"]))
+        low = (sites["dt_low"], sites["B"], sites["C"])
+        norms = None
+        if scan.bcdt_norm_epsilon is not None:
+            width, parts = int(scan.x_proj.weight.shape[0]), (config.dt_rank, config.d_state, config.d_state)
+            norms = PartNorms(scan.bcdt_norm_epsilon, parts, self.landing(scan.x_proj, low, width, (0, 0), 1))
+        x_proj = self.projection(scan.x_proj, sites["u"], low if norms is None else (None,))
         shape = (self.batch, inner, config.d_state)
         inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
         return Mamba1Layer(
@@ -142,6 +146,7 @@ class Planner:
             state=self.state(inner, config.d_conv, entry.projection, sites["state"], shape),
             z_start=inner,
             low_rank=config.dt_rank,
+            norms=norms,
         )
 
     def exit(self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int) -> OutputStage:
@@ -269,7 +274,7 @@ class Planner:
         low, high = (float(bound) for bound in spec.code_range)
         rounding = ROUNDINGS[spec.rounding]
         by_row = site.partition.kept == (*(True,) * (len(sizes) - 1), False)
-        if spec.dynamic and spec.symmetric and spec.linear_grid and by_row:
+        if spec.dynamic and by_row:
             scale = torch.ones(self.batch * prod(sizes[:-1]), device=self.device)
             return StatePlan(scale, scale, low, high, rounding, False, spec.span)
         check_static(site)
@@ -291,7 +296,11 @@ class Planner:
 
 
 def check_site(site: Site) -> None:
-    """SquamataError for a site that a fused kernel would pass over: observed, simulated, or in a format it lacks."""
+    """SquamataError for a site that a fused kernel would pass over: observed, simulated, or in a format it lacks.
+
+    All that the kernels ask of every site; what one place asks besides is how its scale is made (``check_static``) and
+    how many there are (``row_site``).
+    """
     if site.observer is not None or site.mode == "observe":
         raise SquamataError(f"{site.name} is being observed, which the fused GPU kernels would not show: use the CPU")
     spec = site.spec if site.quantized else None
@@ -299,8 +308,10 @@ def check_site(site: Site) -> None:
         return
     if site.mode == "simulate":
         raise SquamataError(f"{site.name} is simulated; the GPU kernels run integers: load the model in that mode")
-    if not spec.linear_grid or spec.bits > 8 or spec.code_range[0] < -128 or spec.code_range[1] > 127:
-        raise SquamataError(f"{site.name}: the GPU kernels take integers of up to 8 bits, not {spec.describe()}")
+    if not (spec.linear_grid and spec.symmetric):
+        raise SquamataError(f"{site.name}: the GPU kernels take symmetric int8 sites only, not {spec.describe()}")
+    if spec.rounding == "stochastic":
+        raise SquamataError(f"{site.name}: the GPU kernels do not round stochastically: use the CPU")
     if not spec.dynamic and site.scale is None:
         raise SquamataError(f"{site.name} has no scale: calibrate first")
 
@@ -317,8 +328,6 @@ def row_site(site: Site) -> RowSite:
         return RowSite()
     spec = site.spec
     assert spec is not None
-    if not (spec.symmetric and spec.linear_grid):
-        raise SquamataError(f"{site.name}: the GPU kernels take symmetric int8 sites only, not {spec.describe()}")
     low, high = (float(bound) for bound in spec.code_range)
     rounding = ROUNDINGS[spec.rounding]
     if spec.dynamic:
@@ -332,12 +341,10 @@ def row_site(site: Site) -> RowSite:
 
 
 def check_static(site: Site) -> None:
-    """SquamataError unless the site has a static, symmetric scale."""
+    """SquamataError unless the site's scale is known beforehand."""
     assert site.spec is not None
-    if site.spec.dynamic or not (site.spec.symmetric and site.spec.linear_grid):
-        raise SquamataError(
-            f"{site.name}: the GPU kernels take static symmetric int8 grids here: {site.spec.describe()}"
-        )
+    if site.spec.dynamic:
+        raise SquamataError(f"{site.name}: the GPU kernels take a static scale here, not {site.spec.describe()}")
 
 
 def landing_rounding(sites: list[Site]) -> int:

@@ -233,6 +233,8 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         raise SquamataError(
             f"{site}: codec '{spec.codec}' takes a number from every token, which only activations have"
         )
+    if spec.rounding == "stochastic" and info.kind != "state":
+        raise SquamataError(f"{site}: 'rounding: stochastic' is for states, which are rounded again at every token")
     if spec.absolute and site.rpartition(".")[2] != "decay":
         raise SquamataError(f"{site}: codec '{spec.codec}' has no sign and ends at 1: it is for 'mixer.decay' alone")
     if info.kind == "state" and "token" in spec.granularity.axes:
