@@ -157,8 +157,14 @@ def _square(part: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _mix_whole(row, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr, AB: tl.constexpr,
-               NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _gated(y, gate, place, mask, GATED: tl.constexpr):
+    value = tl.load(y + place, mask=mask, other=0.0)
+    return value * tl.load(gate + place, mask=mask, other=0.0) if GATED else value
+
+
+@triton.jit
+def _mix_whole(row, gate, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr, AB: tl.constexpr,
+               GATED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One row of the mixing matrix times the parts of a whole row, normed: a part after the other, none padded.
 
     The norm is one number, so the sum need not wait for it.
@@ -171,7 +177,8 @@ def _mix_whole(row, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.con
     wait_for_previous(PDL)
     parts = ()
     for j in tl.static_range(PARTS):
-        parts = parts + (tl.load(row + j * AB + within),)  # type: ignore[assignment]  # noqa: RUF005
+        part = _gated(row, gate, j * AB + within, within >= 0, GATED)
+        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
     mixed, squares = tl.zeros((AB,), tl.float32), tl.zeros((AB,), tl.float32)
     for j in tl.static_range(PARTS):
         mixed += parts[j] * factors[j]
@@ -182,9 +189,9 @@ def _mix_whole(row, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.con
 
 
 @triton.jit
-def _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low, middle_high,
+def _mix_tile(y_rows, gate, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low, middle_high,
               E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
-              AB: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
+              AB: tl.constexpr, BE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
               MIDDLE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The same for any number of blocks and groups, and with a site in the middle."""
     block = at // PARTS
@@ -195,7 +202,7 @@ def _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle
     weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
     let_next_start(PDL)
     wait_for_previous(PDL)
-    y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
+    y = _gated(y_rows, gate, row * E + channel, mask, GATED)
     if NORM:
         width: tl.constexpr = E // GROUPS
         if GROUPS == 1 and PARTS * AB == E:  # the tile is the whole row
@@ -208,7 +215,7 @@ def _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle
         else:
             for group in tl.static_range(GROUPS):
                 lane = tl.arange(0, BE)
-                member = tl.load(gated + row * E + group * width + lane, mask=lane < width, other=0.0)
+                member = _gated(y_rows, gate, row * E + group * width + lane, lane < width, GATED)
                 scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(member * member, axis=0) / width + epsilon))
                 y = tl.where(channel // width == group, y * scale, y)
         y = y * weight
@@ -218,25 +225,26 @@ def _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle
 
 
 @triton.jit
-def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
+def _rotate_kernel(y, gate, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
                    middle_inverse, middle_scale, middle_low, middle_high,
                    E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
                    A: tl.constexpr,
-                   B: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
+                   B: tl.constexpr, BE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
                    MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
                    QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One part (A * B outputs) of one row: out = H (norm(gated) * gain) * factor, landed."""
+    """One part (A * B outputs) of one row: out = H (norm(y gate) * gain) * factor, landed."""
     at = tl.program_id(0)
     row = tl.program_id(1)
     within = tl.arange(0, A * B)
     H_left = tl.load(left + tl.arange(0, A)[:, None] * A + tl.arange(0, A)[None, :])
     H_right = tl.load(right + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
     if PARTS * A * B == E and GROUPS == 1 and PARTS < PARTS_PADDED and not MIDDLE:
-        mixed = _mix_whole(gated + row * E, gain, mix + at * PARTS, within, epsilon, E, PARTS, A * B, NORM, PDL)
+        mixed = _mix_whole(y + row * E, gate + row * E, gain, mix + at * PARTS, within, epsilon, E, PARTS, A * B,
+                           GATED, NORM, PDL)  # fmt: skip
     else:
-        mixed = _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
-                          middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, NORM, MIDDLE, MIDDLE_ROUNDING,
-                          PDL)  # fmt: skip
+        mixed = _mix_tile(y, gate, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
+                          middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, GATED, NORM, MIDDLE,
+                          MIDDLE_ROUNDING, PDL)  # fmt: skip
     if ROTATED:
         if A == 16:
             square = tl.reshape(mixed, (A, B))
@@ -250,11 +258,11 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilo
 
 
 @triton.jit
-def _gate_norm_kernel(gated, gain, out, out_scale, epsilon, inverse, low, high, span, middle_inverse, middle_scale,
+def _gate_norm_kernel(rows, gate, gain, out, out_scale, epsilon, inverse, low, high, span, middle_inverse, middle_scale,
                       middle_low, middle_high, E: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
-                      TAKEN: tl.constexpr, BW: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
-                      MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, HALVES: tl.constexpr,
-                      ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      TAKEN: tl.constexpr, BW: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+                      MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr,
+                      HALVES: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """PART channels of one row, from the group of WIDTH that they lie in, or (HALVES: for its maximum) from all."""
     first = tl.program_id(0) * PART
     row = tl.program_id(1)
@@ -265,7 +273,7 @@ def _gate_norm_kernel(gated, gain, out, out_scale, epsilon, inverse, low, high, 
     weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
     let_next_start(PDL)
     wait_for_previous(PDL)
-    y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
+    y = _gated(rows, gate, row * E + channel, mask, GATED)
     largest = tl.max(tl.abs(y * weight), axis=1) if HALVES else 0.0
     if NORM:
         scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, axis=1) / WIDTH + epsilon))
@@ -282,39 +290,43 @@ def _gate_norm_kernel(gated, gain, out, out_scale, epsilon, inverse, low, high, 
         _land_row(y, out, out_scale, row, row * E + channel, own, inverse, low, high, span, QUANTIZED, False, ROUNDING)
 
 
-def _gate_norm(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, middle: RowSite, site: RowSite,
-               out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
-    rows, width = gated.shape
+def _gate_norm(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: float, groups: int,
+               middle: RowSite, site: RowSite, out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
+    rows, width = y.shape
     halves = out.shape[1] == 2 * width
     part = gcd(width // groups, GATE_PART)
     group = width // groups if gain is not None else width if halves else part
     _gate_norm_kernel[(width // part, rows)](
-        gated, gain if gain is not None else gated, out, out_scale, epsilon, site.inverse, site.low, site.high,
-        site.span, middle.inverse, middle.scale, middle.low, middle.high, E=width, WIDTH=group, PART=part,
-        TAKEN=triton.next_power_of_2(width // group) if halves else 1, BW=triton.next_power_of_2(group),
-        NORM=gain is not None, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized,
+        y, gate if gate is not None else y, gain if gain is not None else y, out, out_scale, epsilon, site.inverse,
+        site.low, site.high, site.span, middle.inverse, middle.scale, middle.low, middle.high, E=width, WIDTH=group,
+        PART=part, TAKEN=triton.next_power_of_2(width // group) if halves else 1, BW=triton.next_power_of_2(group),
+        GATED=gate is not None, NORM=gain is not None, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding,
+        QUANTIZED=site.quantized,
         HALVES=halves, ROUNDING=site.rounding, PDL=pdl, num_warps=8 if halves else ROTATE_WARPS, **_launch(pdl),
     )  # fmt: skip
 
 
-def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan: RotationPlan, middle: RowSite,
-           site: RowSite, out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
-    """RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site`` (not dynamic).
+def rotate(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: float, groups: int,
+           plan: RotationPlan, middle: RowSite, site: RowSite, out: Tensor, out_scale: Tensor,
+           pdl: bool) -> None:  # fmt: skip
+    """y gate, RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site``.
+
+    ``site`` is not dynamic.
 
     Without a rotation, an ``out`` of 2 E columns takes it in 16 bits, its scale in ``out_scale`` (rows,).
     """
-    rows, width = gated.shape
+    rows, width = y.shape
     if not plan.rotated:
-        _gate_norm(gated, gain, epsilon, groups, middle, site, out, out_scale, pdl)
+        _gate_norm(y, gate, gain, epsilon, groups, middle, site, out, out_scale, pdl)
         return
     a, b = plan.left.shape[0], plan.right.shape[0]
     _rotate_kernel[(plan.blocks * plan.parts, rows)](
-        gated, gain if gain is not None else gated, plan.mix, plan.left, plan.right, out, gated, plan.factor,
-        epsilon, site.inverse, site.low, site.high, site.span, middle.inverse, middle.scale, middle.low, middle.high,
-        E=width, GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a, B=b,
-        BE=triton.next_power_of_2(width // groups), NORM=gain is not None, ROTATED=plan.rotated,
-        MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
-        PDL=pdl, num_warps=ROTATE_WARPS, **_launch(pdl),
+        y, gate if gate is not None else y, gain if gain is not None else y, plan.mix, plan.left, plan.right, out, y,
+        plan.factor, epsilon, site.inverse, site.low, site.high, site.span, middle.inverse, middle.scale, middle.low,
+        middle.high, E=width, GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a,
+        B=b, BE=triton.next_power_of_2(width // groups), GATED=gate is not None, NORM=gain is not None,
+        ROTATED=plan.rotated, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized,
+        ROUNDING=site.rounding, PDL=pdl, num_warps=ROTATE_WARPS, **_launch(pdl),
     )  # fmt: skip
 
 

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemm import permuted
 from squamata.kernels.gpu_gemv import INTERPRETED
 from squamata.kernels.gpu_math import _MAGIC, dot_float, silu, small_to_float, softplus, to_codes
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE
-from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _store_state
+from squamata.kernels.gpu_scan import InputPlan, StatePlan, _store_state
 
 CONV_TOKENS, CONV_CHANNELS = 16, 256  # a program
 # Of a head, a step. Never one stage: Triton 3.6 then reads shared memory out of bounds (compute-sanitizer; two: clean)

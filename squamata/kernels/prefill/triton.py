@@ -19,10 +19,9 @@ from squamata.kernels.decode.triton import (
     Kernel,
     Mamba1Layer,
     Mamba2Layer,
-    Outputs,
     OutputStage,
     Projection,
-    enter,
+    finish,
 )
 from squamata.kernels.gpu_expand import (
     OPERAND,
@@ -266,7 +265,7 @@ class SequencePlan:
         work = self.work
         yield "last", self._take_last
         if work.batch <= FEW_SEQUENCES:
-            yield from enter(head, Outputs(None, self.plan.logits), None, buffers, first=True, name="head")
+            yield from finish(head, self.plan.logits, buffers, first=True)
             return
         site, linear = head.projection.site, head.projection.linear
         dtype = torch.int8 if linear.format.integer_activations else work.float

@@ -1,0 +1,281 @@
+# mypy: allow-untyped-defs
+"""The programs of a matrix-vector product: packed weights streamed once, results landed on the sites of their rows.
+
+They are launched by themselves (``gpu_gemv``) or beside the programs of another kernel (``gpu_scan``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from squamata.kernels.gpu_conv import conv_history, conv_tables, convolve
+from squamata.kernels.gpu_math import (
+    dot4,
+    let_next_start,
+    nibble_to_float,
+    silu,
+    small_to_float,
+    to_codes,
+    wait_for_previous,
+)
+
+
+@triton.jit
+def _load_quads(words, first, STEP: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr, S: tl.constexpr):
+    """COUNT tiles of int32 [BN, S, 4]: quad ``first + i`` of each of S slices that are STEP quads apart.
+
+    Rows come first because Triton spreads a warp over the last dimension, then over the first.
+    """
+    slices = tl.arange(0, S)[None, :, None] * STEP
+    inside = tl.arange(0, BN)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tile = tl.load(words + (slices + (first + i)) * (BN * 4) + inside, eviction_policy="evict_first")
+        tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def _into_cache(x, LENGTH: tl.constexpr):
+    """Read an activation row (32-bit words) as a whole into the first-level cache.
+
+    The products then read it four words at a time, the same in every lane: such reads would each wait for the second
+    level, one sector after the other.
+    """
+    BLOCK: tl.constexpr = 2048
+    for start in tl.static_range(0, LENGTH, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        words = tl.load(x + at, mask=at < LENGTH)
+        tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _quad_times_row(tile, accumulator, x, quads, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
+    """accumulator [BN, S, 4] + products of one quad a slice with activations ``x`` (of one row); quads [1, S, 1]."""
+    lane = tl.arange(0, 4)[None, None, :]
+    if FORMAT == 0:
+        accumulator = dot4(tile, tl.load(x + quads * 4 + lane), accumulator, NATIVE)
+    if FORMAT == 1 or FORMAT == 6:
+        low, high = (tile << 4) & -0x0F0F0F10, tile & -0x0F0F0F10  # 0xF0F0F0F0
+        accumulator = dot4(low, tl.load(x + quads * 8 + lane), accumulator, NATIVE)
+        accumulator = dot4(high, tl.load(x + quads * 8 + 4 + lane), accumulator, NATIVE)
+    if FORMAT == 2:
+        for place in tl.static_range(8):
+            accumulator += nibble_to_float(tile, place) * tl.load(x + quads * 32 + 4 * place + lane)
+    if FORMAT == 3:
+        accumulator += (tile << 16).to(tl.float32, bitcast=True) * tl.load(x + quads * 8 + lane)
+        accumulator += (tile & -65536).to(tl.float32, bitcast=True) * tl.load(x + quads * 8 + 4 + lane)
+    if FORMAT == 4:
+        accumulator += tile.to(tl.float32, bitcast=True) * tl.load(x + quads * 4 + lane)
+    if FORMAT == 5:
+        for byte in tl.static_range(4):
+            code = ((tile << (24 - 8 * byte)) >> 24).to(tl.float32)
+            accumulator += code * tl.load(x + quads * 16 + 4 * byte + lane)
+    return accumulator
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What the kernel of a product is compiled for: S ``slices`` of K side by side, each ``count`` * ``rounds`` quads.
+
+    ``same`` neighbouring quads share a scale and are summed before it is applied. Activations of 16 bits are two rows
+    of int8, ``x_length`` words apart: 256 times the first plus the second. ``rows``: activation rows a program.
+    ``gate``: what is stored is SiLU(y), y as its site represents it, instead of y. ``width``: slots of the ring and
+    taps of the convolution that its channels, ``split`` of u first, go through at once (1: none); ``conv_codes``: its
+    outputs are stored as codes.
+    """
+
+    format: int
+    tile_rows: int
+    slices: int
+    count: int
+    rounds: int
+    same: int
+    quads: int
+    quads_per_scale: int
+    rows: int
+    x_stride: int
+    x_length: int
+    grouped: bool
+    dynamic: bool
+    has_bias: bool
+    ring_start: int
+    ring_stop: int
+    width: int
+    split: int
+    conv_rounding: int
+    conv_rounding_bc: int
+    conv_codes: bool
+    rounding: int
+    any_codes: bool
+    any_values: bool
+    ring_codes: bool
+    gate: bool
+    native: bool
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return self.ring_stop - self.ring_start
+
+
+@triton.jit
+def _store(y, row, n, grid, out, N, rows, CUT: tl.constexpr):
+    """Land y [BN], the outputs ``n`` of activation row ``row``, those outside the ring; -> y and codes of all."""
+    inverse, low, high, scale = grid
+    codes, values = out
+    code = to_codes(y, inverse, low, high, CUT.rounding) if CUT.any_codes else y
+    plain = n < N
+    if CUT.channels > 0:
+        plain = plain & ((n < CUT.ring_start) | (n >= CUT.ring_stop))
+    if CUT.gate:
+        represented = tl.where(inverse == 0, y, code * scale)
+        tl.store(values + row * N + n, silu(represented), mask=plain)
+    else:
+        if CUT.any_codes:
+            tl.store(codes + row * N + n, code.to(tl.int8), mask=plain & (inverse != 0))
+        if CUT.any_values:
+            tl.store(values + row * N + n, y, mask=plain & (inverse == 0))
+    return code
+
+
+@triton.jit
+def _convolve_rows(newest, past, loaded, convolution, now, row, channel, mask, rows, CUT: tl.constexpr):
+    """Put the newest inputs (codes or values) of some channels into the ring, and through the convolution."""
+    ring, _, out = convolution
+    C: tl.constexpr = CUT.channels
+    place = ((now % CUT.width) * rows + row) * C + channel
+    u = convolve(past, newest, loaded, channel, CUT.split, CUT.conv_rounding, CUT.conv_rounding_bc, CUT.conv_codes)
+    tl.store(ring + place, newest.to(ring.dtype.element_ty), mask=mask)
+    tl.store(out + row * C + channel, u.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_sums(x_row, tiles, scales, tile_words, RELOAD: tl.constexpr, CUT: tl.constexpr):
+    """Sums [BN] of a tile's weights times one activation row. ``tiles``: the first ``count`` quads of every slice.
+
+    RELOAD: they are read again, since another row's sums have taken their place.
+    """
+    BN: tl.constexpr = CUT.tile_rows
+    S: tl.constexpr = CUT.slices
+    COUNT: tl.constexpr = CUT.count
+    ROUNDS: tl.constexpr = CUT.rounds
+    SAME: tl.constexpr = CUT.same
+    halves: tl.constexpr = CUT.format == 6
+    integer: tl.constexpr = CUT.format < 2
+    slices = tl.arange(0, S)
+    total = tl.zeros((BN, S, 1), tl.float32)
+    whole = tl.zeros((BN, S, 1), tl.int32)
+    for around in tl.static_range(ROUNDS):
+        if around > 0 or RELOAD:
+            tiles = _load_quads(tile_words, around * COUNT, COUNT * ROUNDS, COUNT, BN, S)
+        for block in tl.static_range(COUNT // SAME):
+            sums = tl.zeros((BN, S, 4), tl.int32 if integer or halves else tl.float32)
+            lower = tl.zeros((BN, S, 4), tl.int32)
+            for i in tl.static_range(SAME):
+                tile = tiles[block * SAME + i]
+                quads = (slices * (COUNT * ROUNDS) + (around * COUNT + block * SAME + i))[None, :, None]
+                sums = _quad_times_row(tile, sums, x_row, quads, CUT.format, CUT.native)
+                if halves:
+                    lower = _quad_times_row(tile, lower, x_row + CUT.x_length, quads, CUT.format, CUT.native)
+            part = tl.sum(sums, axis=2, keep_dims=True)
+            if halves:
+                part = small_to_float(part) * 256.0 + small_to_float(tl.sum(lower, axis=2, keep_dims=True))
+            if CUT.grouped:
+                scale = scales[(around * COUNT) // SAME + block].to(tl.float32)  # type: ignore[var-annotated]
+                total += (small_to_float(part) if integer else part) * scale
+            elif integer:
+                whole += part
+            else:
+                total += part
+    if integer and not CUT.grouped:
+        return tl.sum(tl.reshape(whole, (BN, S)), axis=1).to(tl.float32)
+    else:
+        return tl.sum(tl.reshape(total, (BN, S)), axis=1)
+
+
+@triton.jit
+def load_weights(operands, tile, CUT: tl.constexpr):
+    """What a tile of output rows needs besides activations: first quads, scales of groups, factor and bias of rows."""
+    _, _, words, group_scale, factor, bias, _, _, _, _, _ = operands
+    BN: tl.constexpr = CUT.tile_rows
+    S: tl.constexpr = CUT.slices
+    STEP: tl.constexpr = CUT.count * CUT.rounds
+    BLOCKS: tl.constexpr = STEP // CUT.same
+    GROUPS: tl.constexpr = CUT.quads // CUT.quads_per_scale
+    COUNT: tl.constexpr = CUT.count
+    n = tile * BN + tl.arange(0, BN)
+    tile_words = words + tile.to(tl.int64) * (CUT.quads * BN * 4)
+    tiles = _load_quads(tile_words, 0, STEP, COUNT, BN, S)
+    scales = ()
+    if CUT.grouped:
+        for block in tl.static_range(BLOCKS):
+            group = (tl.arange(0, S) * STEP + block * CUT.same) // CUT.quads_per_scale
+            place = (tile * GROUPS + group[None, :, None]) * BN + tl.arange(0, BN)[:, None, None]
+            scales = scales + (tl.load(group_scale + place),)  # type: ignore[assignment]  # noqa: RUF005
+    scale_factor = tl.load(factor + n)
+    shift = tl.load(bias + n) if CUT.has_bias else scale_factor
+    return tile_words, tiles, scales, scale_factor, shift
+
+
+@triton.jit
+def load_grid(operands, n, CUT: tl.constexpr):
+    """inverse, low, high and scale of the sites of the outputs ``n``."""
+    inverse, low, high, scale = operands[6]
+    if CUT.any_codes:
+        return tl.load(inverse + n), tl.load(low + n), tl.load(high + n), tl.load(scale + n)
+    else:
+        return n * 0.0, n * 0.0, n * 0.0, n * 0.0
+
+
+@triton.jit
+def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
+    """y [BN] of a tile for one activation row."""
+    x, x_scale, _, _, _, _, _, _, _, _, rows = operands
+    tile_words, tiles, scales, scale_factor, shift = weights
+    x_row = x + tl.minimum(row, rows - 1) * CUT.x_stride
+    y = _row_sums(x_row, tiles, scales, tile_words, RELOAD, CUT)
+    y = y * (tl.load(x_scale + row) * scale_factor if CUT.dynamic else scale_factor)
+    return y + shift if CUT.has_bias else y
+
+
+@triton.jit
+def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
+    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them.
+
+    EARLY: the next kernel may start while this one still waits.
+    """
+    x, _, _, _, _, _, _, out, convolution, N, rows = operands
+    n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
+    weights = load_weights(operands, tile, CUT)
+    grid = load_grid(operands, n, CUT)
+    pasts = ()
+    if CUT.channels > 0:
+        now = tl.load(position)
+        channel = n - CUT.ring_start
+        in_ring = (n >= CUT.ring_start) & (n < CUT.ring_stop)
+        loaded = conv_tables(convolution[1], channel, in_ring, CUT.channels, CUT.width)
+        for b in tl.static_range(CUT.rows):
+            row = tl.minimum(first_row + b, rows - 1)
+            past = conv_history(convolution[1], convolution[0], channel, in_ring, now, row, rows, CUT.channels,
+                                CUT.width)  # fmt: skip
+            pasts = pasts + (past,)  # type: ignore[assignment]  # noqa: RUF005
+    if EARLY:
+        let_next_start(PDL)
+    wait_for_previous(PDL)
+    if not EARLY:
+        let_next_start(PDL)
+    if CUT.native:
+        _into_cache(x + first_row * CUT.x_stride, CUT.x_length * (2 if CUT.format == 6 else 1))
+    for b in tl.static_range(CUT.rows):
+        row = first_row + b
+        y = row_product(operands, weights, row, b > 0 and CUT.rounds > 1, CUT)
+        if row < rows:
+            code = _store(y, row, n, grid, out, N, rows, CUT)
+            if CUT.channels > 0:
+                newest = code if CUT.ring_codes else y
+                _convolve_rows(newest, pasts[b], loaded, convolution, now, row, channel, in_ring, rows, CUT)
