@@ -250,6 +250,7 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, EARLY: 
     EARLY: the next kernel may start while this one still waits.
     """
     x, _, _, _, _, _, _, out, convolution, N, rows = operands
+    ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
     weights = load_weights(operands, tile, CUT)
     grid = load_grid(operands, n, CUT)
@@ -259,7 +260,7 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, EARLY: 
         channel = n - CUT.ring_start
         in_ring = (n >= CUT.ring_start) & (n < CUT.ring_stop)
         loaded = conv_tables(convolution[1], channel, in_ring, CUT.channels, CUT.width)
-        for b in tl.static_range(CUT.rows):
+        for b in tl.static_range(ROWS):
             row = tl.minimum(first_row + b, rows - 1)
             past = conv_history(convolution[1], convolution[0], channel, in_ring, now, row, rows, CUT.channels,
                                 CUT.width)  # fmt: skip
@@ -271,7 +272,7 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, EARLY: 
         let_next_start(PDL)
     if CUT.native:
         _into_cache(x + first_row * CUT.x_stride, CUT.x_length * (2 if CUT.format == 6 else 1))
-    for b in tl.static_range(CUT.rows):
+    for b in tl.static_range(ROWS):
         row = first_row + b
         y = row_product(operands, weights, row, b > 0 and CUT.rounds > 1, CUT)
         if row < rows:

@@ -104,6 +104,8 @@ def _ssd_program(at, row, mixed, entered, head_tables, grid, state, out, N_OUT, 
     s = _load_state(state, place, mask, _load_grid(grid, scale_place, every, QUANTIZED), QUANTIZED)
     decay_rate, shift, through = tl.load(A + head), tl.load(dt_bias + head), tl.load(skip + head)
     dt_unit = tl.load(dt_scale + head)
+    if PDL == 2:
+        let_next_start(PDL)
     wait_for_previous(PDL)  # the state was written by the last step: long finished
     let_next_start(PDL)  # not earlier: programs of the product after next would take this kernel's places (measured)
     dt = _read(entered[0], entered[1], dt_unit, row * N_OUT + DT_START + head, head >= 0, DT_CODES)
@@ -135,7 +137,7 @@ def _ssd_kernel(product, mixed, entered, head_tables, grid, state, position, out
                      PDL)  # fmt: skip
     else:
         at = program - BLOCKS * rows
-        product_tile(product, position, at % TILES, (at // TILES) * CUT.rows, CUT, False, PDL)
+        product_tile(product, position, at % TILES, (at // TILES) * CUT.rows, CUT, PDL == 2, PDL)
 
 
 def ssd_step(mixed: Tensor, entered: tuple[Tensor, Tensor], dt: InputPlan, tables: tuple[Tensor, Tensor, Tensor],
