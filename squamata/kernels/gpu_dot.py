@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """The programs of a matrix-vector product: packed weights streamed once, results landed on the sites of their rows.
 
-They are launched by themselves (``gpu_gemv``) or beside the programs of another kernel (``gpu_scan``).
+They are kernels by themselves (``gpu_gemv``) or the beginning of another kernel's programs (``gpu_scan``).
 """
 
 from __future__ import annotations
@@ -24,16 +24,14 @@ from squamata.kernels.gpu_math import (
 
 
 @triton.jit
-def _load_quads(words, first, STEP: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr, S: tl.constexpr):
-    """COUNT tiles of int32 [BN, S, 4]: quad ``first + i`` of each of S slices that are STEP quads apart.
+def _load_quads(first, COUNT: tl.constexpr, BN: tl.constexpr):
+    """COUNT neighbouring quads from ``first`` on [BN, S, 4].
 
     Rows come first because Triton spreads a warp over the last dimension, then over the first.
     """
-    slices = tl.arange(0, S)[None, :, None] * STEP
-    inside = tl.arange(0, BN)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
     tiles = ()
     for i in tl.static_range(COUNT):
-        tile = tl.load(words + (slices + (first + i)) * (BN * 4) + inside, eviction_policy="evict_first")
+        tile = tl.load(first + i * (BN * 4), eviction_policy="evict_first")
         tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005
     return tiles
 
@@ -54,27 +52,26 @@ def _into_cache(x, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _quad_times_row(tile, accumulator, x, quads, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
-    """accumulator [BN, S, 4] + products of one quad a slice with activations ``x`` (of one row); quads [1, S, 1]."""
-    lane = tl.arange(0, 4)[None, None, :]
+def _quad_times_row(tile, accumulator, x, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
+    """accumulator [BN, S, 4] + products of one quad a slice with the activations from ``x`` [1, S, 4] on."""
     if FORMAT == 0:
-        accumulator = dot4(tile, tl.load(x + quads * 4 + lane), accumulator, NATIVE)
+        accumulator = dot4(tile, tl.load(x), accumulator, NATIVE)
     if FORMAT == 1 or FORMAT == 6:
         low, high = (tile << 4) & -0x0F0F0F10, tile & -0x0F0F0F10  # 0xF0F0F0F0
-        accumulator = dot4(low, tl.load(x + quads * 8 + lane), accumulator, NATIVE)
-        accumulator = dot4(high, tl.load(x + quads * 8 + 4 + lane), accumulator, NATIVE)
+        accumulator = dot4(low, tl.load(x), accumulator, NATIVE)
+        accumulator = dot4(high, tl.load(x + 4), accumulator, NATIVE)
     if FORMAT == 2:
         for place in tl.static_range(8):
-            accumulator += nibble_to_float(tile, place) * tl.load(x + quads * 32 + 4 * place + lane)
+            accumulator += nibble_to_float(tile, place) * tl.load(x + 4 * place)
     if FORMAT == 3:
-        accumulator += (tile << 16).to(tl.float32, bitcast=True) * tl.load(x + quads * 8 + lane)
-        accumulator += (tile & -65536).to(tl.float32, bitcast=True) * tl.load(x + quads * 8 + 4 + lane)
+        accumulator += (tile << 16).to(tl.float32, bitcast=True) * tl.load(x)
+        accumulator += (tile & -65536).to(tl.float32, bitcast=True) * tl.load(x + 4)
     if FORMAT == 4:
-        accumulator += tile.to(tl.float32, bitcast=True) * tl.load(x + quads * 4 + lane)
+        accumulator += tile.to(tl.float32, bitcast=True) * tl.load(x)
     if FORMAT == 5:
         for byte in tl.static_range(4):
             code = ((tile << (24 - 8 * byte)) >> 24).to(tl.float32)
-            accumulator += code * tl.load(x + quads * 16 + 4 * byte + lane)
+            accumulator += code * tl.load(x + 4 * byte)
     return accumulator
 
 
@@ -83,7 +80,8 @@ class Cut:
     """What the kernel of a product is compiled for: S ``slices`` of K side by side, each ``count`` * ``rounds`` quads.
 
     ``same`` neighbouring quads share a scale and are summed before it is applied. Activations of 16 bits are two rows
-    of int8, ``x_length`` words apart: 256 times the first plus the second. ``rows``: activation rows a program.
+    of int8, ``x_length`` words apart: 256 times the first plus the second. ``x_quad``: words of
+    them that meet a quad. ``rows``: activation rows a program.
     ``gate``: what is stored is SiLU(y), y as its site represents it, instead of y. ``width``: slots of the ring and
     taps of the convolution that its channels, ``split`` of u first, go through at once (1: none); ``conv_codes``: its
     outputs are stored as codes.
@@ -100,6 +98,7 @@ class Cut:
     rows: int
     x_stride: int
     x_length: int
+    x_quad: int
     grouped: bool
     dynamic: bool
     has_bias: bool
@@ -155,7 +154,7 @@ def _convolve_rows(newest, past, loaded, convolution, now, row, channel, mask, r
 
 
 @triton.jit
-def _row_sums(x_row, tiles, scales, tile_words, RELOAD: tl.constexpr, CUT: tl.constexpr):
+def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.constexpr):
     """Sums [BN] of a tile's weights times one activation row. ``tiles``: the first ``count`` quads of every slice.
 
     RELOAD: they are read again, since another row's sums have taken their place.
@@ -167,21 +166,23 @@ def _row_sums(x_row, tiles, scales, tile_words, RELOAD: tl.constexpr, CUT: tl.co
     SAME: tl.constexpr = CUT.same
     halves: tl.constexpr = CUT.format == 6
     integer: tl.constexpr = CUT.format < 2
-    slices = tl.arange(0, S)
+    STRIDE: tl.constexpr = CUT.x_quad
+    lane = tl.arange(0, 4)[None, None, :]
+    x = x_row + tl.arange(0, S)[None, :, None] * (COUNT * ROUNDS * STRIDE) + lane
     total = tl.zeros((BN, S, 1), tl.float32)
     whole = tl.zeros((BN, S, 1), tl.int32)
     for around in tl.static_range(ROUNDS):
         if around > 0 or RELOAD:
-            tiles = _load_quads(tile_words, around * COUNT, COUNT * ROUNDS, COUNT, BN, S)
+            tiles = _load_quads(first_words + around * (COUNT * BN * 4), COUNT, BN)
         for block in tl.static_range(COUNT // SAME):
             sums = tl.zeros((BN, S, 4), tl.int32 if integer or halves else tl.float32)
             lower = tl.zeros((BN, S, 4), tl.int32)
             for i in tl.static_range(SAME):
                 tile = tiles[block * SAME + i]
-                quads = (slices * (COUNT * ROUNDS) + (around * COUNT + block * SAME + i))[None, :, None]
-                sums = _quad_times_row(tile, sums, x_row, quads, CUT.format, CUT.native)
+                at = x + (around * COUNT + block * SAME + i) * STRIDE
+                sums = _quad_times_row(tile, sums, at, CUT.format, CUT.native)
                 if halves:
-                    lower = _quad_times_row(tile, lower, x_row + CUT.x_length, quads, CUT.format, CUT.native)
+                    lower = _quad_times_row(tile, lower, at + CUT.x_length, CUT.format, CUT.native)
             part = tl.sum(sums, axis=2, keep_dims=True)
             if halves:
                 part = small_to_float(part) * 256.0 + small_to_float(tl.sum(lower, axis=2, keep_dims=True))
@@ -209,8 +210,10 @@ def load_weights(operands, tile, CUT: tl.constexpr):
     GROUPS: tl.constexpr = CUT.quads // CUT.quads_per_scale
     COUNT: tl.constexpr = CUT.count
     n = tile * BN + tl.arange(0, BN)
-    tile_words = words + tile.to(tl.int64) * (CUT.quads * BN * 4)
-    tiles = _load_quads(tile_words, 0, STEP, COUNT, BN, S)
+    slices = tl.arange(0, S)[None, :, None] * (STEP * BN * 4)
+    inside = tl.arange(0, BN)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    first_words = words + tile.to(tl.int64) * (CUT.quads * BN * 4) + slices + inside
+    tiles = _load_quads(first_words, COUNT, BN)
     scales = ()
     if CUT.grouped:
         for block in tl.static_range(BLOCKS):
@@ -219,7 +222,7 @@ def load_weights(operands, tile, CUT: tl.constexpr):
             scales = scales + (tl.load(group_scale + place),)  # type: ignore[assignment]  # noqa: RUF005
     scale_factor = tl.load(factor + n)
     shift = tl.load(bias + n) if CUT.has_bias else scale_factor
-    return tile_words, tiles, scales, scale_factor, shift
+    return first_words, tiles, scales, scale_factor, shift
 
 
 @triton.jit
@@ -236,19 +239,16 @@ def load_grid(operands, n, CUT: tl.constexpr):
 def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
     """y [BN] of a tile for one activation row."""
     x, x_scale, _, _, _, _, _, _, _, _, rows = operands
-    tile_words, tiles, scales, scale_factor, shift = weights
+    first_words, tiles, scales, scale_factor, shift = weights
     x_row = x + tl.minimum(row, rows - 1) * CUT.x_stride
-    y = _row_sums(x_row, tiles, scales, tile_words, RELOAD, CUT)
+    y = _row_sums(x_row, tiles, scales, first_words, RELOAD, CUT)
     y = y * (tl.load(x_scale + row) * scale_factor if CUT.dynamic else scale_factor)
     return y + shift if CUT.has_bias else y
 
 
 @triton.jit
-def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):
-    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them.
-
-    EARLY: the next kernel may start while this one still waits.
-    """
+def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl.constexpr):
+    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them."""
     x, _, _, _, _, _, _, out, convolution, N, rows = operands
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
@@ -265,11 +265,8 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, EARLY: 
             past = conv_history(convolution[1], convolution[0], channel, in_ring, now, row, rows, CUT.channels,
                                 CUT.width)  # fmt: skip
             pasts = pasts + (past,)  # type: ignore[assignment]  # noqa: RUF005
-    if EARLY:
-        let_next_start(PDL)
+    let_next_start(PDL)
     wait_for_previous(PDL)
-    if not EARLY:
-        let_next_start(PDL)
     if CUT.native:
         _into_cache(x + first_row * CUT.x_stride, CUT.x_length * (2 if CUT.format == 6 else 1))
     for b in tl.static_range(ROWS):

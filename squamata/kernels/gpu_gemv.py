@@ -14,7 +14,7 @@ from torch import Tensor
 
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_dot import Cut, product_tile
-from squamata.kernels.gpu_math import dot4
+from squamata.kernels.gpu_math import dot4, signal
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
@@ -77,19 +77,20 @@ class Landing:
 
 @triton.jit
 def _gemv(operands, position, CUT: tl.constexpr, PDL: tl.constexpr):
-    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, True, PDL)
+    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, PDL)
 
 
 @triton.jit
-def _gemv_pair(first, second, position, TILES: tl.constexpr, CUT: tl.constexpr,
-               OTHER_CUT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Two products that wait for the same kernel."""
+def _gemv_pair(first, second, position, counter, TILES: tl.constexpr, CUT: tl.constexpr, OTHER_CUT: tl.constexpr,
+               PDL: tl.constexpr):  # fmt: skip
+    """Two products that wait for the same kernel; the first counts its programs, for those who need it alone."""
     program = tl.program_id(0)
     block = tl.program_id(1)
     if program < TILES:
-        product_tile(first, position, program, block * CUT.rows, CUT, True, PDL)
+        product_tile(first, position, program, block * CUT.rows, CUT, PDL)
+        signal(counter, PDL)
     else:
-        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, True, PDL)
+        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, PDL)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class Product:
     cut: Cut
     tiles: int
     row_blocks: int
+
+    @property
+    def programs(self) -> int:
+        """Programs that the product takes."""
+        return self.tiles * self.row_blocks
 
     @property
     def warps(self) -> int:
@@ -197,7 +203,8 @@ def product(
         format=int(linear.format), tile_rows=linear.tile_rows, slices=shape.slices, count=count,
         rounds=quads_per_slice // count, same=same, quads=linear.quads, quads_per_scale=linear.quads_per_scale,
         rows=per_program, x_stride=x.stride(0) // 4 if integer else x.stride(0),
-        x_length=linear.columns // 4 if integer else linear.columns, grouped=grouped, dynamic=x_scale is not None,
+        x_length=linear.columns // 4 if integer else linear.columns,
+        x_quad=linear.format.quad // (4 if integer else 1), grouped=grouped, dynamic=x_scale is not None,
         has_bias=linear.bias is not None, rounding=land.rounding, any_codes=land.any_codes,
         any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, native=not INTERPRETED,
         **_ring_cut(land, convolution),
@@ -218,9 +225,12 @@ def gemv(made: Product, position: Tensor, pdl: bool) -> None:
     )
 
 
-def gemv_pair(first: Product, second: Product, position: Tensor, pdl: bool) -> None:
-    """Launch two products for the same rows at once, neither of which waits for the other."""
+def gemv_pair(first: Product, second: Product, position: Tensor, counter: Tensor, pdl: bool) -> None:
+    """Launch two products for the same rows at once, neither of which waits for the other.
+
+    ``counter``: int32 (1,), zero before; the next kernel may wait for it to reach ``first.programs``, not for all.
+    """
     _gemv_pair[(first.tiles + second.tiles, first.row_blocks)](
-        first.operands, second.operands, position, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut, PDL=pdl,
-        num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
+        first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut,
+        PDL=pdl, num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -30,6 +30,17 @@ def to_codes(x, inverse, low, high, ROUNDING: tl.constexpr):
 
 
 @triton.jit
+def to_int8(x, inverse, low, high, ROUNDING: tl.constexpr):
+    """The same as int8."""
+    if ROUNDING == 0:
+        scaled = tl.minimum(tl.maximum(x * inverse, low), high)
+        codes = (scaled + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)  # the lowest byte of the rounded sum
+    else:
+        codes = to_codes(x, inverse, low, high, ROUNDING).to(tl.int8)
+    return codes
+
+
+@triton.jit
 def silu(x):
     return x / (1.0 + tl.exp(-x))
 
@@ -82,7 +93,7 @@ def nibble_to_float(words, place: tl.constexpr):
 
 @triton.jit
 def byte_to_float(words, place: tl.constexpr, NATIVE: tl.constexpr):
-    """2^24 times the int8 at byte ``place``, as float32: conversions of bytes themselves run at an eighth of the rate."""
+    """2^24 times the int8 at byte ``place``, as float32: converting bytes themselves runs at an eighth of the rate."""
     if NATIVE and place < 3:
         SELECT: tl.constexpr = _TO_TOP[place]
         top = tl.inline_asm_elementwise(SELECT, "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
@@ -124,3 +135,23 @@ def let_next_start(PDL: tl.constexpr):
     """Let the next kernel's programs start, so that they can load what does not depend on this one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def signal(counter, PDL: tl.constexpr):
+    """Count this program, after all that it has written."""
+    if PDL:
+        tl.debug_barrier()
+        tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def wait_for_count(counter, wanted, PDL: tl.constexpr):
+    """Wait until ``wanted`` programs of the kernel before this one have counted themselves; what they wrote is visible.
+
+    They run already, all of them: this kernel starts when every program of that one has let it.
+    """
+    if PDL:
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+        while seen < wanted:
+            seen = tl.atomic_add(counter, 0, sem="acquire")

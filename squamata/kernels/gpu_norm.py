@@ -71,21 +71,22 @@ def _land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
 
 
 @triton.jit
-def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, high, span, FIRST: tl.constexpr,
-                 QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, HALVES: tl.constexpr,
-                 BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _norm_kernel(h, residual, weight, out, out_scale, counter, D, epsilon, inverse, low, high, span,
+                 FIRST: tl.constexpr, QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
+                 HALVES: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     column = tl.arange(0, BD)
     mask = column < D
     gain = tl.load(weight + column, mask=mask, other=0.0)
     let_next_start(PDL)
     wait_for_previous(PDL)
+    tl.store(counter, 0)
     offsets = row * D + column
     x = tl.load(h + offsets, mask=mask, other=0.0)
     if not FIRST:
         x += tl.load(residual + offsets, mask=mask, other=0.0)
     tl.store(residual + offsets, x, mask=mask)
-    length = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon))
+    length = tl.rsqrt(tl.sum(x * x, axis=0) / D + epsilon)
     y = x * length * gain
     if HALVES:
         largest = tl.max(tl.abs(x * gain), axis=0) * length  # both sums over the row at once
@@ -95,15 +96,15 @@ def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, 
 
 
 def norm(h: Tensor, residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor,
-         out_scale: Tensor | None, first: bool, pdl: bool) -> None:  # fmt: skip
+         out_scale: Tensor | None, counter: Tensor, first: bool, pdl: bool) -> None:  # fmt: skip
     """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D).
 
-    An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
+    ``counter``, int32 (1,), is set to zero. An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
     """
     rows, width = h.shape
     _norm_kernel[(rows,)](
-        h, residual, weight, out, out_scale if out_scale is not None else residual, width, epsilon, site.inverse,
-        site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
+        h, residual, weight, out, out_scale if out_scale is not None else residual, counter, width, epsilon,
+        site.inverse, site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
         ROUNDING=site.rounding, HALVES=out.shape[1] == 2 * width, BD=triton.next_power_of_2(width), PDL=pdl,
         num_warps=16 if width > 2048 else 8,
         **_launch(pdl),
@@ -184,7 +185,7 @@ def _mix_whole(row, gate, gain, signs, within, epsilon, E: tl.constexpr, PARTS: 
         mixed += parts[j] * factors[j]
         squares += parts[j] * parts[j]
     if NORM:
-        mixed = mixed * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / E + epsilon))
+        mixed = mixed * tl.rsqrt(tl.sum(squares, axis=0) / E + epsilon)
     return mixed
 
 
@@ -206,17 +207,17 @@ def _mix_tile(y_rows, gate, gain, mix, at, row, within, epsilon, middle_inverse,
     if NORM:
         width: tl.constexpr = E // GROUPS
         if GROUPS == 1 and PARTS * AB == E:  # the tile is the whole row
-            y = y * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(tl.sum(y * y, axis=1), axis=0) / width + epsilon))
+            y = y * tl.rsqrt(tl.sum(tl.sum(y * y, axis=1), axis=0) / width + epsilon)
         elif PARTS * AB == E and PARTS_PADDED % GROUPS == 0 and PARTS == PARTS_PADDED:
             squares = tl.reshape(tl.sum(y * y, axis=1), (GROUPS, PARTS // GROUPS))
-            scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) / width + epsilon))
+            scale = tl.rsqrt(tl.sum(squares, axis=1) / width + epsilon)
             spread = tl.broadcast_to(scale[:, None], (GROUPS, PARTS // GROUPS))
             y = y * tl.reshape(spread, (PARTS,))[:, None]
         else:
             for group in tl.static_range(GROUPS):
                 lane = tl.arange(0, BE)
                 member = _gated(y_rows, gate, row * E + group * width + lane, lane < width, GATED)
-                scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(member * member, axis=0) / width + epsilon))
+                scale = tl.rsqrt(tl.sum(member * member, axis=0) / width + epsilon)
                 y = tl.where(channel // width == group, y * scale, y)
         y = y * weight
     if MIDDLE:
@@ -276,7 +277,7 @@ def _gate_norm_kernel(rows, gate, gain, out, out_scale, epsilon, inverse, low, h
     y = _gated(rows, gate, row * E + channel, mask, GATED)
     largest = tl.max(tl.abs(y * weight), axis=1) if HALVES else 0.0
     if NORM:
-        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, axis=1) / WIDTH + epsilon))
+        scale = tl.rsqrt(tl.sum(y * y, axis=1) / WIDTH + epsilon)
         largest = largest * scale
         y = y * scale[:, None] * weight
     if MIDDLE:

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_dot import load_grid, load_weights, product_tile, row_product
+from squamata.kernels.gpu_dot import load_grid, load_weights, row_product
 from squamata.kernels.gpu_formats import read_flagged
 from squamata.kernels.gpu_gemv import Product
-from squamata.kernels.gpu_math import let_next_start, softplus, to_codes, wait_for_previous
+from squamata.kernels.gpu_math import let_next_start, softplus, to_codes, to_int8, wait_for_count, wait_for_previous
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE, _launch
+
+SSD_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ def _store_state(state, place, mask, s, state_scale, state_inverse, scale_place,
     """Land s (channels, N) on the grid of the state, or take a new scale for every channel first."""
     if QUANTIZED:
         if DYNAMIC:
-            magnitude = tl.max(tl.where(mask, tl.abs(s), 0.0), axis=1)[:, None]
-            scale = tl.maximum(tl.div_rn(magnitude, span), _SMALLEST_SCALE)
+            magnitude = tl.max(tl.abs(s), axis=1)[:, None]  # zeros where there is no state
+            scale = tl.maximum(magnitude / span, _SMALLEST_SCALE)
             tl.store(state_scale + scale_place, scale, mask=live)
-            inverse = tl.div_rn(1.0, scale)
+            inverse = 1.0 / scale
         else:
             inverse = tl.load(state_inverse + scale_place, mask=live, other=0.0)
-        tl.store(state + place, to_codes(s, inverse, low, high, ROUNDING).to(tl.int8), mask=mask)
+        tl.store(state + place, to_int8(s, inverse, low, high, ROUNDING), mask=mask)
     else:
         tl.store(state + place, s.to(state.dtype.element_ty), mask=mask)
 
@@ -85,12 +87,14 @@ def _load_grid(grid, scale_place, live, QUANTIZED: tl.constexpr):
 
 
 @triton.jit
-def _ssd_program(at, row, mixed, entered, head_tables, grid, state, out, N_OUT, dt_limit,
-                 DT_START: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
-                 BP: tl.constexpr, BN: tl.constexpr, DT_CODES: tl.constexpr, QUANTIZED: tl.constexpr,
-                 ALONG: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _ssd_kernel(mixed, entered, head_tables, grid, state, counter, wanted, out, N_OUT, dt_limit,
+                DT_START: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
+                BP: tl.constexpr, BN: tl.constexpr, DT_CODES: tl.constexpr, QUANTIZED: tl.constexpr,
+                ALONG: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BP channels of one head of one sequence: update the state, skip."""
     dt_scale, dt_bias, A, skip = head_tables
+    at = tl.program_id(0)
+    row = tl.program_id(1)
     head = at * BP // P
     channel = at * BP + tl.arange(0, BP)  # of E
     n = tl.arange(0, BN)
@@ -106,8 +110,9 @@ def _ssd_program(at, row, mixed, entered, head_tables, grid, state, out, N_OUT, 
     dt_unit = tl.load(dt_scale + head)
     if PDL == 2:
         let_next_start(PDL)
-    wait_for_previous(PDL)  # the state was written by the last step: long finished
-    let_next_start(PDL)  # not earlier: programs of the product after next would take this kernel's places (measured)
+    wait_for_count(counter, wanted, PDL)  # the state was written by the last step: long finished
+    if PDL != 2:
+        let_next_start(PDL)  # not earlier: programs of the product after next would take places (measured)
     dt = _read(entered[0], entered[1], dt_unit, row * N_OUT + DT_START + head, head >= 0, DT_CODES)
     mixed_row = mixed + row * (H * P + 2 * GROUPS * N)
     b_channel = H * P + (head * GROUPS // H) * N + n
@@ -117,43 +122,26 @@ def _ssd_program(at, row, mixed, entered, head_tables, grid, state, out, N_OUT, 
     dt = softplus(dt + shift)
     dt = tl.minimum(tl.maximum(dt, dt_limit[0]), dt_limit[1])
     s = tl.exp(dt * decay_rate) * s + (dt * u)[:, None] * B[None, :]
+    tl.store(out + row * (H * P) + channel, tl.sum(s * C[None, :], axis=1) + through * u)
     _store_state(state, place, mask, s, grid[0], grid[1], scale_place, every, grid[2], grid[3], grid[4], QUANTIZED,
                  DYNAMIC, ROUNDING)  # fmt: skip
-    tl.store(out + row * (H * P) + channel, tl.sum(s * C[None, :], axis=1) + through * u)
-
-
-@triton.jit
-def _ssd_kernel(product, mixed, entered, head_tables, grid, state, position, out, rows, N_OUT, dt_limit, TILES,
-                DT_START: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
-                BP: tl.constexpr, BN: tl.constexpr, DT_CODES: tl.constexpr, QUANTIZED: tl.constexpr,
-                ALONG: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, CUT: tl.constexpr,
-                PDL: tl.constexpr):  # fmt: skip
-    """The scan's programs, then those of a product that nobody waits for before the gate: it streams meanwhile."""
-    BLOCKS: tl.constexpr = H * P // BP
-    program = tl.program_id(0)
-    if program < BLOCKS * rows:
-        _ssd_program(program % BLOCKS, program // BLOCKS, mixed, entered, head_tables, grid, state, out, N_OUT,
-                     dt_limit, DT_START, H, P, N, GROUPS, BP, BN, DT_CODES, QUANTIZED, ALONG, DYNAMIC, ROUNDING,
-                     PDL)  # fmt: skip
-    else:
-        at = program - BLOCKS * rows
-        product_tile(product, position, at % TILES, (at // TILES) * CUT.rows, CUT, PDL == 2, PDL)
+    wait_for_previous(PDL)  # for z, which the next kernel reads
 
 
 def ssd_step(mixed: Tensor, entered: tuple[Tensor, Tensor], dt: InputPlan, tables: tuple[Tensor, Tensor, Tensor],
-             state: Tensor, grid: StatePlan | None, position: Tensor, out: Tensor, dt_start: int, groups: int,
-             limit: tuple[float, float], channels: int, gate: Product, pdl: bool) -> None:  # fmt: skip
-    """Mamba-2: out (B, E) = scan + skip; ``state`` (B, H, P, N) is updated. ``gate``: a product made by the way.
+             state: Tensor, grid: StatePlan | None, counter: Tensor, wanted: int, out: Tensor, dt_start: int,
+             groups: int, limit: tuple[float, float], channels: int, pdl: bool) -> None:  # fmt: skip
+    """Mamba-2: out (B, E) = scan + skip; ``state`` (B, H, P, N) is updated.
 
     ``mixed``: float32 (B, E + 2 G N), u, B and C; ``entered``: codes and values of rows of in_proj, of dt from
-    ``dt_start``; ``tables``: dt_bias, A and skip (H,).
+    ``dt_start``; ``tables``: dt_bias, A and skip (H,). They are there when ``counter`` reaches ``wanted``.
     """
     rows, heads, head_dim, states = state.shape
-    _ssd_kernel[(heads * head_dim // channels * rows + gate.tiles * gate.row_blocks,)](
-        gate.operands, mixed, entered, (dt.scale, *tables), _grid(grid, mixed), state, position, out, rows,
-        entered[0].shape[1], limit, gate.tiles, DT_START=dt_start, H=heads, P=head_dim, N=states, GROUPS=groups,
-        BP=channels, BN=triton.next_power_of_2(states), DT_CODES=dt.codes, **_grid_cut(grid), CUT=gate.cut, PDL=pdl,
-        num_warps=gate.warps, **_launch(pdl),
+    _ssd_kernel[(heads * head_dim // channels, rows)](
+        mixed, entered, (dt.scale, *tables), _grid(grid, mixed), state, counter, wanted, out, entered[0].shape[1],
+        limit, DT_START=dt_start, H=heads, P=head_dim, N=states, GROUPS=groups, BP=channels,
+        BN=triton.next_power_of_2(states), DT_CODES=dt.codes, **_grid_cut(grid), PDL=pdl, num_warps=SSD_WARPS,
+        **_launch(pdl),
     )  # fmt: skip
 
 

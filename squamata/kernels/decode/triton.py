@@ -148,10 +148,11 @@ class Mamba2Layer:
         gating = self.z_proj.product(x, Outputs(None, gate), buffers, gate=True)
         channels = min(SSD_CHANNELS, self.state.state.shape[2])
         yield "norm", lambda: enter(self.entry, x, buffers, first)
-        yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
+        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.counter, buffers.pdl)
         yield "scan", lambda: ssd_step(
             mixed, buffers.both(out), self.scan.inputs["dt"], self.scan.tables, self.state.state, self.scan.grid,
-            buffers.position, scanned, self.starts[1] - inner, self.groups, self.limit, channels, gating, buffers.pdl,
+            buffers.counter, entering.programs, scanned, self.starts[1] - inner, self.groups, self.limit, channels,
+            buffers.pdl,
         )  # fmt: skip
         yield from leave(self.exit, scanned, gate, buffers)
 
@@ -190,7 +191,7 @@ class Mamba1Layer:
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
         yield "norm", lambda: enter(self.entry, x, buffers, first)
         yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
-        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl)
+        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.counter, buffers.pdl)
         yield "scan", lambda: selective_step(
             u, gate, dt, buffers.both(low), self.scan.inputs, self.scan.tables, self.state.state, self.scan.grid,
             gated, self.low_rank, buffers.pdl,
@@ -201,7 +202,8 @@ class Mamba1Layer:
 def enter(stage: InputStage, x: Tensor, buffers: Buffers, first: bool) -> None:
     """residual += h and norm, to ``x``, where the stage's product takes it."""
     site = stage.projection.site
-    norm(buffers.h, buffers.residual, stage.gain, stage.epsilon, site, x, buffers.row_scale, first, buffers.pdl)
+    norm(buffers.h, buffers.residual, stage.gain, stage.epsilon, site, x, buffers.row_scale, buffers.counter, first,
+         buffers.pdl)  # fmt: skip
 
 
 def finish(head: InputStage, logits: Tensor, buffers: Buffers, first: bool) -> Iterator[Kernel]:
@@ -237,6 +239,7 @@ class Buffers:
         self.residual = torch.zeros_like(self.h)
         self.row_scale = torch.ones(self.rows, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.counter = torch.zeros_like(self.position)
         self.ids = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
 
     def get(self, name: str, features: int, integer: bool = False) -> Tensor:
