@@ -76,8 +76,8 @@ class Landing:
 
 
 @triton.jit
-def _gemv(operands, position, CUT: tl.constexpr, PDL: tl.constexpr):
-    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, PDL)
+def _gemv(operands, position, after, CUT: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr):
+    product_tile(operands, position, after, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, COUNTED, PDL)
 
 
 @triton.jit
@@ -87,10 +87,10 @@ def _gemv_pair(first, second, position, counter, TILES: tl.constexpr, CUT: tl.co
     program = tl.program_id(0)
     block = tl.program_id(1)
     if program < TILES:
-        product_tile(first, position, program, block * CUT.rows, CUT, PDL)
+        product_tile(first, position, None, program, block * CUT.rows, CUT, False, PDL)
         signal(counter, PDL)
     else:
-        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, PDL)
+        product_tile(second, position, None, program - TILES, block * CUT.rows, OTHER_CUT, False, PDL)
 
 
 @dataclass(frozen=True)
@@ -218,10 +218,20 @@ def product(
     return Product(operands, cut, int(linear.words.shape[0]), triton.cdiv(rows, per_program))
 
 
-def gemv(made: Product, position: Tensor, pdl: bool) -> None:
-    """Launch a product by itself. ``position``: int32 (1,), which slot of the ring its rows go into."""
+def gemv(made: Product, position: Tensor, pdl: bool, after: tuple[Tensor, int] | None = None) -> None:
+    """Launch a product by itself. ``position``: int32 (1,), which slot of the ring its rows go into.
+
+    ``after``: a counter (``gemv_pair``) and what it reaches when the activations are there.
+    """
     _gemv[(made.tiles, made.row_blocks)](
-        made.operands, position, CUT=made.cut, PDL=pdl, num_warps=made.warps, **({"launch_pdl": True} if pdl else {})
+        made.operands,
+        position,
+        after,
+        CUT=made.cut,
+        COUNTED=after is not None,
+        PDL=pdl,
+        num_warps=made.warps,
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 

@@ -18,7 +18,7 @@ from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 GREEDY_PART = 1024  # logits a program
 ROTATE_WARPS = 4
-GATE_PART = 256  # channels a program, without a rotation
+GATE_PART, GATE_WARPS = 256, 16  # channels and warps of a program, without a rotation
 _SMALLEST_SCALE = tl.constexpr(1e-8)  # of a dynamic site, as in site.range_to_scale
 _SPAN_16 = tl.constexpr(32512.0)  # 256 * 127: a 16-bit code is 256 times one int8 plus another
 
@@ -267,28 +267,34 @@ def _gate_norm_kernel(rows, gate, gain, out, out_scale, epsilon, inverse, low, h
     """PART channels of one row, from the group of WIDTH that they lie in, or (HALVES: for its maximum) from all."""
     first = tl.program_id(0) * PART
     row = tl.program_id(1)
-    group = tl.arange(0, TAKEN) + (0 if HALVES else first // WIDTH)
+    own = first + tl.arange(0, PART)
+    own_group = first // WIDTH
+    group = tl.arange(0, TAKEN) + (0 if HALVES else own_group)
     lane = tl.arange(0, BW)
     channel = group[:, None] * WIDTH + lane[None, :]
     mask = (channel < E) & (lane < WIDTH)[None, :]
-    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
+    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM and HALVES else 1.0
+    own_weight = tl.load(gain + own) if NORM else 1.0
     let_next_start(PDL)
     wait_for_previous(PDL)
-    y = _gated(rows, gate, row * E + channel, mask, GATED)
-    largest = tl.max(tl.abs(y * weight), axis=1) if HALVES else 0.0
-    if NORM:
-        scale = tl.rsqrt(tl.sum(y * y, axis=1) / WIDTH + epsilon)
-        largest = largest * scale
-        y = y * scale[:, None] * weight
+    part = _gated(rows, gate, row * E + own, own < E, GATED)
+    largest = 0.0
+    if NORM or HALVES:
+        y = _gated(rows, gate, row * E + channel, mask, GATED)
+        scale = tl.rsqrt(tl.sum(y * y, axis=1) / WIDTH + epsilon) if NORM else tl.full((TAKEN,), 1.0, tl.float32)
+        if HALVES:
+            y = y * scale[:, None] * weight
+            if MIDDLE:
+                y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
+            largest = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
+        part = part * tl.sum(tl.where(group == own_group, scale, 0.0), axis=0) * own_weight
     if MIDDLE:
-        y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
-        largest = tl.max(tl.abs(y), axis=1) if HALVES else 0.0
-    own = mask & (channel >= first) & (channel < first + PART)
+        part = to_codes(part, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
     if HALVES:
-        largest = tl.max(largest, axis=0)
-        _land_halves(y, largest, out, out_scale, row, row * (2 * E) + channel, own, E)
+        _land_halves(part, largest, out, out_scale, row, row * (2 * E) + own, own < E, E)
     else:
-        _land_row(y, out, out_scale, row, row * E + channel, own, inverse, low, high, span, QUANTIZED, False, ROUNDING)
+        _land_row(part, out, out_scale, row, row * E + own, own < E, inverse, low, high, span, QUANTIZED, False,
+                  ROUNDING)  # fmt: skip
 
 
 def _gate_norm(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: float, groups: int,
@@ -302,8 +308,7 @@ def _gate_norm(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: flo
         site.low, site.high, site.span, middle.inverse, middle.scale, middle.low, middle.high, E=width, WIDTH=group,
         PART=part, TAKEN=triton.next_power_of_2(width // group) if halves else 1, BW=triton.next_power_of_2(group),
         GATED=gate is not None, NORM=gain is not None, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding,
-        QUANTIZED=site.quantized,
-        HALVES=halves, ROUNDING=site.rounding, PDL=pdl, num_warps=8 if halves else ROTATE_WARPS, **_launch(pdl),
+        QUANTIZED=site.quantized, HALVES=halves, ROUNDING=site.rounding, PDL=pdl, num_warps=GATE_WARPS, **_launch(pdl),
     )  # fmt: skip
 
 

@@ -190,8 +190,9 @@ class Mamba1Layer:
         mixing = self.x_proj.product(u, low, buffers)
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
         yield "norm", lambda: enter(self.entry, x, buffers, first)
-        yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
-        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.counter, buffers.pdl)
+        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.counter, buffers.pdl)
+        after = (buffers.counter, entering.programs)
+        yield "x_proj", lambda: gemv(mixing, buffers.position, buffers.pdl, after)
         yield "scan", lambda: selective_step(
             u, gate, dt, buffers.both(low), self.scan.inputs, self.scan.tables, self.state.state, self.scan.grid,
             gated, self.low_rank, buffers.pdl,
