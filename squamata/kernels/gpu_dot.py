@@ -158,7 +158,7 @@ def _convolve_rows(newest, past, loaded, convolution, now, row, channel, mask, r
 def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.constexpr):
     """Sums [BN] of a tile's weights times one activation row. ``tiles``: the first ``count`` quads of every slice.
 
-    RELOAD: they are read again, since another row's sums have taken their place.
+    Those of the next round are asked for as soon as these are used. RELOAD: the first are gone, for an earlier row.
     """
     BN: tl.constexpr = CUT.tile_rows
     S: tl.constexpr = CUT.slices
@@ -172,18 +172,22 @@ def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.c
     x = x_row + tl.arange(0, S)[None, :, None] * (COUNT * ROUNDS * STRIDE) + lane
     total = tl.zeros((BN, S, 1), tl.float32)
     whole = tl.zeros((BN, S, 1), tl.int32)
+    if RELOAD:
+        tiles = _load_quads(first_words, COUNT, BN)
     for around in tl.static_range(ROUNDS):
-        if around > 0 or RELOAD:
-            tiles = _load_quads(first_words + around * (COUNT * BN * 4), COUNT, BN)
+        following = ()
         for block in tl.static_range(COUNT // SAME):
             sums = tl.zeros((BN, S, 4), tl.int32 if integer or halves else tl.float32)
             lower = tl.zeros((BN, S, 4), tl.int32)
             for i in tl.static_range(SAME):
-                tile = tiles[block * SAME + i]
                 at = x + (around * COUNT + block * SAME + i) * STRIDE
+                tile = tiles[block * SAME + i]
                 sums = _quad_times_row(tile, sums, at, CUT.format, CUT.native)
                 if halves:
                     lower = _quad_times_row(tile, lower, at + CUT.x_length, CUT.format, CUT.native)
+                if around + 1 < ROUNDS:
+                    next_quad = first_words + ((around + 1) * COUNT + block * SAME + i) * (BN * 4)
+                    following = following + _load_quads(next_quad, 1, BN)  # type: ignore[assignment]
             part = tl.sum(sums, axis=2, keep_dims=True)
             if halves:
                 part = small_to_float(part) * 256.0 + small_to_float(tl.sum(lower, axis=2, keep_dims=True))
@@ -194,6 +198,7 @@ def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.c
                 whole += part
             else:
                 total += part
+        tiles = following
     if integer and not CUT.grouped:
         return tl.sum(tl.reshape(whole, (BN, S)), axis=1).to(tl.float32)
     else:
