@@ -108,11 +108,8 @@ def _ssd_kernel(mixed, entered, head_tables, grid, state, counter, wanted, out, 
     s = _load_state(state, place, mask, _load_grid(grid, scale_place, every, QUANTIZED), QUANTIZED)
     decay_rate, shift, through = tl.load(A + head), tl.load(dt_bias + head), tl.load(skip + head)
     dt_unit = tl.load(dt_scale + head)
-    if PDL == 2:
-        let_next_start(PDL)
     wait_for_count(counter, wanted, PDL)  # the state was written by the last step: long finished
-    if PDL != 2:
-        let_next_start(PDL)  # not earlier: programs of the product after next would take places (measured)
+    let_next_start(PDL)  # not earlier: programs of the product after next would take places (measured)
     dt = _read(entered[0], entered[1], dt_unit, row * N_OUT + DT_START + head, head >= 0, DT_CODES)
     mixed_row = mixed + row * (H * P + 2 * GROUPS * N)
     b_channel = H * P + (head * GROUPS // H) * N + n

@@ -107,7 +107,8 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
     new = ()
     for j in tl.static_range(4):
         new = new + (byte_to_float(s, j, NATIVE) * ratio + B[j],)  # type: ignore[assignment]  # noqa: RUF005
-    largest = tl.maximum(tl.maximum(tl.abs(new[0]), tl.abs(new[1])), tl.maximum(tl.abs(new[2]), tl.abs(new[3])))
+    first, second, third, fourth = new  # type: ignore[misc]
+    largest = tl.maximum(tl.maximum(tl.abs(first), tl.abs(second)), tl.maximum(tl.abs(third), tl.abs(fourth)))
     scale = tl.maximum(tl.max(largest, axis=1) * (size * span_inverse), _SMALLEST_SCALE)
     tl.store(scale_place, scale)
     inverse = (unit / scale)[:, None]

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
 
 from squamata.errors import SquamataError
+from squamata.kernels import gpu_gemv
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import (
@@ -27,8 +28,9 @@ from squamata.kernels.gpu_gemv import (
     gemv_pair,
     product,
 )
-from squamata.kernels.gpu_norm import RowSite, greedy, greedy_scratch, plan_rotation, rotate
+from squamata.kernels.gpu_norm import RowSite, plan_rotation, rotate
 from squamata.kernels.gpu_tiles import Format, tile_linear
+from squamata.kernels.gpu_vocabulary import greedy, greedy_scratch
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import FAMILIES, Family
 from squamata.kernels.hadamard.ref import rotate as rotate_reference
@@ -87,6 +89,19 @@ def test_product_agrees_with_the_exact_one(format: Format, bits: int, group: int
     values = weight.dequantize(torch.float64) if isinstance(weight, QTensor) else weight.double()
     exact = x.double() @ values.T + layer.bias.double()
     assert torch.allclose(out.cpu().double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_product_in_rounds_agrees_with_the_exact_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quads asked for two at a time: those of the next round while these are used."""
+    monkeypatch.setattr(gpu_gemv, "MOST_QUADS", 2)
+    weight = torch.randn(24, 96)
+    tiled = tile_linear(Linear(weight), Format.FLOAT32_FLOAT, 8, DEVICE)
+    x, out = torch.randn(rows, 96), torch.full((rows, 24), float("nan"), device=DEVICE)
+    made = product(x.to(DEVICE), None, tiled, tiled.factor, None, (None, out), None, Shape(8, 4))
+    assert made.cut.rounds == 3
+    gemv(made, torch.zeros(1, dtype=torch.int32, device=DEVICE), pdl=False)
+    assert torch.allclose(out.cpu(), x @ weight.T, atol=1e-4)
 
 
 def in_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

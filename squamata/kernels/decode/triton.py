@@ -15,10 +15,11 @@ from torch import Tensor
 
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import Convolution, Landing, Product, Shape, gemv, gemv_pair, product
-from squamata.kernels.gpu_norm import RotationPlan, RowSite, embed, greedy, greedy_scratch, norm, rotate
+from squamata.kernels.gpu_norm import RotationPlan, RowSite, norm, rotate
 from squamata.kernels.gpu_rows import RowRotation
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, selective_step, ssd_step
 from squamata.kernels.gpu_tiles import Format, TiledLinear
+from squamata.kernels.gpu_vocabulary import embed, greedy, greedy_scratch
 
 SSD_CHANNELS = 32  # of a head, a program
 

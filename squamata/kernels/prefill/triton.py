@@ -34,7 +34,6 @@ from squamata.kernels.gpu_expand import (
     scratch_bytes,
 )
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
-from squamata.kernels.gpu_norm import embed, greedy
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import (
@@ -45,6 +44,7 @@ from squamata.kernels.gpu_sequence import (
     ssd_rows,
 )
 from squamata.kernels.gpu_tiles import TiledLinear
+from squamata.kernels.gpu_vocabulary import embed, greedy
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
 ROWS_FROM, NARROW = 128, 1024  # rows of activations, and of a weight, from which its layout by rows pays
