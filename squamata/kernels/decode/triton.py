@@ -1,6 +1,6 @@
 """A decode step on a GPU, layer by layer: what each kernel reads and writes, planned once, launched in order.
 
-A Mamba-2 layer is five kernels, a Mamba-1 layer eight, a handful of microseconds each; weights do not depend on what
+A Mamba-2 layer is five kernels, a Mamba-1 layer six, a handful of microseconds each; weights do not depend on what
 comes before, so with programmatic dependent launch a kernel streams its first weights while its predecessors run.
 All buffers are static, so a step can be captured in a CUDA graph.
 """
