@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from squamata.kernels.gpu_norm import _SMALLEST_SCALE
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _store_state
 
 CHANNELS, WARPS = 32, 2  # of a head, a program
-PACKED_CHANNELS, PACKED_WARPS = 64, 2  # where four codes are one word
+PACKED_CHANNELS, PACKED_WARPS, PACKED_BLOCKS = 64, 2, 20  # where four codes are one word; blocks a program
 _LEAST_RATIO = tl.constexpr(2.0**-40)
 _BYTE_AT_TOP = tl.constexpr(2.0**-24)  # undoes ``byte_to_float``
 
@@ -71,51 +73,56 @@ def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, D
 @triton.jit
 def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, out, limit, N_IN, DT_START: tl.constexpr,
                    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, BP: tl.constexpr,
-                   DT_CODES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """BP channels of one head of one sequence: int8 states with a scale a channel, four to a word.
+                   BLOCKS: tl.constexpr, DT_CODES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """BLOCKS times BP channels of one group of one sequence: int8 states with a scale a channel, four to a word.
 
     y = C (a s + b B) = a (C s) + b (C B), so that old codes meet the codes of C four at a time. The new state over b is
-    (a / b) s + B: one operation an element, with a ratio that a b near zero cannot make infinite.
+    (a / b) s + B: one operation an element, with a ratio that a b near zero cannot make infinite. A block's state is
+    on its way while the one before is worked on.
     """
     C: tl.constexpr = H * P + 2 * GROUPS * N
     W: tl.constexpr = N // 4
-    at, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    head = at * BP // P
-    channel = at * BP + tl.arange(0, BP)
-    place = (row * (H * P) + channel)[:, None] * W + tl.arange(0, W)[None, :]
-    scale_place = scales + row * (H * P) + channel
-    s = tl.load(words + place)
-    group = H * P + (head * GROUPS // H) * N
+    at, row = tl.program_id(0) * BLOCKS, tl.program_id(1).to(tl.int64)
+    group = H * P + ((at * BP // P) * GROUPS // H) * N
     token = u + row * C
     at_b = token + group + 4 * tl.arange(0, W)
+    channel = at * BP + tl.arange(0, BP)
+    first = words + row * (H * P * W) + channel[:, None] * W + tl.arange(0, W)[None, :]
+    following = tl.load(first)
     B, packed, both = (), (), tl.zeros((W,), tl.float32)
     for j in tl.static_range(4):
         b_code, c_code = tl.load(at_b + j).to(tl.float32), tl.load(at_b + GROUPS * N + j).to(tl.float32)
         B = B + (b_code[None, :],)  # type: ignore[assignment]  # noqa: RUF005
         packed = packed + (rounded_bits(c_code),)  # type: ignore[assignment]  # noqa: RUF005
         both += b_code * c_code
+    c_words, met = pack_bytes(packed, NATIVE)[None, :], tl.sum(both, axis=0)
     b_unit, c_unit = tl.load(u_scale + group), tl.load(u_scale + group + GROUPS * N)
-    x = tl.load(token + channel).to(tl.float32) * tl.load(u_scale + channel)
-    step, decay = _time_step(dt, tables, head, row, limit, N_IN, DT_START, DT_CODES)
-    a, b = tl.load(scale_place) * decay, x * (step * b_unit)
-    seen = dot4(s, pack_bytes(packed, NATIVE)[None, :], tl.zeros((BP, W), tl.int32), NATIVE)
-    y = c_unit * (a * tl.sum(seen, axis=1).to(tl.float32) + b * tl.sum(both, axis=0)) + tl.load(skip + head) * x
-    tl.store(out + row * (H * P) + channel, y.to(out.dtype.element_ty))
-    size = tl.maximum(tl.maximum(tl.abs(b), a * _LEAST_RATIO), 1e-30)
-    unit = tl.where(b < 0, -size, size)
-    ratio = (a * _BYTE_AT_TOP / unit)[:, None]
-    new = ()
-    for j in tl.static_range(4):
-        new = new + (byte_to_float(s, j, NATIVE) * ratio + B[j],)  # type: ignore[assignment]  # noqa: RUF005
-    first, second, third, fourth = new  # type: ignore[misc]
-    largest = tl.maximum(tl.maximum(tl.abs(first), tl.abs(second)), tl.maximum(tl.abs(third), tl.abs(fourth)))
-    scale = tl.maximum(tl.max(largest, axis=1) * (size * span_inverse), _SMALLEST_SCALE)
-    tl.store(scale_place, scale)
-    inverse = (unit / scale)[:, None]
-    codes = ()
-    for j in tl.static_range(4):
-        codes = codes + (rounded_bits(new[j] * inverse),)  # type: ignore[assignment]  # noqa: RUF005
-    tl.store(words + place, pack_bytes(codes, NATIVE))
+    for block in range(BLOCKS):
+        s = following
+        following = tl.load(first + tl.minimum(block + 1, BLOCKS - 1) * (BP * W))
+        head = (at + block) * BP // P
+        place = row * (H * P) + channel + block * BP
+        x = tl.load(token + channel + block * BP).to(tl.float32) * tl.load(u_scale + channel + block * BP)
+        step, decay = _time_step(dt, tables, head, row, limit, N_IN, DT_START, DT_CODES)
+        a, b = tl.load(scales + place) * decay, x * (step * b_unit)
+        seen = tl.sum(dot4(s, c_words, tl.zeros((BP, W), tl.int32), NATIVE), axis=1).to(tl.float32)
+        y = c_unit * (a * seen + b * met) + tl.load(skip + head) * x
+        tl.store(out + place, y.to(out.dtype.element_ty))
+        size = tl.maximum(tl.maximum(tl.abs(b), a * _LEAST_RATIO), 1e-30)
+        unit = tl.where(b < 0, -size, size)
+        ratio = (a * _BYTE_AT_TOP / unit)[:, None]
+        new = ()
+        for j in tl.static_range(4):
+            new = new + (byte_to_float(s, j, NATIVE) * ratio + B[j],)  # type: ignore[assignment]  # noqa: RUF005
+        one, two, three, four = new  # type: ignore[misc]
+        largest = tl.maximum(tl.maximum(tl.abs(one), tl.abs(two)), tl.maximum(tl.abs(three), tl.abs(four)))
+        scale = tl.maximum(tl.max(largest, axis=1) * (size * span_inverse), _SMALLEST_SCALE)
+        tl.store(scales + place, scale)
+        inverse = (unit / scale)[:, None]
+        codes = ()
+        for j in tl.static_range(4):
+            codes = codes + (rounded_bits(new[j] * inverse),)  # type: ignore[assignment]  # noqa: RUF005
+        tl.store(first + block * (BP * W), pack_bytes(codes, NATIVE))
 
 
 def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Tensor], dt_input: InputPlan,
@@ -136,9 +143,10 @@ def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, 
     dynamic = grid is not None and grid.span > 0
     if grid is not None and dynamic and codes and grid.rounding == 0 and states % 4 == 0:
         channels = min(PACKED_CHANNELS, head_dim)
-        _packed_kernel[(heads * head_dim // channels, rows)](
+        blocks = gcd(heads * head_dim // (groups * channels), PACKED_BLOCKS)
+        _packed_kernel[(heads * head_dim // (channels * blocks), rows)](
             u, conv.scale, dt, tables, skip, state.view(torch.int32), grid.scale, 1 / grid.span, out, limit, columns,
-            BP=channels, NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, **shared,
+            BP=channels, BLOCKS=blocks, NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, **shared,
         )  # fmt: skip
         return
     channels = min(CHANNELS, head_dim)
