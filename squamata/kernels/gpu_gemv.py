@@ -18,11 +18,11 @@ from squamata.kernels.gpu_math import dot4, signal
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
-MOST_QUADS = 20  # that a thread loads before it uses the first: 80 registers
-# For products of no more programs than run at once if their threads need fewer registers: a second wave costs a whole
-# latency. Where there are several waves anyway, as at 8B, more in flight is faster (whole decode steps on one H200).
-FEW_PROGRAMS = 400
-FEW_QUADS = {Format.INT8_INT8: 10, Format.INT4_INT16: 5}
+# Quads that a thread asks for before it uses the first, four registers each. 4-bit weights: fewer, so that three or four
+# programs fit on a multiprocessor; 8-bit weights: fewer only where one wave of programs is enough (decode steps, H200).
+MOST_QUADS = 20
+MOST_QUADS_OF = {Format.INT4_INT8: 10, Format.INT4_INT16: 8}
+FEW_PROGRAMS, FEW_QUADS_OF = 400, {Format.INT8_INT8: 10}
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
 
@@ -137,6 +137,8 @@ def choose_shape(rows: int, columns: int, format: Format, apart: int = 0) -> Sha
         slices *= 2
     while slices * tile_rows < 32 and quads % (2 * slices) == 0:
         slices *= 2
+    if format == Format.BFLOAT16_FLOAT and rows // tile_rows <= FEW_PROGRAMS and quads // slices >= MOST_QUADS:
+        slices //= 2  # twice the programs on a multiprocessor: one wave, in two rounds
     return Shape(tile_rows, slices)
 
 
@@ -189,8 +191,9 @@ def product(
     """
     rows = x.shape[0]
     quads_per_slice = linear.quads // shape.slices
-    few = linear.words.shape[0] <= FEW_PROGRAMS
-    most = FEW_QUADS.get(linear.format, MOST_QUADS) if few else MOST_QUADS
+    most = MOST_QUADS_OF.get(linear.format, MOST_QUADS)
+    if linear.words.shape[0] <= FEW_PROGRAMS:
+        most = FEW_QUADS_OF.get(linear.format, most)
     count = max(size for size in range(1, most + 1) if quads_per_slice % size == 0)
     grouped = linear.group_scale is not None
     halves = linear.format == Format.INT4_INT16
