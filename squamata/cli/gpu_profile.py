@@ -16,6 +16,7 @@ from squamata.evaluate.profile import Speed, check_counts, random_ids
 from squamata.evaluate.size import bytes_by_part
 from squamata.evaluate.windows import Progress
 from squamata.kernels.dispatch import use_backend
+from squamata.memory import peak_rss_bytes
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.lm import LanguageModel
 from squamata.run.graphs import CapturedDecoder
@@ -41,7 +42,7 @@ class GpuAgreement:
 
 @dataclass(frozen=True)
 class GpuProfile(Speed):
-    """Speed on a GPU: {median, p10, p90} of graph replays, TTLT {median} their sum for ``generate`` tokens.
+    """Speed on a GPU: {median, min, max, p10, p90} of graph replays; TTLT for ``generate`` tokens is summed from these.
 
     The floor is of weights, scales and state over the bandwidth of a device copy. ``kernels``: {decode, prefill} ->
     name -> {launches, microseconds a launch}.
@@ -71,8 +72,10 @@ def milliseconds(launch: Callable[[], Any], repeats: int = 60, warm: int = 3) ->
 
 
 def spread(times: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile of sorted times."""
-    return {"median": statistics.median(times), "p10": times[len(times) // 10], "p90": times[-1 - len(times) // 10]}
+    """Median, extremes, 10th and 90th percentile of sorted times."""
+    tenth = len(times) // 10
+    ends = {"min": times[0], "max": times[-1], "p10": times[tenth], "p90": times[-1 - tenth]}
+    return {"median": statistics.median(times)} | ends
 
 
 def copy_bandwidth() -> float:
@@ -141,15 +144,16 @@ def profile_gpu(
     batch: int = 1,
     repeats: int = 60,
     progress: Progress | None = None,
+    agreement: GpuAgreement | None = None,
 ) -> GpuProfile:
     """Time prefill and decode of ``batch`` sequences. SquamataError if the kernels disagree with the reference.
 
-    ``progress``: checked, timed, kernel by kernel.
+    ``progress``: checked, timed, kernel by kernel. ``agreement``: what ``check_agreement`` has found already.
     """
     check_counts(prompt=(prompt, 1), generate=(generate, 2), batch=(batch, 1), repeats=(repeats, 1))
     tell = progress or (lambda done, total: None)
     tell(0, 3)
-    agreement = check_agreement(model, batch)
+    agreement = agreement or check_agreement(model, batch)
     tell(1, 3)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -175,7 +179,7 @@ def profile_gpu(
         bytes=bytes_by_part(model, batch) if not model.final_norm.is_cuda else {},
         ttft_ms=first,
         tpot_ms=tokens,
-        ttlt_ms={"median": first["median"] + (generate - 1) * tokens["median"]},
+        ttlt_ms={part: first[part] + (generate - 1) * tokens[part] for part in first},
         prefill_tokens_per_s=1e3 * batch * prompt / first["median"],
         decode_tokens_per_s=1e3 * batch / tokens["median"],
         copy_bytes_per_s=bandwidth,
@@ -184,6 +188,7 @@ def profile_gpu(
         floor_ms=floor,
         floor_share=floor / tokens["median"],
         peak_gpu_bytes=peak,
+        peak_rss_bytes=peak_rss_bytes(),
         prompt=prompt,
         generate=generate,
         batch=batch,

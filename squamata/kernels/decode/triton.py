@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import Convolution, Landing, Product, Shape, gemv, gemv_pair, product
 from squamata.kernels.gpu_norm import RotationPlan, RowSite, norm, rotate
+from squamata.kernels.gpu_parts import PartNorms, norm_parts
 from squamata.kernels.gpu_rows import RowRotation
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, selective_step, ssd_step
 from squamata.kernels.gpu_tiles import Format, TiledLinear
@@ -166,6 +168,7 @@ class Mamba1Layer:
     """Plan of a Mamba-1 layer. ``z_start``: row of in_proj where z begins; ``low_rank``: rows of x_proj before B.
 
     ``conv_proj`` and ``z_proj``: in_proj's rows of x, which come first, and those of z.
+    ``norms``: of what x_proj leaves, in FalconMamba.
     """
 
     entry: InputStage
@@ -179,6 +182,7 @@ class Mamba1Layer:
     state: LayerState
     z_start: int
     low_rank: int
+    norms: PartNorms | None = None
 
     def kernels(self, buffers: Buffers, first: bool) -> Iterator[Kernel]:
         """What the layer launches, in order."""
@@ -186,12 +190,13 @@ class Mamba1Layer:
         x = self.entry.projection.input("normed", buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
         gate, gated = buffers.get("gate", inner), buffers.get("gated", inner)
-        low, nothing = buffers.outputs("low", self.x_proj), Outputs(None, gate)
+        raw, nothing = buffers.outputs("low", self.x_proj), Outputs(None, gate)
+        low = raw if self.norms is None else self._normed(buffers)
         dt_low = low.codes if self.dt_proj.linear.format.integer_activations else low.values
         assert dt_low is not None
         entering = self.conv_proj.product(x, nothing, buffers, Convolution(self.conv, self.state.ring, u))
         gating = self.z_proj.product(x, nothing, buffers, gate=True)
-        mixing = self.x_proj.product(u, low, buffers)
+        mixing = self.x_proj.product(u, raw, buffers)
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
         yield "norm", lambda: enter(self.entry, x, buffers, first)
         if self.z_proj.linear.nbytes <= SMALL_BYTES:
@@ -201,11 +206,21 @@ class Mamba1Layer:
             after = (buffers.counter, entering.programs)
             yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.counter, buffers.pdl)
             yield "x_proj", lambda: gemv(mixing, buffers.position, buffers.pdl, after)
+        if self.norms is not None:
+            assert raw.values is not None
+            yield "part_norms", partial(norm_parts, raw.values, self.norms, low.codes, low.values)
         yield "scan", lambda: selective_step(
             u, gate, dt, buffers.both(low), self.scan.inputs, self.scan.tables, self.state.state, self.scan.grid,
             gated, self.low_rank, buffers.pdl,
         )  # fmt: skip
         yield from leave(self.exit, gated, None, buffers)
+
+    def _normed(self, buffers: Buffers) -> Outputs:
+        """Memory for what the norms leave."""
+        assert self.norms is not None
+        landing, width = self.norms.landing, sum(self.norms.sizes)
+        codes = buffers.get("low_normed", width, True) if landing.any_codes else None
+        return Outputs(codes, buffers.get("low_normed", width) if landing.any_values else None)
 
 
 def enter(stage: InputStage, x: Tensor, buffers: Buffers, first: bool) -> None:
