@@ -18,8 +18,8 @@ from squamata.kernels.gpu_math import dot4, signal
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
-# Quads that a thread asks for before it uses the first, four registers each. 4-bit weights: fewer, so that more programs
-# fit on a multiprocessor; 8-bit weights: fewer only where one wave of programs is enough (decode steps, one H200).
+# Quads that a thread asks for before it uses the first, four registers each. 4-bit weights: fewer, so that more
+# programs fit on a multiprocessor; 8-bit weights: fewer only where one wave of programs is enough (measured, one H200).
 MOST_QUADS = 20
 MOST_QUADS_OF = {Format.INT4_INT8: 10, Format.INT4_INT16: 8}
 FEW_PROGRAMS, FEW_QUADS_OF = 400, {Format.INT8_INT8: 10}

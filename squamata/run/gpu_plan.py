@@ -133,7 +133,7 @@ class Planner:
         norms = None
         if scan.bcdt_norm_epsilon is not None:
             width, parts = int(scan.x_proj.weight.shape[0]), (config.dt_rank, config.d_state, config.d_state)
-            norms = PartNorms(scan.bcdt_norm_epsilon, parts, self.landing(scan.x_proj, low, width, (0, 0), 1))
+            norms = PartNorms(scan.bcdt_norm_epsilon, parts, self.landing(scan.x_proj, low, width, (0, 0)))
         x_proj = self.projection(scan.x_proj, sites["u"], low if norms is None else (None,))
         shape = (self.batch, inner, config.d_state)
         inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
