@@ -20,10 +20,9 @@ from squamata.kernels.decode.triton import (
     Kernel,
     Mamba1Layer,
     Mamba2Layer,
-    Outputs,
     OutputStage,
     Projection,
-    enter,
+    finish,
 )
 from squamata.kernels.gpu_expand import (
     OPERAND,
@@ -36,7 +35,6 @@ from squamata.kernels.gpu_expand import (
     scratch_bytes,
 )
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
-from squamata.kernels.gpu_norm import embed, greedy
 from squamata.kernels.gpu_parts import norm_parts_apart
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
 from squamata.kernels.gpu_selective import selective_rows
@@ -48,6 +46,7 @@ from squamata.kernels.gpu_sequence import (
     ssd_rows,
 )
 from squamata.kernels.gpu_tiles import TiledLinear
+from squamata.kernels.gpu_vocabulary import embed, greedy
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
 ROWS_FROM, NARROW = 128, 1024  # rows of activations, and of a weight, from which its layout by rows pays
@@ -274,7 +273,7 @@ class SequencePlan:
         work = self.work
         yield "last", self._take_last
         if work.batch <= FEW_SEQUENCES:
-            yield from enter(head, Outputs(None, self.plan.logits), None, buffers, first=True, name="head")
+            yield from finish(head, self.plan.logits, buffers, first=True)
             return
         site, linear = head.projection.site, head.projection.linear
         dtype = torch.int8 if linear.format.integer_activations else work.float
