@@ -7,6 +7,7 @@ Sequences of one call have L places; of sequence b the first ``lengths[b]`` hold
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _st
 
 CONV_TOKENS, CONV_CHANNELS = 16, 256  # a program
 # Of a head, a step. Never one stage: Triton 3.6 then reads shared memory out of bounds (compute-sanitizer; two: clean)
-SSD_TOKENS, SSD_CHANNELS, SSD_WARPS, SSD_STAGES = 64, 32, 4, 2
-SSD_PROGRAMS = 512  # that fill the device
+SSD_TOKENS, SSD_STATES, SSD_HEADS, SSD_WARPS, SSD_STAGES = 64, 64, 4, 4, 2
 TOKEN_CHANNELS, TOKEN_WARPS = 32, 2  # of a head, one token
 
 
@@ -124,7 +124,7 @@ def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, 
 def _decay_kernel(codes, values, dt_scale, dt_bias, A, lengths, step, decay, L, N_IN, dt_low, dt_high,
                   DT_START: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
                   CODES: tl.constexpr):  # fmt: skip
-    """dt' of T tokens and BH heads, and the running sum of dt' A from the first of them: both (B, H, PADDED)."""
+    """dt' of T tokens and BH heads, and the running sum of dt' A / ln 2 from the first of them: both (B, H, PADDED)."""
     t = tl.program_id(0) * T + tl.arange(0, T)
     row = tl.program_id(1)
     head = tl.program_id(2) * BH + tl.arange(0, BH)
@@ -139,7 +139,8 @@ def _decay_kernel(codes, values, dt_scale, dt_bias, A, lengths, step, decay, L, 
     dt = softplus(dt + tl.load(dt_bias + head, mask=live, other=0.0)[None, :])
     dt = tl.minimum(tl.maximum(dt, dt_low), dt_high)
     dt = tl.where((t < tl.load(lengths + row))[:, None], dt, 0.0)
-    running = tl.cumsum(dt * tl.load(A + head, mask=live, other=0.0)[None, :], axis=0)
+    rate = tl.load(A + head, mask=live, other=0.0)[None, :] * 1.4426950408889634  # log2(e)
+    running = tl.cumsum(dt * rate, axis=0)
     out = (row * H + head)[None, :] * PADDED + t[:, None]
     tl.store(step + out, dt, mask=live[None, :] & (t >= 0)[:, None])
     tl.store(decay + out, running, mask=live[None, :] & (t >= 0)[:, None])
@@ -158,124 +159,94 @@ def _given_state(state, state_scale, row, channel, n, E: tl.constexpr, N: tl.con
     return s
 
 
-@triton.jit(do_not_specialize=["STEPS"])
-def _ssd_ends_kernel(u, u_scale, dt_step, dt_decay, state, state_scale, ends, totals, L, STEPS, H: tl.constexpr,
-                     P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
-                     BP: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
-                     DYNAMIC: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """The state at the end of a segment of STEPS steps that starts from nothing (the first: from ``state``), and the
-    log of the segment's decay. ``ends`` (1 + segments, B, N, E): the given state first.
+@triton.jit
+def _ssd_states_kernel(u, u_scale, dt_step, dt_decay, state, state_scale, state_inverse, state_low, state_high,
+                       state_span, before, L, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                       GROUPS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr,
+                       BP: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
+                       DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """BN states of BP channels of one sequence, moved on T tokens at a time (Dao and Gu 2024, section 6).
+
+    What each step starts from goes to ``before`` (B, steps, N, E), what the last one leaves to ``state``.
     """
     C: tl.constexpr = H * P + 2 * GROUPS * N
-    at, row = tl.program_id(0), tl.program_id(1)
-    segment, rows = tl.program_id(2), tl.num_programs(1)
+    at, row = tl.program_id(0), tl.program_id(2)
     head = at * BP // P
     channel = at * BP + tl.arange(0, BP)
-    n = tl.arange(0, N)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     group = H * P + (head * GROUPS // H) * N
     step = tl.arange(0, T)
-    end = ends + row.to(tl.int64) * (N * H * P) + n[:, None] * (H * P) + channel[None, :]
-    slot = rows.to(tl.int64) * (N * H * P)
-    s = tl.zeros((N, BP), tl.float32)
-    if segment == 0:
-        s = _given_state(state, state_scale, row, channel, n, H * P, N, QUANTIZED, ALONG, DYNAMIC)
-        tl.store(end, s)
-    u_unit = tl.load(u_scale + channel)[None, :] if CODES else 1.0
-    b_unit = tl.load(u_scale + group) if CODES else 1.0
-    total = 0.0
-    for index in range(0, STEPS):
-        start = (segment * STEPS + index) * T
+    s = _given_state(state, state_scale, row, channel, n, H * P, N, QUANTIZED, ALONG, DYNAMIC)
+    unit = tl.load(u_scale + channel)[None, :] * tl.load(u_scale + group) if CODES else 1.0
+    token = u + (row.to(tl.int64) * L + step)[:, None] * C
+    x_at, b_at = token + channel[None, :], token + group + n[None, :]
+    dt_at = dt_step + (row * H + head) * PADDED + step
+    decay_at = dt_decay + (row * H + head) * PADDED + step
+    kept_at = before + row.to(tl.int64) * (PADDED // T * N * H * P) + n[:, None] * (H * P) + channel[None, :]
+    for start in range(0, PADDED, T):
+        tl.store(kept_at, s.to(before.dtype.element_ty))
         live = (start + step < L)[:, None]
-        place = (row * H + head) * PADDED + start + step
-        dt, log_decay = tl.load(dt_step + place), tl.load(dt_decay + place)
-        whole = tl.sum(tl.where(step == T - 1, log_decay, 0.0), axis=0)
-        token = u + (row.to(tl.int64) * L + start + step)[:, None] * C
-        x = tl.load(token + channel[None, :], mask=live, other=0)
-        B = tl.load(token + group + n[None, :], mask=live, other=0)
-        weight = (dt * tl.exp(whole - log_decay) * b_unit)[:, None]
-        to_end = (x.to(tl.float32) * u_unit * weight).to(x.dtype)
-        s = dot_float(tl.trans(B), to_end, tl.exp(whole) * s, NATIVE)
-        total += whole
-    tl.store(end + (segment + 1) * slot, s)
-    tl.store(totals + (segment * rows + row) * H + head, total)
-
-
-@triton.jit(do_not_specialize=["STEPS"])
-def _ssd_kernel(u, u_scale, dt_step, dt_decay, skip, state, state_scale, state_inverse, state_low, state_high,
-                state_span, ends, totals, out, L, STEPS, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-                GROUPS: tl.constexpr, SEGMENTS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
-                BP: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr,
-                ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr,
-                NATIVE: tl.constexpr):  # fmt: skip
-    """BP channels of one head of one sequence's segment, T tokens at a time (Dao and Gu 2024, section 6).
-
-    Within a step as masked attention, the state before it through its decay. The state (N, BP) stays in registers.
-    """
-    C: tl.constexpr = H * P + 2 * GROUPS * N
-    at, row = tl.program_id(0), tl.program_id(1)
-    segment = tl.program_id(2)
-    head = at * BP // P
-    channel = at * BP + tl.arange(0, BP)
-    n = tl.arange(0, N)
-    group = H * P + (head * GROUPS // H) * N
-    step = tl.arange(0, T)
-    if SEGMENTS == 1:
-        s = _given_state(state, state_scale, row, channel, n, H * P, N, QUANTIZED, ALONG, DYNAMIC)
-    else:
-        rows = tl.num_programs(1)
-        end = ends + row.to(tl.int64) * (N * H * P) + n[:, None] * (H * P) + channel[None, :]
-        slot = rows.to(tl.int64) * (N * H * P)
-        s = tl.load(end + tl.minimum(segment, 1) * slot)
-        for before in range(1, segment):
-            s = tl.exp(tl.load(totals + (before * rows + row) * H + head)) * s + tl.load(end + (before + 1) * slot)
-    through = tl.load(skip + head)
-    u_unit = tl.load(u_scale + channel)[None, :] if CODES else 1.0
-    b_unit = tl.load(u_scale + group) if CODES else 1.0
-    c_unit = tl.load(u_scale + group + GROUPS * N) if CODES else 1.0
-    begin = segment * STEPS * T
-    sequence = u + (row.to(tl.int64) * L + begin + step)[:, None] * C
-    x_at, b_at = sequence + channel[None, :], sequence + group + n[None, :]
-    dt_at = dt_step + (row * H + head) * PADDED + begin + step
-    decay_at = dt_decay + (row * H + head) * PADDED + begin + step
-    out_at = out + (row.to(tl.int64) * L + begin + step)[:, None] * (H * P) + channel[None, :]
-    for start in range(0, STEPS * T, T):
-        live = (begin + start + step < L)[:, None]
         dt, log_decay = tl.load(dt_at + start), tl.load(decay_at + start)
-        whole = tl.sum(tl.where(step == T - 1, log_decay, 0.0), axis=0)
-        x = tl.load(x_at, mask=live, other=0)
-        B = tl.load(b_at, mask=live, other=0)
-        C_ = tl.load(b_at + GROUPS * N, mask=live, other=0)
-        scores = dot_float(C_, tl.trans(B), tl.zeros((T, T), tl.float32), NATIVE)
-        between = log_decay[:, None] - log_decay[None, :]
-        between = tl.exp(tl.where(step[:, None] >= step[None, :], between, -float("inf")))
-        scores = scores * between * (dt * (b_unit * c_unit))[None, :]
-        y = dot_float(C_, s.to(x.dtype), tl.zeros((T, BP), tl.float32), NATIVE)
-        y = y * (tl.exp(log_decay) * c_unit)[:, None]
-        y += dot_float(scores.to(x.dtype), x, tl.zeros((T, BP), tl.float32), NATIVE) * u_unit
-        x_ = x.to(tl.float32) * u_unit
-        y += through * x_
-        to_end = (x_ * (dt * tl.exp(whole - log_decay) * b_unit)[:, None]).to(x.dtype)
-        s = dot_float(tl.trans(B), to_end, tl.exp(whole) * s, NATIVE)
-        if out.dtype.element_ty == tl.float16:
-            y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
-        tl.store(out_at, y.to(out.dtype.element_ty), mask=live)
+        whole = tl.load(dt_decay + (row * H + head) * PADDED + start + T - 1)
+        x, B = tl.load(x_at, mask=live, other=0), tl.load(b_at, mask=live, other=0)
+        weight = (dt * tl.exp2(whole - log_decay))[:, None]
+        to_end = (x.to(tl.float32) * unit * weight).to(x.dtype)
+        s = dot_float(tl.trans(B), to_end, tl.exp2(whole) * s, NATIVE)
         x_at += T * C
         b_at += T * C
-        out_at += T * (H * P)
-    if segment == SEGMENTS - 1:
-        place = (row.to(tl.int64) * (H * P) + channel)[None, :] * N + n[:, None]
-        if QUANTIZED:
-            scale_place = channel[None, :] * N + n[:, None] if ALONG else channel[None, :]
-            if DYNAMIC:
-                scale_place += row * (H * P)
-                scale = tl.maximum(tl.div_rn(tl.max(tl.abs(s), axis=0), state_span), _SMALLEST_SCALE)[None, :]
-                tl.store(state_scale + scale_place, scale)
-                inverse = tl.div_rn(1.0, scale)
-            else:
-                inverse = tl.load(state_inverse + scale_place)
-            tl.store(state + place, to_codes(s, inverse, state_low, state_high, STATE_ROUNDING).to(tl.int8))
+        kept_at += N * H * P
+    place = (row.to(tl.int64) * (H * P) + channel)[None, :] * N + n[:, None]
+    if QUANTIZED:
+        scale_place = channel[None, :] * N + n[:, None] if ALONG else channel[None, :]
+        if DYNAMIC:
+            scale_place += row * (H * P)
+            scale = tl.maximum(tl.div_rn(tl.max(tl.abs(s), axis=0), state_span), _SMALLEST_SCALE)[None, :]
+            tl.store(state_scale + scale_place, scale)
+            inverse = tl.div_rn(1.0, scale)
         else:
-            tl.store(state + place, s.to(state.dtype.element_ty))
+            inverse = tl.load(state_inverse + scale_place)
+        tl.store(state + place, to_codes(s, inverse, state_low, state_high, STATE_ROUNDING).to(tl.int8))
+    else:
+        tl.store(state + place, s.to(state.dtype.element_ty))
+
+
+@triton.jit
+def _ssd_outputs_kernel(u, u_scale, dt_step, dt_decay, skip, before, out, L, H: tl.constexpr, P: tl.constexpr,
+                        N: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
+                        HEADS: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """T tokens of HEADS heads of one group: within them as masked attention, the state before them through its decay.
+
+    C B^T is the same for all heads of a group.
+    """
+    C: tl.constexpr = H * P + 2 * GROUPS * N
+    first, index, row = tl.program_id(0) * HEADS, tl.program_id(1), tl.program_id(2)
+    group = H * P + (first * GROUPS // H) * N
+    n, p, step = tl.arange(0, N), tl.arange(0, P), tl.arange(0, T)
+    time = index * T + step
+    live = (time < L)[:, None]
+    token = row.to(tl.int64) * L + time
+    b_at = u + token[:, None] * C + group + n[None, :]
+    B, C_ = tl.load(b_at, mask=live, other=0), tl.load(b_at + GROUPS * N, mask=live, other=0)
+    b_unit = tl.load(u_scale + group) if CODES else 1.0
+    c_unit = tl.load(u_scale + group + GROUPS * N) if CODES else 1.0
+    scores = dot_float(C_, tl.trans(B), tl.zeros((T, T), tl.float32), NATIVE) * (b_unit * c_unit)
+    kept_at = before + (row.to(tl.int64) * (PADDED // T) + index) * (N * H * P) + n[:, None] * (H * P) + p[None, :]
+    for head in range(first, first + HEADS):
+        dt = tl.load(dt_step + (row * H + head) * PADDED + time)
+        log_decay = tl.load(dt_decay + (row * H + head) * PADDED + time)
+        x = tl.load(u + token[:, None] * C + head * P + p[None, :], mask=live, other=0)
+        s = tl.load(kept_at + head * P)
+        between = log_decay[:, None] - log_decay[None, :]
+        between = tl.exp2(tl.where(step[:, None] >= step[None, :], between, -float("inf")))
+        within = (scores * between * dt[None, :]).to(x.dtype)
+        past = dot_float(C_, s, tl.zeros((T, P), tl.float32), NATIVE) * (tl.exp2(log_decay) * c_unit)[:, None]
+        y = dot_float(within, x, tl.zeros((T, P), tl.float32), NATIVE) + tl.load(skip + head) * x.to(tl.float32)
+        if CODES:
+            y = y * tl.load(u_scale + head * P + p)[None, :]
+        y += past
+        if out.dtype.element_ty == tl.float16:
+            y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+        tl.store(out + token[:, None] * (H * P) + head * P + p[None, :], y.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -327,32 +298,24 @@ def _ssd_token_kernel(u, u_scale, dt_codes, dt_values, dt_scale, dt_bias, A, ski
 
 @dataclass(frozen=True)
 class ScanScratch:
-    """Memory of Mamba-2's scan. ``step``, ``decay``: float32 (B, H, places). With more than one segment, ``ends``:
-    float32 (segments, B, N, E), ``totals``: (segments, B, H).
+    """Memory of Mamba-2's scan. ``step``, ``decay``: float32 (B, H, places); ``before``: (B, steps, N, E), the state
+    that each step of ``tokens`` starts from, in the type of the convolution's outputs.
     """
 
     step: Tensor
     decay: Tensor
-    ends: Tensor
-    totals: Tensor
-    segments: int
+    before: Tensor
     tokens: int
 
 
-def scan_scratch(batch: int, length: int, state: Tensor) -> ScanScratch:
-    """For sequences of ``length`` places and a state (B, H, P, N): segments enough to fill the device."""
+def scan_scratch(batch: int, length: int, state: Tensor, dtype: torch.dtype) -> ScanScratch:
+    """For sequences of ``length`` places, a state (B, H, P, N) and outputs of the convolution in ``dtype``."""
     _, heads, head_dim, states = state.shape
     tokens = min(SSD_TOKENS, max(16, triton.next_power_of_2(length) // 2))  # one step of 64 lost the state (Triton 3.6)
     steps = triton.cdiv(length, tokens)
-    programs = batch * heads * head_dim // min(SSD_CHANNELS, head_dim)
-    segments = 1
-    while steps % (2 * segments) == 0 and steps // segments >= 4 and programs * segments < SSD_PROGRAMS:
-        segments *= 2
-    device = state.device
-    step, decay = (torch.zeros(batch, heads, steps * tokens, device=device) for _ in range(2))
-    size = (segments, batch, states, heads * head_dim) if segments > 1 else (1,)
-    ends, totals = torch.zeros(size, device=device), torch.zeros(segments, batch, heads, device=device)
-    return ScanScratch(step, decay, ends, totals, segments, tokens)
+    step, decay = (torch.zeros(batch, heads, steps * tokens, device=state.device) for _ in range(2))
+    before = torch.zeros(batch, steps, states, heads * head_dim, dtype=dtype, device=state.device)
+    return ScanScratch(step, decay, before, tokens)
 
 
 def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Tensor], dt_input: InputPlan,
@@ -381,20 +344,22 @@ def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Te
             **shared,
         )  # fmt: skip
         return
-    channels, tokens, padded = min(SSD_CHANNELS, head_dim), scratch.tokens, scratch.step.shape[2]
-    block, steps = min(32, triton.next_power_of_2(heads)), padded // scratch.tokens // scratch.segments
+    tokens, padded = scratch.tokens, scratch.step.shape[2]
+    block = min(32, triton.next_power_of_2(heads))
     _decay_kernel[(padded // tokens, rows, triton.cdiv(heads, block))](
         *dt, dt_input.scale, dt_bias, A, sequences.lengths, scratch.step, scratch.decay, length, dt[0].shape[1], *limit,
         DT_START=dt_start, H=heads, BH=block, T=tokens, PADDED=padded, CODES=dt_input.codes, num_warps=4,
     )  # fmt: skip
-    shared |= {"T": tokens, "PADDED": padded, "BP": channels, "NATIVE": not INTERPRETED, "num_stages": SSD_STAGES}
-    programs = heads * head_dim // channels
-    if scratch.segments > 1:
-        _ssd_ends_kernel[(programs, rows, scratch.segments - 1)](
-            u, conv.scale, scratch.step, scratch.decay, state, grids[0], scratch.ends, scratch.totals, length, steps,
-            num_warps=SSD_WARPS, **shared,
-        )  # fmt: skip
-    _ssd_kernel[(programs, rows, scratch.segments)](
-        u, conv.scale, scratch.step, scratch.decay, skip, state, *grids, scratch.ends, scratch.totals, out, length,
-        steps, SEGMENTS=scratch.segments, STATE_ROUNDING=rounding, num_warps=SSD_WARPS, **shared,
+    shared |= {"T": tokens, "PADDED": padded, "NATIVE": not INTERPRETED, "num_stages": SSD_STAGES}
+    block = states if shared["DYNAMIC"] else min(SSD_STATES, states)
+    _ssd_states_kernel[(heads, states // block, rows)](
+        u, conv.scale, scratch.step, scratch.decay, state, *grids, scratch.before, length, BN=block, BP=head_dim,
+        STATE_ROUNDING=rounding, num_warps=SSD_WARPS, **shared,
+    )  # fmt: skip
+    together = gcd(heads // groups, SSD_HEADS)
+    for switch in ("QUANTIZED", "ALONG", "DYNAMIC"):
+        del shared[switch]
+    _ssd_outputs_kernel[(heads // together, padded // tokens, rows)](
+        u, conv.scale, scratch.step, scratch.decay, skip, scratch.before, out, length, HEADS=together,
+        num_warps=SSD_WARPS, **shared,
     )  # fmt: skip

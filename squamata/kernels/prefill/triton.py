@@ -92,7 +92,7 @@ class Workspace:
     def scan(self, state: Tensor) -> ScanScratch:
         """Scratch of Mamba-2's scan for a state of this shape."""
         if state.shape not in self.of_states:
-            self.of_states[state.shape] = scan_scratch(self.batch, self.length, state)
+            self.of_states[state.shape] = scan_scratch(self.batch, self.length, state, self.float)
         return self.of_states[state.shape]
 
     def by_rows(self, linear: TiledLinear) -> bool:
