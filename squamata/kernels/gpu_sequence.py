@@ -21,9 +21,10 @@ from squamata.kernels.gpu_math import _MAGIC, dot_float, silu, small_to_float, s
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _store_state
 
-CONV_TOKENS, CONV_CHANNELS = 16, 256  # a program
+CONV_TOKENS, CONV_CHANNELS, CONV_WARPS = 16, 256, 4  # a program
 # Of a head, a step. Never one stage: Triton 3.6 then reads shared memory out of bounds (compute-sanitizer; two: clean)
 SSD_TOKENS, SSD_STATES, SSD_HEADS, SSD_WARPS, SSD_STAGES = 64, 64, 4, 4, 2
+OUT_WARPS, OUT_STAGES, SSD_CHANNELS = 4, 2, 64
 TOKEN_CHANNELS, TOKEN_WARPS = 32, 2  # of a head, one token
 
 
@@ -116,7 +117,7 @@ def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, 
         sequences.lengths, sequences.position, out, length, entered.shape[1], START=start, C=channels, SPLIT=split,
         BT=tokens, BC=CONV_CHANNELS, WIDTH=conv.taps.shape[0], FIRST_ROUNDING=conv.rounding,
         REST_ROUNDING=conv.rounding_bc, CODES=codes, FORMAT=format, NATIVE=not INTERPRETED,
-        num_warps=4,
+        num_warps=CONV_WARPS,
     )  # fmt: skip
 
 
@@ -352,8 +353,9 @@ def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Te
     )  # fmt: skip
     shared |= {"T": tokens, "PADDED": padded, "NATIVE": not INTERPRETED, "num_stages": SSD_STAGES}
     block = states if shared["DYNAMIC"] else min(SSD_STATES, states)
-    _ssd_states_kernel[(heads, states // block, rows)](
-        u, conv.scale, scratch.step, scratch.decay, state, *grids, scratch.before, length, BN=block, BP=head_dim,
+    width = min(SSD_CHANNELS, head_dim)
+    _ssd_states_kernel[(heads * head_dim // width, states // block, rows)](
+        u, conv.scale, scratch.step, scratch.decay, state, *grids, scratch.before, length, BN=block, BP=width,
         STATE_ROUNDING=rounding, num_warps=SSD_WARPS, **shared,
     )  # fmt: skip
     together = gcd(heads // groups, SSD_HEADS)
@@ -361,5 +363,5 @@ def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Te
         del shared[switch]
     _ssd_outputs_kernel[(heads // together, padded // tokens, rows)](
         u, conv.scale, scratch.step, scratch.decay, skip, scratch.before, out, length, HEADS=together,
-        num_warps=SSD_WARPS, **shared,
+        num_warps=OUT_WARPS, **(shared | {"num_stages": OUT_STAGES}),
     )  # fmt: skip
