@@ -94,6 +94,21 @@ def permuted(k, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def unpermuted(place, FORMAT: tl.constexpr):
+    """Which ``k`` belongs there: the inverse of ``permuted``."""
+    if FORMAT == 2:
+        inside = place % 32
+        place = place - inside + inside % 4 * 8 + inside // 16 * 4 + inside // 4 % 4
+    if FORMAT == 3:
+        inside = place % 8
+        place = place - inside + inside % 2 * 4 + inside // 2
+    if FORMAT == 5:
+        inside = place % 16
+        place = place - inside + inside % 4 * 4 + inside // 4
+    return place
+
+
+@triton.jit
 def _program(M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
     """Rows and outputs of this program: bands of BAND row blocks, so that neighbours share weights in the cache."""
     at = tl.program_id(0)

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemm import permuted
+from squamata.kernels.gpu_gemm import unpermuted
 from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import _MAGIC, dot_float, silu, small_to_float, softplus, to_codes
+from squamata.kernels.gpu_math import _MAGIC, dot_float, silu, softplus, to_codes
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _store_state
 
-CONV_TOKENS, CONV_CHANNELS, CONV_WARPS = 16, 256, 4  # a program
+CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 32, 4, 256, 2  # a program
 # Of a head, a step. Never one stage: Triton 3.6 then reads shared memory out of bounds (compute-sanitizer; two: clean)
 SSD_TOKENS, SSD_STATES, SSD_HEADS, SSD_WARPS, SSD_STAGES = 64, 64, 4, 4, 2
 OUT_WARPS, OUT_STAGES, SSD_CHANNELS = 4, 2, 64
@@ -42,64 +42,81 @@ class Sequences:
 
 
 @triton.jit
-def _landed(x, channel, mask, inverse, scale, low, high, SPLIT: tl.constexpr, FIRST_ROUNDING: tl.constexpr,
-            REST_ROUNDING: tl.constexpr, CODES: tl.constexpr):  # fmt: skip
-    """x (tokens, channels) on the grids of its channels (inverse 0: as it is); other roundings from SPLIT on."""
-    inverse_ = tl.load(inverse + channel, mask=mask, other=0.0)[None, :]
-    low_ = tl.load(low + channel, mask=mask, other=0.0)[None, :]
-    high_ = tl.load(high + channel, mask=mask, other=0.0)[None, :]
-    code = to_codes(x, inverse_, low_, high_, FIRST_ROUNDING if FIRST_ROUNDING >= 0 else REST_ROUNDING)
-    if FIRST_ROUNDING >= 0 and REST_ROUNDING >= 0 and FIRST_ROUNDING != REST_ROUNDING:
-        code = tl.where((channel < SPLIT)[None, :], code, to_codes(x, inverse_, low_, high_, REST_ROUNDING))
-    if not CODES:
-        code = tl.where(inverse_ == 0, x, code * tl.load(scale + channel, mask=mask, other=0.0)[None, :])
-    return code
+def _landed(x, grid, second, ROUNDING: tl.constexpr, SECOND_ROUNDING: tl.constexpr, CODES: tl.constexpr):
+    """x on the grids of its channels, those that are ``second`` with their own rounding; as it is where inverse is 0."""
+    inverse, scale, low, high = grid
+    code = to_codes(x, inverse, low, high, ROUNDING if ROUNDING >= 0 else SECOND_ROUNDING)
+    if ROUNDING >= 0 and SECOND_ROUNDING >= 0 and ROUNDING != SECOND_ROUNDING:
+        code = tl.where(second, to_codes(x, inverse, low, high, SECOND_ROUNDING), code)
+    return code if CODES else tl.where(inverse == 0, x, code * scale)
+
+
+@triton.jit
+def _conv_input(sequence, ring, time, channel, live, now, row, rows, L, N_IN, C: tl.constexpr, WIDTH: tl.constexpr):
+    """What entered some channels at one time of this call, or, where that is negative, before it."""
+    time_ = channel * 0 + time
+    x = tl.load(sequence + time_ * N_IN + channel, mask=live & (time_ >= 0) & (time_ < L), other=0).to(tl.float32)
+    place = ((now + time_ + WIDTH) % WIDTH * rows + row) * C + channel
+    return x + tl.load(ring + place, mask=live & (time_ < 0), other=0).to(tl.float32)
 
 
 @triton.jit
 def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, lengths, position, out, L, N_IN,
-                 START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-                 WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr, CODES: tl.constexpr,
-                 FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """BC channels of BT tokens of one sequence; the program of the first tokens moves the ring on."""
-    channel = tl.program_id(0) * BC + tl.arange(0, BC)
+                 START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr,
+                 BC: tl.constexpr, WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr,
+                 CODES: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """BC channels of BT tokens of one sequence, token by token, AHEAD of them loaded together.
+
+    The last inputs stay in registers. The program of the first tokens moves the ring on.
+    """
+    place = tl.program_id(0) * BC + tl.arange(0, BC)
+    channel = unpermuted(place, FORMAT)  # stores stay whole
     first = tl.program_id(1) * BT
     row, rows = tl.program_id(2), tl.num_programs(2)
-    t = first + tl.arange(0, BT)
-    live = channel < C
-    mask = (t < L)[:, None] & live[None, :]
+    live = place < C
     now = tl.load(position)
     sequence = entered + row.to(tl.int64) * L * N_IN + START
-    total = tl.zeros((BT, BC), tl.float32)
+    tap, window = (), ()
     for k in tl.static_range(WIDTH):
-        at = t - (WIDTH - 1) + k
-        x = tl.load(sequence + at[:, None] * N_IN + channel[None, :], mask=mask & (at >= 0)[:, None], other=0)
-        x = small_to_float(x.to(tl.int32)) if entered.dtype.element_ty == tl.int8 else x.to(tl.float32)
-        if first == 0:
-            slot = (now + at + WIDTH) % WIDTH
-            past = ring + (slot[:, None] * rows + row) * C + channel[None, :]
-            x += tl.load(past, mask=live[None, :] & (at < 0)[:, None], other=0).to(tl.float32)
-        total += x * tl.load(taps + k * C + channel, mask=live, other=0.0)[None, :]
-    factor_ = tl.load(factor + channel, mask=live, other=0.0)[None, :]
-    u = silu(total * factor_ + tl.load(bias + channel, mask=live, other=0.0)[None, :])
+        tap = tap + (tl.load(taps + k * C + channel, mask=live, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    for k in tl.static_range(WIDTH - 1):
+        x = _conv_input(sequence, ring, first - (WIDTH - 1) + k, channel, live, now, row, rows, L, N_IN, C, WIDTH)
+        window = window + (x,)  # type: ignore[assignment]  # noqa: RUF005
+    factor_ = tl.load(factor + channel, mask=live, other=0.0)
+    bias_ = tl.load(bias + channel, mask=live, other=0.0)
     if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
-        u = _landed(u, channel, live, inverse, scale, low, high, SPLIT, FIRST_ROUNDING, REST_ROUNDING, CODES)
-    place = (row.to(tl.int64) * L + t)[:, None] * C + permuted(channel, FORMAT)[None, :]
-    tl.store(out + place, u.to(out.dtype.element_ty), mask=mask)
+        grid = (
+            tl.load(inverse + channel, mask=live, other=0.0), tl.load(scale + channel, mask=live, other=0.0),
+            tl.load(low + channel, mask=live, other=0.0), tl.load(high + channel, mask=live, other=0.0),
+        )  # fmt: skip
+    for start in range(first, first + BT, AHEAD):
+        new = ()
+        for i in tl.static_range(AHEAD):
+            inside = live & (channel * 0 + (start + i) < L)
+            newest = tl.load(sequence + (start + i) * N_IN + channel, mask=inside, other=0)
+            new = new + (newest,)  # type: ignore[assignment]  # noqa: RUF005
+        for i in tl.static_range(AHEAD):
+            window = window + (new[i].to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+            total = window[0] * tap[0]
+            for k in tl.static_range(1, WIDTH):
+                total += window[k] * tap[k]
+            u = silu(total * factor_ + bias_)
+            if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
+                u = _landed(u, grid, channel >= SPLIT, FIRST_ROUNDING, REST_ROUNDING, CODES)
+            at = (row.to(tl.int64) * L + start + i) * C + place
+            tl.store(out + at, u.to(out.dtype.element_ty), mask=live & (channel * 0 + (start + i) < L))
+            window = window[1:]
     if first == 0:
         last = tl.load(lengths + row)
         kept = ()
         for k in tl.static_range(WIDTH):
-            time = channel * 0 + (last - WIDTH + k)
-            new = tl.load(sequence + time * N_IN + channel, mask=live & (time >= 0), other=0).to(tl.float32)
-            old_slot = (now + time + WIDTH) % WIDTH
-            old = tl.load(ring + (old_slot * rows + row) * C + channel, mask=live & (time < 0), other=0).to(tl.float32)
-            kept = kept + (new + old,)  # type: ignore[assignment]  # noqa: RUF005
+            x = _conv_input(sequence, ring, last - WIDTH + k, channel, live, now, row, rows, L, N_IN, C, WIDTH)
+            kept = kept + (x,)  # type: ignore[assignment]  # noqa: RUF005
         if NATIVE:
             tl.debug_barrier()  # every thread has read the ring
         for k in tl.static_range(WIDTH):
-            new_slot = (now + L + k) % WIDTH
-            tl.store(ring + (new_slot * rows + row) * C + channel, kept[k].to(ring.dtype.element_ty), mask=live)
+            slot = ((now + L + k) % WIDTH * rows + row) * C + channel
+            tl.store(ring + slot, kept[k].to(ring.dtype.element_ty), mask=live)
 
 
 def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, split: int, sequences: Sequences,
@@ -115,8 +132,8 @@ def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, 
     _conv_kernel[grid](
         entered, ring, conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high,
         sequences.lengths, sequences.position, out, length, entered.shape[1], START=start, C=channels, SPLIT=split,
-        BT=tokens, BC=CONV_CHANNELS, WIDTH=conv.taps.shape[0], FIRST_ROUNDING=conv.rounding,
-        REST_ROUNDING=conv.rounding_bc, CODES=codes, FORMAT=format, NATIVE=not INTERPRETED,
+        BT=tokens, AHEAD=min(CONV_AHEAD, tokens), BC=CONV_CHANNELS, WIDTH=conv.taps.shape[0],
+        FIRST_ROUNDING=conv.rounding, REST_ROUNDING=conv.rounding_bc, CODES=codes, FORMAT=format, NATIVE=not INTERPRETED,
         num_warps=CONV_WARPS,
     )  # fmt: skip
 
