@@ -10,24 +10,21 @@ from torch import Tensor
 
 from squamata.kernels.gpu_gemm import permuted
 from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_math import small_to_float
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
 from squamata.kernels.gpu_sequence import Sequences
 
-SCAN_TOKENS, SCAN_CHANNELS = 4, 128 if INTERPRETED else 16  # loaded together; channels a program
+SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 16  # loaded together; channels a program
 
 
 @triton.jit
-def _tokens(u_at, dt_at, bc_at, start, last, L, channel, E: tl.constexpr, N: tl.constexpr, T: tl.constexpr):
-    """u, dt (channels) and B, C (N) of tokens start ... start + T - 1; those of the last T where there are fewer.
-
-    dt is zero, so that the state stays, for tokens before ``start`` and from ``last`` on.
-    """
-    at = tl.minimum(start, L - T)
+def _tokens(u_at, dt_at, bc_at, at, start, last, channel, E: tl.constexpr, N: tl.constexpr, T: tl.constexpr):
+    """u, dt (channels) and B, C (N) of tokens at ... at + T - 1; dt, which moves the state, of start ... last - 1."""
     loaded = ()
     for i in tl.static_range(T):
-        u = tl.load(u_at + at * E + i * E, mask=channel < E, other=0)
         time = channel * 0 + (at + i)
         moves = (channel < E) & (time >= start) & (time < last)
+        u = tl.load(u_at + at * E + i * E, mask=channel < E, other=0)
         delta = tl.load(dt_at + at * E + i * E, mask=moves, other=0.0)
         bc = bc_at + at * (2 * N) + i * (2 * N)
         loaded = loaded + ((u, delta, tl.load(bc), tl.load(bc + N)),)  # type: ignore[assignment]  # noqa: RUF005
@@ -35,11 +32,32 @@ def _tokens(u_at, dt_at, bc_at, start, last, L, channel, E: tl.constexpr, N: tl.
 
 
 @triton.jit
+def _as_float(x, NATIVE: tl.constexpr):
+    """int8 codes or floats as float32. Conversions of integers would share a unit with the exponential."""
+    if x.dtype == tl.int8 and NATIVE:
+        x = small_to_float(x.to(tl.int32))
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _to_half(y, NATIVE: tl.constexpr):
+    """float16, clamped; two at a time, because a single conversion shares a unit with the exponential, too."""
+    y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+    if NATIVE:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 pair; cvt.rn.f16x2.f32 pair, $1, $1; cvt.u16.u32 $0, pair; }", "=h,f", [y], dtype=tl.float16,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    return y.to(tl.float16)
+
+
+@triton.jit
 def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inverse, state_low, state_high,
                       state_span, lengths, out, L, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr,
                       T: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr,
-                      ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr):  # fmt: skip
-    """BE channels of one sequence, token by token, the next T loaded ahead (Gu and Dao 2023, algorithm 2)."""
+                      ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr,
+                      NATIVE: tl.constexpr):  # fmt: skip
+    """BE channels of one sequence, token by token, T loaded together (Gu and Dao 2023, algorithm 2)."""
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
     row = tl.program_id(1)
     n = tl.arange(0, N)
@@ -58,18 +76,15 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
     base = row.to(tl.int64) * L
     u_at, dt_at = u + base * E + permuted(channel, FORMAT), dt + base * E + channel
     bc_at, out_at = bc + base * (2 * N) + n, out + base * E + channel
-    ahead = _tokens(u_at, dt_at, bc_at, 0, last, L, channel, E, N, T)
     for start in range(0, L, T):
-        given = ahead
-        ahead = _tokens(u_at, dt_at, bc_at, start + T, last, L, channel, E, N, T)
-        at = tl.minimum(start, L - T)
+        at = tl.minimum(start, L - T)  # the last tokens once more, instead of places that do not exist
+        given = _tokens(u_at, dt_at, bc_at, at, start, last, channel, E, N, T)
         for i in tl.static_range(T):
-            x, delta = given[i][0].to(tl.float32) * unit, given[i][1].to(tl.float32)
+            x, delta = _as_float(given[i][0], NATIVE) * unit, given[i][1].to(tl.float32)
             s = tl.exp2(delta[:, None] * rate) * s + (delta * x)[:, None] * given[i][2][None, :]
             y = tl.sum(s * given[i][3][None, :], axis=1) + through * x
-            if out.dtype.element_ty == tl.float16:
-                y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
-            tl.store(out_at + at * E + i * E, y.to(out.dtype.element_ty), mask=live & (channel * 0 + (at + i) >= start))
+            y = _to_half(y, NATIVE) if out.dtype.element_ty == tl.float16 else y
+            tl.store(out_at + at * E + i * E, y, mask=live & (channel * 0 + (at + i) >= start))
     _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, live[:, None], state_low, state_high,
                  state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
 
@@ -88,5 +103,6 @@ def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Ten
         u, u_input.scale, dt, bc, A, skip, state, *grids, sequences.lengths, out, sequences.length, E=channels,
         N=states, BE=SCAN_CHANNELS, T=min(SCAN_TOKENS, sequences.length), FORMAT=format, CODES=u.dtype == torch.int8,
         QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
-        DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0, num_warps=1,
+        DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0,
+        NATIVE=not INTERPRETED, num_warps=1,
     )  # fmt: skip
