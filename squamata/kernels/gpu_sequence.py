@@ -7,7 +7,6 @@ Sequences of one call have L places; of sequence b the first ``lengths[b]`` hold
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _st
 
 CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 32, 4, 256, 2  # a program
 # Of a head, a step. Never one stage: Triton 3.6 then reads shared memory out of bounds (compute-sanitizer; two: clean)
-SSD_TOKENS, SSD_STATES, SSD_HEADS, SSD_WARPS, SSD_STAGES = 64, 64, 4, 4, 2
-OUT_WARPS, OUT_STAGES, SSD_CHANNELS = 4, 2, 64
+SSD_TOKENS, SSD_STATES, SSD_HEADS, SSD_WARPS, SSD_STAGES = 64, 64, 5, 4, 3
+OUT_WARPS, OUT_STAGES, SSD_CHANNELS = 4, 3, 64
 TOKEN_CHANNELS, TOKEN_WARPS = 32, 2  # of a head, one token
 
 
@@ -139,10 +138,12 @@ def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, 
 
 
 @triton.jit
-def _decay_kernel(codes, values, dt_scale, dt_bias, A, lengths, step, decay, L, N_IN, dt_low, dt_high,
+def _decay_kernel(codes, values, dt_scale, dt_bias, A, lengths, step, decay, weight, kept, L, N_IN, dt_low, dt_high,
                   DT_START: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
                   CODES: tl.constexpr):  # fmt: skip
-    """dt' of T tokens and BH heads, and the running sum of dt' A / ln 2 from the first of them: both (B, H, PADDED)."""
+    """dt' of T tokens and BH heads, the running sum of dt' A / ln 2 from the first of them, and what of each token is
+    left after the last, times dt': all (B, H, PADDED). What is left of the state before them: (B, H, steps).
+    """
     t = tl.program_id(0) * T + tl.arange(0, T)
     row = tl.program_id(1)
     head = tl.program_id(2) * BH + tl.arange(0, BH)
@@ -162,15 +163,18 @@ def _decay_kernel(codes, values, dt_scale, dt_bias, A, lengths, step, decay, L, 
     out = (row * H + head)[None, :] * PADDED + t[:, None]
     tl.store(step + out, dt, mask=live[None, :] & (t >= 0)[:, None])
     tl.store(decay + out, running, mask=live[None, :] & (t >= 0)[:, None])
+    whole = tl.sum(dt * rate, axis=0)
+    tl.store(weight + out, dt * tl.exp2(whole[None, :] - running), mask=live[None, :] & (t >= 0)[:, None])
+    tl.store(kept + (row * H + head) * (PADDED // T) + tl.program_id(0), tl.exp2(whole), mask=live)
 
 
 @triton.jit
 def _given_state(state, state_scale, row, channel, n, E: tl.constexpr, N: tl.constexpr, QUANTIZED: tl.constexpr,
                  ALONG: tl.constexpr, DYNAMIC: tl.constexpr):  # fmt: skip
-    """The stored state of some channels of one sequence, float32 (N, channels)."""
-    s = tl.load(state + (row.to(tl.int64) * E + channel)[None, :] * N + n[:, None]).to(tl.float32)
+    """The stored state of some channels of one sequence, float32 (channels, N)."""
+    s = tl.load(state + (row.to(tl.int64) * E + channel)[:, None] * N + n[None, :]).to(tl.float32)
     if QUANTIZED:
-        scale_place = channel[None, :] * N + n[:, None] if ALONG else channel[None, :]
+        scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
         if DYNAMIC:
             scale_place += row * E
         s = s * tl.load(state_scale + scale_place)
@@ -178,14 +182,14 @@ def _given_state(state, state_scale, row, channel, n, E: tl.constexpr, N: tl.con
 
 
 @triton.jit
-def _ssd_states_kernel(u, u_scale, dt_step, dt_decay, state, state_scale, state_inverse, state_low, state_high,
+def _ssd_states_kernel(u, u_scale, dt_weight, dt_kept, state, state_scale, state_inverse, state_low, state_high,
                        state_span, before, L, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                        GROUPS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr,
                        BP: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
                        DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BN states of BP channels of one sequence, moved on T tokens at a time (Dao and Gu 2024, section 6).
 
-    What each step starts from goes to ``before`` (B, steps, N, E), what the last one leaves to ``state``.
+    What each step starts from goes to ``before`` (B, steps, E, N), what the last one leaves to ``state``.
     """
     C: tl.constexpr = H * P + 2 * GROUPS * N
     at, row = tl.program_id(0), tl.program_id(2)
@@ -195,30 +199,30 @@ def _ssd_states_kernel(u, u_scale, dt_step, dt_decay, state, state_scale, state_
     group = H * P + (head * GROUPS // H) * N
     step = tl.arange(0, T)
     s = _given_state(state, state_scale, row, channel, n, H * P, N, QUANTIZED, ALONG, DYNAMIC)
-    unit = tl.load(u_scale + channel)[None, :] * tl.load(u_scale + group) if CODES else 1.0
+    unit = tl.load(u_scale + channel)[:, None] * tl.load(u_scale + group) if CODES else 1.0
     token = u + (row.to(tl.int64) * L + step)[:, None] * C
     x_at, b_at = token + channel[None, :], token + group + n[None, :]
-    dt_at = dt_step + (row * H + head) * PADDED + step
-    decay_at = dt_decay + (row * H + head) * PADDED + step
-    kept_at = before + row.to(tl.int64) * (PADDED // T * N * H * P) + n[:, None] * (H * P) + channel[None, :]
+    weight_at = dt_weight + (row * H + head) * PADDED + step
+    kept_at = dt_kept + (row * H + head) * (PADDED // T)
+    before_at = before + row.to(tl.int64) * (PADDED // T * H * P * N) + channel[:, None] * N + n[None, :]
     for start in range(0, PADDED, T):
-        tl.store(kept_at, s.to(before.dtype.element_ty))
+        tl.store(before_at, s.to(before.dtype.element_ty))
         live = (start + step < L)[:, None]
-        dt, log_decay = tl.load(dt_at + start), tl.load(decay_at + start)
-        whole = tl.load(dt_decay + (row * H + head) * PADDED + start + T - 1)
+        weight, kept = tl.load(weight_at), tl.load(kept_at)
         x, B = tl.load(x_at, mask=live, other=0), tl.load(b_at, mask=live, other=0)
-        weight = (dt * tl.exp2(whole - log_decay))[:, None]
-        to_end = (x.to(tl.float32) * unit * weight).to(x.dtype)
-        s = dot_float(tl.trans(B), to_end, tl.exp2(whole) * s, NATIVE)
+        to_end = (tl.trans(x).to(tl.float32) * unit * weight[None, :]).to(x.dtype)
+        s = dot_float(to_end, B, kept * s, NATIVE)
+        weight_at += T
+        kept_at += 1
         x_at += T * C
         b_at += T * C
-        kept_at += N * H * P
-    place = (row.to(tl.int64) * (H * P) + channel)[None, :] * N + n[:, None]
+        before_at += H * P * N
+    place = (row.to(tl.int64) * (H * P) + channel)[:, None] * N + n[None, :]
     if QUANTIZED:
-        scale_place = channel[None, :] * N + n[:, None] if ALONG else channel[None, :]
+        scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
         if DYNAMIC:
             scale_place += row * (H * P)
-            scale = tl.maximum(tl.div_rn(tl.max(tl.abs(s), axis=0), state_span), _SMALLEST_SCALE)[None, :]
+            scale = tl.maximum(tl.div_rn(tl.max(tl.abs(s), axis=1), state_span), _SMALLEST_SCALE)[:, None]
             tl.store(state_scale + scale_place, scale)
             inverse = tl.div_rn(1.0, scale)
         else:
@@ -248,20 +252,20 @@ def _ssd_outputs_kernel(u, u_scale, dt_step, dt_decay, skip, before, out, L, H: 
     b_unit = tl.load(u_scale + group) if CODES else 1.0
     c_unit = tl.load(u_scale + group + GROUPS * N) if CODES else 1.0
     scores = dot_float(C_, tl.trans(B), tl.zeros((T, T), tl.float32), NATIVE) * (b_unit * c_unit)
-    kept_at = before + (row.to(tl.int64) * (PADDED // T) + index) * (N * H * P) + n[:, None] * (H * P) + p[None, :]
+    before_at = before + (row.to(tl.int64) * (PADDED // T) + index) * (H * P * N) + p[:, None] * N + n[None, :]
     for head in range(first, first + HEADS):
         dt = tl.load(dt_step + (row * H + head) * PADDED + time)
         log_decay = tl.load(dt_decay + (row * H + head) * PADDED + time)
         x = tl.load(u + token[:, None] * C + head * P + p[None, :], mask=live, other=0)
-        s = tl.load(kept_at + head * P)
+        s = tl.load(before_at + head * (P * N))
+        through = tl.load(skip + head)
+        unit = tl.load(u_scale + head * P + p)[None, :] if CODES else 1.0
         between = log_decay[:, None] - log_decay[None, :]
         between = tl.exp2(tl.where(step[:, None] >= step[None, :], between, -float("inf")))
         within = (scores * between * dt[None, :]).to(x.dtype)
-        past = dot_float(C_, s, tl.zeros((T, P), tl.float32), NATIVE) * (tl.exp2(log_decay) * c_unit)[:, None]
-        y = dot_float(within, x, tl.zeros((T, P), tl.float32), NATIVE) + tl.load(skip + head) * x.to(tl.float32)
-        if CODES:
-            y = y * tl.load(u_scale + head * P + p)[None, :]
-        y += past
+        past = dot_float(C_, tl.trans(s), tl.zeros((T, P), tl.float32), NATIVE) * (tl.exp2(log_decay) * c_unit)[:, None]
+        y = dot_float(within, x, tl.zeros((T, P), tl.float32), NATIVE) + through * x.to(tl.float32)
+        y = y * unit + past
         if out.dtype.element_ty == tl.float16:
             y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
         tl.store(out + token[:, None] * (H * P) + head * P + p[None, :], y.to(out.dtype.element_ty), mask=live)
@@ -316,12 +320,15 @@ def _ssd_token_kernel(u, u_scale, dt_codes, dt_values, dt_scale, dt_bias, A, ski
 
 @dataclass(frozen=True)
 class ScanScratch:
-    """Memory of Mamba-2's scan. ``step``, ``decay``: float32 (B, H, places); ``before``: (B, steps, N, E), the state
-    that each step of ``tokens`` starts from, in the type of the convolution's outputs.
+    """Memory of Mamba-2's scan. ``step``, ``decay``, ``weight``: float32 (B, H, places), ``kept``: (B, H, steps), see
+    ``_decay_kernel``; ``before``: (B, steps, E, N), the state that each step of ``tokens`` starts from, in the type of
+    the convolution's outputs.
     """
 
     step: Tensor
     decay: Tensor
+    weight: Tensor
+    kept: Tensor
     before: Tensor
     tokens: int
 
@@ -331,9 +338,10 @@ def scan_scratch(batch: int, length: int, state: Tensor, dtype: torch.dtype) -> 
     _, heads, head_dim, states = state.shape
     tokens = min(SSD_TOKENS, max(16, triton.next_power_of_2(length) // 2))  # one step of 64 lost the state (Triton 3.6)
     steps = triton.cdiv(length, tokens)
-    step, decay = (torch.zeros(batch, heads, steps * tokens, device=state.device) for _ in range(2))
-    before = torch.zeros(batch, steps, states, heads * head_dim, dtype=dtype, device=state.device)
-    return ScanScratch(step, decay, before, tokens)
+    places = (torch.zeros(batch, heads, steps * tokens, device=state.device) for _ in range(3))
+    kept = torch.zeros(batch, heads, steps, device=state.device)
+    before = torch.zeros(batch, steps, heads * head_dim, states, dtype=dtype, device=state.device)
+    return ScanScratch(*places, kept, before, tokens)
 
 
 def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Tensor], dt_input: InputPlan,
@@ -365,17 +373,17 @@ def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Te
     tokens, padded = scratch.tokens, scratch.step.shape[2]
     block = min(32, triton.next_power_of_2(heads))
     _decay_kernel[(padded // tokens, rows, triton.cdiv(heads, block))](
-        *dt, dt_input.scale, dt_bias, A, sequences.lengths, scratch.step, scratch.decay, length, dt[0].shape[1], *limit,
-        DT_START=dt_start, H=heads, BH=block, T=tokens, PADDED=padded, CODES=dt_input.codes, num_warps=4,
+        *dt, dt_input.scale, dt_bias, A, sequences.lengths, scratch.step, scratch.decay, scratch.weight,
+        scratch.kept, length, dt[0].shape[1], *limit, DT_START=dt_start, H=heads, BH=block, T=tokens, PADDED=padded, CODES=dt_input.codes, num_warps=4,
     )  # fmt: skip
     shared |= {"T": tokens, "PADDED": padded, "NATIVE": not INTERPRETED, "num_stages": SSD_STAGES}
     block = states if shared["DYNAMIC"] else min(SSD_STATES, states)
     width = min(SSD_CHANNELS, head_dim)
     _ssd_states_kernel[(heads * head_dim // width, states // block, rows)](
-        u, conv.scale, scratch.step, scratch.decay, state, *grids, scratch.before, length, BN=block, BP=width,
+        u, conv.scale, scratch.weight, scratch.kept, state, *grids, scratch.before, length, BN=block, BP=width,
         STATE_ROUNDING=rounding, num_warps=SSD_WARPS, **shared,
     )  # fmt: skip
-    together = gcd(heads // groups, SSD_HEADS)
+    together = max(count for count in range(1, SSD_HEADS + 1) if heads // groups % count == 0)
     for switch in ("QUANTIZED", "ALONG", "DYNAMIC"):
         del shared[switch]
     _ssd_outputs_kernel[(heads // together, padded // tokens, rows)](

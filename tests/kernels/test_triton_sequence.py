@@ -103,7 +103,7 @@ def test_scan_in_steps_is_the_recurrence(length: int, quantized: bool) -> None:
     state = (given.clone() if quantized else values.clone()).to(DEVICE)
     out = poisoned(batch * length, inner)
     scratch = scan_scratch(batch, length, state, torch.float32)
-    for memory in (scratch.step, scratch.decay, scratch.before):
+    for memory in (scratch.step, scratch.decay, scratch.weight, scratch.kept, scratch.before):
         memory.fill_(float("nan"))
     ssd_rows(
         u.view(-1, channels).to(DEVICE), False, plain_convolution(channels, torch.ones(4, channels)),
