@@ -19,9 +19,8 @@ from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 WIDEST_SIDE = 128  # channels of a row that one small product turns
-TILE_PARTS = 128  # sides that a program turns, of several rows where they fit
-TOGETHER_FROM = 512  # rows from which a program takes several
 ROTATE_WARPS = 4
+TOGETHER, PROGRAMS = 4, 128  # rows a program turns where that leaves so many programs
 _HEADROOM = tl.constexpr(0.0625)  # float16 between the two products of a rotation: a power of two
 
 
@@ -54,11 +53,10 @@ def norm_rows(residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, o
 
 @dataclass(frozen=True)
 class RowRotation:
-    """A rotation of whole rows as two products: ``left``, row (parts, side), ``right`` (side, side).
+    """A rotation of whole rows as two products: ``left`` (parts, parts), row (parts, side), ``right`` (side, side).
 
-    H_m (x) H_{2^k} with ``side`` of the 2^k; ``left`` is block-diagonal, a block for each of as many rows as fit, and
-    one for each block of the rotation. ``left`` and ``right``: float16, or float32 for a check. ``turned``: ``right``
-    does anything.
+    H_m (x) H_{2^k} with ``side`` of the 2^k; ``left`` is padded to a power of two of at least 16, block-diagonal if the
+    rotation is. ``left`` and ``right``: float16, or float32 for a check. ``turned``: ``right`` does anything.
     """
 
     left: Tensor
@@ -93,14 +91,12 @@ def plan_row_rotation(
 def _row_matrices(rotation: Rotation | None, size: int, side: int, format: int) -> tuple[Tensor, Tensor, bool]:
     """``left``, ``right`` with its columns in the order of ``format``, and whether ``right`` does anything."""
     parts = size // side
-    padded = max(TILE_PARTS, triton.next_power_of_2(parts))
+    padded = max(16, triton.next_power_of_2(parts))
     left, right = torch.zeros(padded, padded), torch.eye(side)
     if rotation is not None:
         right = hadamard_matrix(side)
         mix = torch.kron(rotation.base, hadamard_matrix(rotation.parts[1] // side))
-        blocks = padded // parts * (rotation.size // rotation.block)
-        filled = blocks * len(mix)
-        left[:filled, :filled] = torch.kron(torch.eye(blocks), mix)
+        left[:parts, :parts] = torch.kron(torch.eye(rotation.size // rotation.block), mix)
     places = permuted.fn(torch.arange(side), format)
     placed = torch.zeros(side, side)
     placed[:, places] = right.T
@@ -108,67 +104,61 @@ def _row_matrices(rotation: Rotation | None, size: int, side: int, format: int) 
 
 
 @triton.jit
-def _over_segments(values, segment, COUNT: tl.constexpr, LARGEST: tl.constexpr):
-    """Sum, or maximum of what is not negative, of the values of a segment, at each of its places."""
-    found = values * 0.0
-    for index in tl.static_range(COUNT):
-        inside = tl.where(segment == index, values, 0.0)
-        one = tl.max(inside, axis=0) if LARGEST else tl.sum(inside, axis=0)
-        found = tl.where(segment == index, one, found)
-    return found
-
-
-@triton.jit
 def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor, epsilon, inverse, low, high,
-                   middle_inverse, middle_scale, middle_low, middle_high, M, N_IN, Z_START: tl.constexpr, E: tl.constexpr,
-                   PARTS: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, STRIDE: tl.constexpr,
-                   SIDE: tl.constexpr, GROUPS: tl.constexpr, Z_CODES: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, TURNED: tl.constexpr,
-                   MIDDLE: tl.constexpr,
-                   MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr,
-                   EXACT: tl.constexpr):  # fmt: skip
-    """ROWS rows: out = H (norm(y * SiLU(z)) * gain) * factor, landed."""
-    part = tl.arange(0, PADDED)
-    turn = part // PARTS
-    row = tl.program_id(0) * ROWS + turn
-    channel = (part % PARTS)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
-    mask = (channel < E) & ((turn < ROWS) & (row < M))[:, None]
-    row = row.to(tl.int64)[:, None]
-    v = tl.load(y + row * E + channel, mask=mask, other=0.0).to(tl.float32)
-    if Z_CODES:
-        z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0).to(tl.float32)
-        z = z * tl.load(z_scale + channel, mask=mask, other=0.0)
-    else:
-        z = tl.load(z_values + row * N_IN + Z_START + channel, mask=mask, other=0.0).to(tl.float32)
-    v = v * silu(z)
-    if NORM:
-        width: tl.constexpr = E // GROUPS
-        if PARTS % GROUPS == 0:
-            squares = _over_segments(tl.sum(v * v, axis=1), part // (PARTS // GROUPS), ROWS * GROUPS, False)
-            v = v * tl.div_rn(1.0, tl.sqrt_rn(squares / width + epsilon))[:, None]
-        else:
-            whole = v * v
-            for group in tl.static_range(GROUPS):
-                member = channel // width == group
-                squares = _over_segments(tl.sum(tl.where(member, whole, 0.0), axis=1), turn, ROWS, False)
-                v = tl.where(member, v * tl.div_rn(1.0, tl.sqrt_rn(squares / width + epsilon))[:, None], v)
-        v = v * tl.load(gain + channel, mask=mask, other=0.0)
-    if MIDDLE:
-        v = to_codes(v, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
+                   middle_inverse, middle_scale, middle_low, middle_high, M, N_IN, Z_START: tl.constexpr,
+                   E: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, SIDE: tl.constexpr,
+                   GROUPS: tl.constexpr, ROWS: tl.constexpr, Z_CODES: tl.constexpr, NORM: tl.constexpr,
+                   ROTATED: tl.constexpr, TURNED: tl.constexpr, MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
+                   QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """ROWS rows, one after the other: out = H (norm(y * SiLU(z)) * gain) * factor, landed."""
+    part, side = tl.arange(0, PADDED), tl.arange(0, SIDE)
+    channel = part[:, None] * SIDE + side[None, :]
     if TURNED:
-        unit = 1.0
-        if not NORM and not EXACT:  # float16 has no room for any magnitude: the row's largest becomes 1
-            unit = tl.maximum(_over_segments(tl.max(tl.abs(v), axis=1), turn, ROWS, True), 1e-20)[:, None]
-            v = v * tl.div_rn(1.0, unit)
-        side = tl.arange(0, SIDE)
         H_right = tl.load(right + side[:, None] * SIDE + side[None, :])
-        v = tl.dot(v.to(H_right.dtype), H_right, input_precision="ieee")
         if ROTATED:
-            H_left = tl.load(left + part[:, None] * STRIDE + part[None, :])
-            v = tl.dot(H_left, (v * _HEADROOM).to(H_left.dtype), input_precision="ieee") / _HEADROOM
-        v = v * (factor * unit)
-    if QUANTIZED:
-        tl.store(out + row * E + channel, to_codes(v, inverse, low, high, ROUNDING).to(out.dtype.element_ty), mask=mask)
-    else:
+            H_left = tl.load(left + part[:, None] * PADDED + part[None, :])
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for row in range(first, first + ROWS):
+        mask = (channel < E) & (channel * 0 + row < M)
+        v = tl.load(y + row * E + channel, mask=mask, other=0.0).to(tl.float32)
+        if Z_CODES:
+            z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0).to(tl.float32)
+            z = z * tl.load(z_scale + channel, mask=mask, other=0.0)
+        else:
+            z = tl.load(z_values + row * N_IN + Z_START + channel, mask=mask, other=0.0).to(tl.float32)
+        v = v * silu(z)
+        if NORM:
+            width: tl.constexpr = E // GROUPS
+            squares = tl.sum(v * v, axis=1)
+            if GROUPS == 1:
+                v = v * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / width + epsilon))
+            elif PARTS % GROUPS == 0:
+                scale = tl.zeros((PADDED,), tl.float32)
+                for group in tl.static_range(GROUPS):
+                    member = part // (PARTS // GROUPS) == group
+                    mean = tl.sum(tl.where(member, squares, 0.0), axis=0) / width
+                    scale = tl.where(member, tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)), scale)
+                v = v * scale[:, None]
+            else:
+                whole = v * v
+                for group in tl.static_range(GROUPS):
+                    member = channel // width == group
+                    mean = tl.sum(tl.sum(tl.where(member, whole, 0.0), axis=1), axis=0) / width
+                    v = tl.where(member, v * tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)), v)
+            v = v * tl.load(gain + channel, mask=mask, other=0.0)
+        if MIDDLE:
+            v = to_codes(v, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
+        if TURNED:
+            unit = 1.0
+            if not NORM and not EXACT:  # float16 has no room for any magnitude: the row's largest becomes 1
+                unit = tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), 1e-20)
+                v = v * tl.div_rn(1.0, unit)
+            v = tl.dot(v.to(H_right.dtype), H_right, input_precision="ieee")
+            if ROTATED:
+                v = tl.dot(H_left, (v * _HEADROOM).to(H_left.dtype), input_precision="ieee") / _HEADROOM
+            v = v * (factor * unit)
+        if QUANTIZED:
+            v = to_codes(v, inverse, low, high, ROUNDING)
         tl.store(out + row * E + channel, v.to(out.dtype.element_ty), mask=mask)
 
 
@@ -180,13 +170,12 @@ def rotate_rows(y: Tensor, z: tuple[Tensor, Tensor], z_input: InputPlan, z_start
     ``y``: (M, E), float16 or float32; ``z``: codes and values of in_proj's outputs, (M, N) both.
     """
     rows, width = y.shape
-    together = plan.left.shape[0] // plan.parts if rows >= TOGETHER_FROM else 1
-    padded = max(16, triton.next_power_of_2(together * plan.parts))
+    together = TOGETHER if rows >= TOGETHER * PROGRAMS else 1
     _rotate_kernel[(triton.cdiv(rows, together),)](
         y, *z, z_input.scale, gain if gain is not None else plan.left, plan.left, plan.right, out, plan.factor, epsilon,
-        site.inverse, site.low, site.high, middle.inverse, middle.scale, middle.low, middle.high, rows,
-        z[0].shape[1], Z_START=z_start, E=width, PARTS=plan.parts, ROWS=together, PADDED=padded,
-        STRIDE=plan.left.shape[0], SIDE=plan.right.shape[0], GROUPS=groups, Z_CODES=z_input.codes, NORM=gain is not None, ROTATED=plan.rotated, TURNED=plan.turned, MIDDLE=middle.quantized,
-        MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
-        EXACT=plan.left.dtype == torch.float32, num_warps=ROTATE_WARPS * (2 if padded > 64 else 1),
+        site.inverse, site.low, site.high, middle.inverse, middle.scale, middle.low, middle.high, rows, z[0].shape[1],
+        Z_START=z_start, E=width, PARTS=plan.parts, PADDED=plan.left.shape[0], SIDE=plan.right.shape[0], GROUPS=groups,
+        ROWS=together, Z_CODES=z_input.codes, NORM=gain is not None, ROTATED=plan.rotated, TURNED=plan.turned,
+        MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
+        EXACT=plan.left.dtype == torch.float32, num_warps=ROTATE_WARPS, num_stages=2,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from squamata.kernels.gpu_math import small_to_float
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
 from squamata.kernels.gpu_sequence import Sequences
 
-SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 16  # loaded together; channels a program
+SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; channels a program
 
 
 @triton.jit
@@ -79,6 +79,8 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
     for start in range(0, L, T):
         at = tl.minimum(start, L - T)  # the last tokens once more, instead of places that do not exist
         given = _tokens(u_at, dt_at, bc_at, at, start, last, channel, E, N, T)
+        if NATIVE:
+            tl.debug_barrier()  # or the assembler moves every load to its use, each with the whole latency
         for i in tl.static_range(T):
             x, delta = _as_float(given[i][0], NATIVE) * unit, given[i][1].to(tl.float32)
             s = tl.exp2(delta[:, None] * rate) * s + (delta * x)[:, None] * given[i][2][None, :]
@@ -104,5 +106,5 @@ def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Ten
         N=states, BE=SCAN_CHANNELS, T=min(SCAN_TOKENS, sequences.length), FORMAT=format, CODES=u.dtype == torch.int8,
         QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
         DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0,
-        NATIVE=not INTERPRETED, num_warps=1,
+        NATIVE=not INTERPRETED, num_warps=1, maxnreg=255,
     )  # fmt: skip

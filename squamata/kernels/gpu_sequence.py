@@ -20,7 +20,7 @@ from squamata.kernels.gpu_math import _MAGIC, dot_float, silu, softplus, to_code
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _store_state
 
-CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 32, 4, 256, 2  # a program
+CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 16, 8, 256, 2  # a program
 # Of a head, a step. Never one stage: Triton 3.6 then reads shared memory out of bounds (compute-sanitizer; two: clean)
 SSD_TOKENS, SSD_STATES, SSD_HEADS, SSD_WARPS, SSD_STAGES = 64, 64, 5, 4, 3
 OUT_WARPS, OUT_STAGES, SSD_CHANNELS = 4, 3, 64
@@ -205,15 +205,17 @@ def _ssd_states_kernel(u, u_scale, dt_weight, dt_kept, state, state_scale, state
     weight_at = dt_weight + (row * H + head) * PADDED + step
     kept_at = dt_kept + (row * H + head) * (PADDED // T)
     before_at = before + row.to(tl.int64) * (PADDED // T * H * P * N) + channel[:, None] * N + n[None, :]
+    kept = tl.load(kept_at)
     for start in range(0, PADDED, T):
+        kept_next = tl.load(kept_at + tl.minimum(start + T, PADDED - T) // T)
         tl.store(before_at, s.to(before.dtype.element_ty))
         live = (start + step < L)[:, None]
-        weight, kept = tl.load(weight_at), tl.load(kept_at)
+        weight = tl.load(weight_at)
         x, B = tl.load(x_at, mask=live, other=0), tl.load(b_at, mask=live, other=0)
         to_end = (tl.trans(x).to(tl.float32) * unit * weight[None, :]).to(x.dtype)
         s = dot_float(to_end, B, kept * s, NATIVE)
+        kept = kept_next
         weight_at += T
-        kept_at += 1
         x_at += T * C
         b_at += T * C
         before_at += H * P * N

@@ -150,14 +150,14 @@ def test_selective_scan_is_the_recurrence(length: int) -> None:
         assert relative(state[row], s) < 1e-5
 
 
-@pytest.mark.parametrize(("size", "groups", "parts"), [(640, 1, 16), (512, 4, 16), (64, 2, 32)])
+@pytest.mark.parametrize(("size", "groups"), [(640, 1), (512, 4)])
 @pytest.mark.parametrize("normed", [True, False])
-def test_rows_that_are_rotated_together_do_not_mix(
-    size: int, groups: int, parts: int, normed: bool, monkeypatch: pytest.MonkeyPatch
+def test_rows_that_are_rotated_by_one_program_do_not_mix(
+    size: int, groups: int, normed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(size)
-    monkeypatch.setattr(gpu_rows, "TOGETHER_FROM", 1)
-    monkeypatch.setattr(gpu_rows, "TILE_PARTS", parts)
+    monkeypatch.setattr(gpu_rows, "TOGETHER", 3)
+    monkeypatch.setattr(gpu_rows, "PROGRAMS", 1)
     rotation, rows = Rotation.of_size(size), 7
     y, z, gain = torch.randn(rows, size) * torch.logspace(-3, 3, rows)[:, None], torch.randn(rows, size), torch.rand(size)
     out = poisoned(rows, size)

@@ -48,7 +48,8 @@ from squamata.kernels.gpu_sequence import (
 from squamata.kernels.gpu_tiles import TiledLinear
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
-ROWS_FROM, NARROW = 128, 1024  # rows of activations, and of a weight, from which its layout by rows pays
+# Rows of activations, and outputs and columns of a weight, from which its layout by rows pays
+ROWS_FROM, OUTPUTS_FROM, COLUMNS_FROM = 128, 64, 512
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Workspace:
 
     def by_rows(self, linear: TiledLinear) -> bool:
         """True if the product wants its weight laid out by rows (``gpu_expand``)."""
-        large = self.rows >= ROWS_FROM and linear.rows > NARROW and linear.columns > NARROW // 2
+        large = self.rows >= ROWS_FROM and linear.rows >= OUTPUTS_FROM and linear.columns >= COLUMNS_FROM
         return large and linear.format in OPERAND and (linear.format.integer_activations or not self.exact)
 
     def input_of(self, name: str, projection: Projection) -> Tensor:
