@@ -20,7 +20,6 @@ from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 WIDEST_SIDE = 128  # channels of a row that one small product turns
 ROTATE_WARPS = 4
-TOGETHER, PROGRAMS = 4, 128  # rows a program turns where that leaves so many programs
 _HEADROOM = tl.constexpr(0.0625)  # float16 between the two products of a rotation: a power of two
 
 
@@ -105,60 +104,60 @@ def _row_matrices(rotation: Rotation | None, size: int, side: int, format: int) 
 
 @triton.jit
 def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor, epsilon, inverse, low, high,
-                   middle_inverse, middle_scale, middle_low, middle_high, M, N_IN, Z_START: tl.constexpr,
-                   E: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, SIDE: tl.constexpr,
-                   GROUPS: tl.constexpr, ROWS: tl.constexpr, Z_CODES: tl.constexpr, NORM: tl.constexpr,
-                   ROTATED: tl.constexpr, TURNED: tl.constexpr, MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
-                   QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """ROWS rows, one after the other: out = H (norm(y * SiLU(z)) * gain) * factor, landed."""
-    part, side = tl.arange(0, PADDED), tl.arange(0, SIDE)
-    channel = part[:, None] * SIDE + side[None, :]
+                   middle_inverse, middle_scale, middle_low, middle_high, N_IN, Z_START: tl.constexpr, E: tl.constexpr,
+                   PARTS: tl.constexpr, PADDED: tl.constexpr, SIDE: tl.constexpr, GROUPS: tl.constexpr,
+                   Z_CODES: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, TURNED: tl.constexpr,
+                   MIDDLE: tl.constexpr,
+                   MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr,
+                   EXACT: tl.constexpr):  # fmt: skip
+    """One row: out = H (norm(y * SiLU(z)) * gain) * factor, landed."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PADDED)
+    channel = part[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    mask = channel < E
+    v = tl.load(y + row * E + channel, mask=mask, other=0.0).to(tl.float32)
+    if Z_CODES:
+        z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0).to(tl.float32)
+        z = z * tl.load(z_scale + channel, mask=mask, other=0.0)
+    else:
+        z = tl.load(z_values + row * N_IN + Z_START + channel, mask=mask, other=0.0).to(tl.float32)
+    v = v * silu(z)
+    if NORM:
+        width: tl.constexpr = E // GROUPS
+        squares = tl.sum(v * v, axis=1)
+        if GROUPS == 1:
+            v = v * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / width + epsilon))
+        elif PARTS % GROUPS == 0:
+            scale = tl.zeros((PADDED,), tl.float32)
+            for group in tl.static_range(GROUPS):
+                member = part // (PARTS // GROUPS) == group
+                mean = tl.sum(tl.where(member, squares, 0.0), axis=0) / width
+                scale = tl.where(member, tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)), scale)
+            v = v * scale[:, None]
+        else:
+            whole = v * v
+            for group in tl.static_range(GROUPS):
+                member = channel // width == group
+                mean = tl.sum(tl.sum(tl.where(member, whole, 0.0), axis=1), axis=0) / width
+                v = tl.where(member, v * tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)), v)
+        v = v * tl.load(gain + channel, mask=mask, other=0.0)
+    if MIDDLE:
+        v = to_codes(v, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
     if TURNED:
+        unit = 1.0
+        if not NORM and not EXACT:  # float16 has no room for any magnitude: the row's largest becomes 1
+            unit = tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), 1e-20)
+            v = v * tl.div_rn(1.0, unit)
+        side = tl.arange(0, SIDE)
         H_right = tl.load(right + side[:, None] * SIDE + side[None, :])
+        v = tl.dot(v.to(H_right.dtype), H_right, input_precision="ieee")
         if ROTATED:
             H_left = tl.load(left + part[:, None] * PADDED + part[None, :])
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for row in range(first, first + ROWS):
-        mask = (channel < E) & (channel * 0 + row < M)
-        v = tl.load(y + row * E + channel, mask=mask, other=0.0).to(tl.float32)
-        if Z_CODES:
-            z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0).to(tl.float32)
-            z = z * tl.load(z_scale + channel, mask=mask, other=0.0)
-        else:
-            z = tl.load(z_values + row * N_IN + Z_START + channel, mask=mask, other=0.0).to(tl.float32)
-        v = v * silu(z)
-        if NORM:
-            width: tl.constexpr = E // GROUPS
-            squares = tl.sum(v * v, axis=1)
-            if GROUPS == 1:
-                v = v * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / width + epsilon))
-            elif PARTS % GROUPS == 0:
-                scale = tl.zeros((PADDED,), tl.float32)
-                for group in tl.static_range(GROUPS):
-                    member = part // (PARTS // GROUPS) == group
-                    mean = tl.sum(tl.where(member, squares, 0.0), axis=0) / width
-                    scale = tl.where(member, tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)), scale)
-                v = v * scale[:, None]
-            else:
-                whole = v * v
-                for group in tl.static_range(GROUPS):
-                    member = channel // width == group
-                    mean = tl.sum(tl.sum(tl.where(member, whole, 0.0), axis=1), axis=0) / width
-                    v = tl.where(member, v * tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)), v)
-            v = v * tl.load(gain + channel, mask=mask, other=0.0)
-        if MIDDLE:
-            v = to_codes(v, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
-        if TURNED:
-            unit = 1.0
-            if not NORM and not EXACT:  # float16 has no room for any magnitude: the row's largest becomes 1
-                unit = tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), 1e-20)
-                v = v * tl.div_rn(1.0, unit)
-            v = tl.dot(v.to(H_right.dtype), H_right, input_precision="ieee")
-            if ROTATED:
-                v = tl.dot(H_left, (v * _HEADROOM).to(H_left.dtype), input_precision="ieee") / _HEADROOM
-            v = v * (factor * unit)
-        if QUANTIZED:
-            v = to_codes(v, inverse, low, high, ROUNDING)
+            v = tl.dot(H_left, (v * _HEADROOM).to(H_left.dtype), input_precision="ieee") / _HEADROOM
+        v = v * (factor * unit)
+    if QUANTIZED:
+        tl.store(out + row * E + channel, to_codes(v, inverse, low, high, ROUNDING).to(out.dtype.element_ty), mask=mask)
+    else:
         tl.store(out + row * E + channel, v.to(out.dtype.element_ty), mask=mask)
 
 
@@ -170,12 +169,11 @@ def rotate_rows(y: Tensor, z: tuple[Tensor, Tensor], z_input: InputPlan, z_start
     ``y``: (M, E), float16 or float32; ``z``: codes and values of in_proj's outputs, (M, N) both.
     """
     rows, width = y.shape
-    together = TOGETHER if rows >= TOGETHER * PROGRAMS else 1
-    _rotate_kernel[(triton.cdiv(rows, together),)](
+    _rotate_kernel[(rows,)](
         y, *z, z_input.scale, gain if gain is not None else plan.left, plan.left, plan.right, out, plan.factor, epsilon,
-        site.inverse, site.low, site.high, middle.inverse, middle.scale, middle.low, middle.high, rows, z[0].shape[1],
+        site.inverse, site.low, site.high, middle.inverse, middle.scale, middle.low, middle.high, z[0].shape[1],
         Z_START=z_start, E=width, PARTS=plan.parts, PADDED=plan.left.shape[0], SIDE=plan.right.shape[0], GROUPS=groups,
-        ROWS=together, Z_CODES=z_input.codes, NORM=gain is not None, ROTATED=plan.rotated, TURNED=plan.turned,
-        MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
-        EXACT=plan.left.dtype == torch.float32, num_warps=ROTATE_WARPS, num_stages=2,
+        Z_CODES=z_input.codes, NORM=gain is not None, ROTATED=plan.rotated, TURNED=plan.turned, MIDDLE=middle.quantized,
+        MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
+        EXACT=plan.left.dtype == torch.float32, num_warps=ROTATE_WARPS,
     )  # fmt: skip

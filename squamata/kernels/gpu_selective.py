@@ -14,7 +14,7 @@ from squamata.kernels.gpu_math import small_to_float
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
 from squamata.kernels.gpu_sequence import Sequences
 
-SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; channels a program
+SCAN_TOKENS, SCAN_CHANNELS, SCAN_WARPS = 16, 128 if INTERPRETED else 32, 4  # loaded together; a program
 
 
 @triton.jit
@@ -37,18 +37,6 @@ def _as_float(x, NATIVE: tl.constexpr):
     if x.dtype == tl.int8 and NATIVE:
         x = small_to_float(x.to(tl.int32))
     return x.to(tl.float32)
-
-
-@triton.jit
-def _to_half(y, NATIVE: tl.constexpr):
-    """float16, clamped; two at a time, because a single conversion shares a unit with the exponential, too."""
-    y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
-    if NATIVE:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b32 pair; cvt.rn.f16x2.f32 pair, $1, $1; cvt.u16.u32 $0, pair; }", "=h,f", [y], dtype=tl.float16,
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    return y.to(tl.float16)
 
 
 @triton.jit
@@ -75,18 +63,20 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
     last = tl.load(lengths + row)
     base = row.to(tl.int64) * L
     u_at, dt_at = u + base * E + permuted(channel, FORMAT), dt + base * E + channel
-    bc_at, out_at = bc + base * (2 * N) + n, out + base * E + channel
+    bc_at, out_at = bc + base * (2 * N) + n, out + base * E + channel[:, None]
     for start in range(0, L, T):
         at = tl.minimum(start, L - T)  # the last tokens once more, instead of places that do not exist
         given = _tokens(u_at, dt_at, bc_at, at, start, last, channel, E, N, T)
-        if NATIVE:
-            tl.debug_barrier()  # or the assembler moves every load to its use, each with the whole latency
+        y = tl.zeros((BE, N), tl.float32)  # of T tokens, whose places are the states'
         for i in tl.static_range(T):
             x, delta = _as_float(given[i][0], NATIVE) * unit, given[i][1].to(tl.float32)
             s = tl.exp2(delta[:, None] * rate) * s + (delta * x)[:, None] * given[i][2][None, :]
-            y = tl.sum(s * given[i][3][None, :], axis=1) + through * x
-            y = _to_half(y, NATIVE) if out.dtype.element_ty == tl.float16 else y
-            tl.store(out_at + at * E + i * E, y, mask=live & (channel * 0 + (at + i) >= start))
+            out_i = tl.sum(s * given[i][3][None, :], axis=1) + through * x
+            y = tl.where(n[None, :] == i, out_i[:, None], y)
+        if out.dtype.element_ty == tl.float16:
+            y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+        written = mask & ((n < T) & (at + n >= start))[None, :]
+        tl.store(out_at + (at + n)[None, :] * E, y.to(out.dtype.element_ty), mask=written)
     _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, live[:, None], state_low, state_high,
                  state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
 
@@ -103,8 +93,8 @@ def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Ten
     grids = (grid.scale, grid.inverse, grid.low, grid.high, grid.span) if grid else (filler, filler, 0.0, 0.0, 0.0)
     _selective_kernel[(triton.cdiv(channels, SCAN_CHANNELS), rows)](
         u, u_input.scale, dt, bc, A, skip, state, *grids, sequences.lengths, out, sequences.length, E=channels,
-        N=states, BE=SCAN_CHANNELS, T=min(SCAN_TOKENS, sequences.length), FORMAT=format, CODES=u.dtype == torch.int8,
-        QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
+        N=states, BE=SCAN_CHANNELS, T=min(SCAN_TOKENS, states, sequences.length), FORMAT=format,
+        CODES=u.dtype == torch.int8, QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
         DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0,
-        NATIVE=not INTERPRETED, num_warps=1, maxnreg=255,
+        NATIVE=not INTERPRETED, num_warps=SCAN_WARPS, maxnreg=255,
     )  # fmt: skip

@@ -38,13 +38,8 @@ from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Fi
 from squamata.kernels.gpu_norm import embed, greedy
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
 from squamata.kernels.gpu_selective import selective_rows
-from squamata.kernels.gpu_sequence import (
-    ScanScratch,
-    Sequences,
-    conv_rows,
-    scan_scratch,
-    ssd_rows,
-)
+from squamata.kernels.gpu_sequence import Sequences, conv_rows
+from squamata.kernels.gpu_ssd import ScanScratch, scan_scratch, ssd_rows
 from squamata.kernels.gpu_tiles import TiledLinear
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
