@@ -61,15 +61,16 @@ CONFIGS = {
 _PROGRAMS = 128  # fewer than that leave multiprocessors idle
 _NARROW = Config(64, 32, 128, 4, 5)
 _SHALLOW = Config(128, 64, 64, 4, 3)
-# Weights by rows, whose rows are a product's left operand: 64 of them or more
+# Weights by rows, which are a product's left operand: 64 outputs or more
 _ROWS = [
-    (64, Config(32, 64, 512, 4, 3)),
-    (256, Config(64, 64, 128, 4, 4)),
+    (32, Config(32, 64, 256, 4, 4)),
+    (128, Config(64, 64, 128, 4, 4)),
+    (256, Config(64, 128, 128, 4, 3)),
     (2**31, Config(128, 128, 128, 4, 3)),
 ]
 _ROWS_GROUPED = [
-    (64, Config(16, 64, 128, 4, 6)),
-    (256, Config(64, 64, 128, 4, 4)),
+    (32, Config(32, 64, 128, 4, 5)),
+    (128, Config(64, 64, 128, 4, 4)),
     (2**31, Config(128, 64, 128, 4, 3)),
 ]
 

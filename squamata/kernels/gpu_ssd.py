@@ -212,10 +212,10 @@ def scan_scratch(batch: int, length: int, state: Tensor, dtype: torch.dtype) -> 
         STEP_TOKENS, max(16, triton.next_power_of_2(length) // 2)
     )  # one step of 64 lost the state (Triton 3.6)
     steps = triton.cdiv(length, tokens) if length > 1 else 0
-    places = (torch.zeros(batch, heads, steps * tokens, device=state.device) for _ in range(3))
+    step, decay, weight = (torch.zeros(batch, heads, steps * tokens, device=state.device) for _ in range(3))
     kept = torch.zeros(batch, heads, steps, device=state.device)
     before = torch.zeros(batch, steps, heads * head_dim, states, dtype=dtype, device=state.device)
-    return ScanScratch(*places, kept, before, tokens)
+    return ScanScratch(step, decay, weight, kept, before, tokens)
 
 
 def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Tensor], dt_input: InputPlan,
