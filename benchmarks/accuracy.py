@@ -1,7 +1,6 @@
 """The accuracy table of docs/benchmarks.md: recipes x models, judged on two texts and LAMBADA.
 
-    python benchmarks/accuracy.py --models ../shared/models/mamba1-24m ../shared/models/mamba2-24m \
-        --data ../shared/data --out out/accuracy
+    python benchmarks/accuracy.py --models MODELS/mamba1-24m MODELS/mamba2-24m --data DATA --out out/accuracy
 
 Rows go to OUT/rows.jsonl as they are finished; a second call does what is missing and prints the table.
 """
@@ -9,13 +8,13 @@ Rows go to OUT/rows.jsonl as they are finished; a second call does what is missi
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from panels import keep, kept_rows
 
 import squamata
 from squamata.evaluate import evaluate_lambada
@@ -108,15 +107,14 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     store = arguments.out / "rows.jsonl"
-    rows = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+    rows = kept_rows(store)
     for folder in arguments.models:
         for recipe in arguments.recipes:
             if any(row["model"] == folder.name and row["recipe"] == recipe for row in rows):
                 continue
             started = time.perf_counter()
             rows.append(run(folder, recipe, arguments))
-            with store.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            keep(rows[-1], store)
             print(f"{folder.name} {recipe}: {time.perf_counter() - started:.0f} s", flush=True)
     print(table(rows))
 

@@ -16,10 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from panels import Dot, Row, draw_panels, keep, kept_rows
 
 import squamata
 from squamata.evaluate.perplexity import Evaluation
@@ -63,7 +60,7 @@ def quantized(folder: Path, name: str, calibration: Path, scratch: Path, samples
     return squamata.load(out)
 
 
-def row_of(judged: Evaluation, plain: Evaluation) -> dict[str, Any]:
+def row_of(judged: Evaluation, plain: Evaluation) -> Row:
     """KL and perplexity ratio with their intervals."""
     more, tokens = judged.sums.nats - plain.sums.nats, judged.sums.tokens
     interval = ratio_interval(more, tokens)
@@ -75,7 +72,7 @@ def row_of(judged: Evaluation, plain: Evaluation) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: a line a format, KL and ratio a model and mode."""
     columns = list(dict.fromkeys((row["model"], row["mode"]) for row in rows))
     lines = ["| decay | " + " | ".join(f"{model}, {mode}: KL | ratio" for model, mode in columns) + " |"]
@@ -89,30 +86,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _interval(row: dict[str, Any], key: str, digits: int) -> str:
+def _interval(row: Row, key: str, digits: int) -> str:
     ends = row[f"{key}_ci"]
     said = f"{row[key]:.{digits}f}"
     return said if ends is None else f"{said} ({ends[0]:.{digits}f}-{ends[1]:.{digits}f})"
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """KL by format, one panel a model and mode."""
-    columns = list(dict.fromkeys((row["model"], row["mode"]) for row in rows))
-    names = list(dict.fromkeys(row["format"] for row in rows))
-    figure, panels = plt.subplots(1, len(columns), figsize=(3 + 3 * len(columns), 5.5), sharey=True, squeeze=False)
-    for axes, column in zip(panels[0], columns, strict=True):
-        for row in (row for row in rows if (row["model"], row["mode"]) == column):
-            low, high = row["kl_ci"] or (row["kl"], row["kl"])
-            error = [[max(0.0, row["kl"] - low)], [max(0.0, high - row["kl"])]]
-            colour = "tab:orange" if "log" in row["format"] or "ltsq" in row["format"] else "tab:blue"
-            axes.errorbar(row["kl"], -names.index(row["format"]), xerr=error, marker="o", capsize=3, color=colour)
-        axes.set_xscale("log")
-        axes.set_title(", ".join(column), fontsize=9)
-        axes.set_xlabel("KL to float, nats a token")
-        axes.grid(axis="x", alpha=0.3)
-    panels[0][0].set_yticks([-number for number in range(len(names))], names, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+def dots(rows: list[Row]) -> list[Dot]:
+    """KL by format, one panel a model and mode; formats of the logarithm in a colour of their own."""
+    return [
+        Dot(
+            panel=f"{row['model']}, {row['mode']}",
+            name=row["format"],
+            value=row["kl"],
+            interval=row["kl_ci"] or (row["kl"], row["kl"]),
+            colour="tab:orange" if "log" in row["format"] or "ltsq" in row["format"] else "tab:blue",
+        )
+        for row in rows
+    ]
 
 
 def main() -> None:
@@ -126,8 +117,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    kept = options.rows.read_text().splitlines() if options.rows and options.rows.is_file() else []
-    rows = [json.loads(line) for line in kept]
+    rows = kept_rows(options.rows)
     done = {(row["model"], row["format"]) for row in rows}
     for folder in options.models:
         wanted = [name for name in options.only if (folder.name, name) not in done]
@@ -142,12 +132,10 @@ def main() -> None:
                 judged = squamata.evaluate(model, options.text, against=reference, **how)
                 rows.append({"model": folder.name, "format": name, "mode": mode} | row_of(judged, plain[mode]))
                 print(json.dumps(rows[-1]), flush=True)
-                if options.rows:
-                    with options.rows.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
+                keep(rows[-1], options.rows)
     print(table(rows))
     if options.picture:
-        draw(rows, options.picture)
+        draw_panels(dots(rows), options.picture, xscale="log")
 
 
 if __name__ == "__main__":

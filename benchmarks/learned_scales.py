@@ -10,18 +10,14 @@ paired bootstrap over the documents of the text, the seeds' rows joined; +- is t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from panels import Dot, Row, draw_panels, keep, kept_rows
 
 from squamata.calibrate.tokens import sample
 from squamata.evaluate.perplexity import evaluate
@@ -31,7 +27,6 @@ from squamata.models.checkpoint import Checkpoint
 from squamata.parts import QuantizedParts
 from squamata.pipeline import load
 from squamata.run.model import Model
-from squamata.spec.quant import SITE_PARTS
 from squamata.spec.recipe import Recipe
 
 PERCENTILE: dict[str, Any] = {"percentile": {"alpha": 0.9999}}
@@ -59,12 +54,10 @@ def recipe_of(setting: str, method: str, steps: int, length: int) -> Recipe:
 def quantized(source: Any, recipe: Recipe, batches: list[torch.Tensor], tokenizer: Any) -> Model:
     """In memory."""
     parts = QuantizedParts(source, recipe, batches)
-    everything = {name: value for some in parts.each() for name, value in some.items()}
-    sites = {name: everything.pop(name) for name in list(everything) if name.rpartition(".")[2] in SITE_PARTS}
-    return Model(Checkpoint(parts.config, everything, recipe, sites), tokenizer=tokenizer)  # type: ignore[arg-type]
+    return Model(Checkpoint.of_parts(parts.config, recipe, parts.each()), tokenizer=tokenizer)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: a line a method, a column a setting; KL over all seeds, its interval, the spread of the seeds."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     lines = ["| scales | " + " | ".join(settings) + " | seconds |", "|---" * (len(settings) + 2) + "|"]
@@ -78,37 +71,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _joined(rows: list[dict[str, Any]]) -> tuple[float, tuple[float, float]]:
+def _joined(rows: list[Row]) -> tuple[float, tuple[float, float]]:
     """Mean KL and its interval over documents, every document with the sum of its seeds."""
     kl, tokens = (np.sum([row[key] for row in rows], axis=0) for key in ("kl_sums", "tokens"))
     mean = float(kl.sum() / tokens.sum())
     return mean, ratio_interval(kl, tokens) or (mean, mean)
 
 
-def _cell(rows: list[dict[str, Any]]) -> str:
+def _cell(rows: list[Row]) -> str:
     mean, (low, high) = _joined(rows)
     each = [row["kl"] for row in rows]
     spread = f", ± {statistics.stdev(each):.5f}" if len(each) > 1 else ""
     return f"{mean:.5f} ({low:.5f}-{high:.5f}{spread})"
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def dots(rows: list[Row]) -> list[Dot]:
     """KL by method, one panel a setting; a small dot a seed."""
-    settings, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("setting", "method"))
-    figure, panels = plt.subplots(1, len(settings), figsize=(3 + 3 * len(settings), 3.5), sharey=True, squeeze=False)
-    for axes, setting in zip(panels[0], settings, strict=True):
-        for place, method in enumerate(methods):
-            found = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
-            if found:
-                mean, (low, high) = _joined(found)
-                axes.errorbar(mean, -place, xerr=[[mean - low], [high - mean]], marker="o", capsize=3, color="tab:blue")
-                axes.plot([row["kl"] for row in found], [-place - 0.2] * len(found), ".", color="grey")
-        axes.set_title(setting)
-        axes.set_xlabel("KL to float, nats a token")
-        axes.grid(axis="x", alpha=0.3)
-    panels[0][0].set_yticks([-place for place in range(len(methods))], methods)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    by_cell: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_cell.setdefault((row["setting"], row["method"]), []).append(row)
+    return [
+        Dot(setting, method, *_joined(found), each=[row["kl"] for row in found])
+        for (setting, method), found in by_cell.items()
+    ]
 
 
 def main() -> None:
@@ -126,8 +111,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    kept = options.rows.read_text().splitlines() if options.rows and options.rows.is_file() else []
-    rows = [json.loads(line) for line in kept]
+    rows = kept_rows(options.rows)
     done = {(row["setting"], row["method"], row["seed"]) for row in rows}
     reference, source = load(options.model), open_source(options.model)
     for seed in options.seeds:
@@ -151,12 +135,10 @@ def main() -> None:
                     "tokens": judged.sums.tokens.tolist(),
                 })  # fmt: skip
                 print(f"{setting:10} {method:24} seed {seed}  {judged.kl:.6f}  {seconds:.0f} s", flush=True)
-                if options.rows:
-                    with options.rows.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
+                keep(rows[-1], options.rows)
     print(table(rows))
     if options.picture:
-        draw(rows, options.picture)
+        draw_panels(dots(rows), options.picture)
 
 
 if __name__ == "__main__":

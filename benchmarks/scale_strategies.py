@@ -56,9 +56,7 @@ def recipe_with(scale: Any, where: str, bits: int, tune: bool) -> Recipe:
 
 def quantized(source: Any, recipe: Recipe, batches: list[torch.Tensor], tokenizer: Any) -> Model:
     parts = QuantizedParts(source, recipe, batches)
-    everything = {name: value for some in parts.each() for name, value in some.items()}
-    sites = {name: everything.pop(name) for name in list(everything) if name.endswith((".scale", ".zero", ".index"))}
-    return Model(Checkpoint(parts.config, everything, recipe, sites), tokenizer=tokenizer)  # type: ignore[arg-type]
+    return Model(Checkpoint.of_parts(parts.config, recipe, parts.each()), tokenizer=tokenizer)
 
 
 def main() -> None:

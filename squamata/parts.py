@@ -23,6 +23,7 @@ from squamata.calibrate.observe import (
     watch_head,
     watch_layer,
 )
+from squamata.calibrate.tokens import joined
 from squamata.kernels import ops
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.partition import Layout, Partition
@@ -40,6 +41,9 @@ from squamata.spec.recipe import Recipe
 from squamata.spec.sites import all_sites
 
 TABLE_BLOCK = 2**27  # elements of the embedding or the head that are in float32 at a time
+# On a GPU: tokens that run together, and of a chunk of the scan, whose work and memory grow with its length. Neither
+# changes what is seen but by the order in which float32 sums are rounded.
+TOKENS_AT_ONCE, CHUNK = 2**14, 64
 FLOAT = Recipe.read("float")
 
 Progress = Callable[[int, int], None]  # parts done, parts in all
@@ -69,13 +73,15 @@ class QuantizedParts:
         self.recipe = recipe
         check_device(device)
         self.device = torch.device(device)
-        self.batches = [ids.to(self.device) for ids in batches]
+        on_host = self.device.type == "cpu"
+        self.batches = [ids.to(self.device) for ids in (batches if on_host else joined(batches, TOKENS_AT_ONCE))]
         self.specs = recipe.resolve(source.config.blocks)
         self.sites = all_sites(source.config.blocks)
         differ = self.specs.get("head.weight") != self.specs.get("embedding.weight")
         self.shares_table = source.config.tie_embeddings
         tied = self.shares_table and not differ and not transform.unties(recipe)
         self.config = source.config.model_copy(update={"tie_embeddings": tied})
+        self.working = self.config if on_host else self.config.model_copy(update={"chunk_size": CHUNK})
         self.layouts = model_layouts(source.config)
         self.ends = partial(transform.apply_ends, recipe, self.config)
         self.bytes_read = 0
@@ -92,7 +98,7 @@ class QuantizedParts:
         """Part ``number``; all before it must have been made here, or restored."""
         if self.device.type == "cpu":
             return self._refined(number)
-        with self.device, use_backend("ref"):  # tensors are made there; the context costs every call a little
+        with self.device, use_backend("triton"):  # tensors are made there; the context costs every call a little
             return self._refined(number)
 
     def _refined(self, number: int) -> Values:
@@ -158,7 +164,7 @@ class QuantizedParts:
         scales_found: dict[str, Tensor] = {}
         tuned = self.recipe.tune is not None and not learn.aims_at_logits(self.recipe)
         if self.seen:
-            block = build_block(self.config, layer, tensors, site_tensors=maps)
+            block = build_block(self.working, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
             entering = list(self.seen) if tuned else []
             run_layer(block, self.seen)
@@ -167,10 +173,10 @@ class QuantizedParts:
         quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
         if self.seen and tuned:
             specs, start = under(prefix, self.specs), under(prefix, scales_found)
-            student = build_block(self.config, layer, under(prefix, quantized), specs, start, "simulate")
+            student = build_block(self.working, layer, under(prefix, quantized), specs, start, "simulate")
             scales_found |= learn.tune(self.recipe, block, student, entering)
         if self.rounded:
-            run_layer(build_block(self.config, layer, under(prefix, quantized)), self.rounded)
+            run_layer(build_block(self.working, layer, under(prefix, quantized)), self.rounded)
         return {**scales_found, **quantized}
 
     def _end(self) -> Values:
@@ -214,7 +220,7 @@ class QuantizedParts:
         needed = transform.needs(self.recipe, self.config.blocks[layer])
         if not needed:
             return {}
-        block = build_block(self.config, layer, tensors)
+        block = build_block(self.working, layer, tensors)
         wanted = {prefix + site: spec for site, spec in needed.items()}
         statistics = attach(block.sites.values(), wanted, transform.Observed)
         watch_layer(block, self.seen)
@@ -224,7 +230,7 @@ class QuantizedParts:
         """What the layer's weights multiply when all layers before it are quantized."""
         if not self.rounded:
             return {}
-        block = build_block(self.config, layer, tensors)
+        block = build_block(self.working, layer, tensors)
         prefix = f"layers.{layer}."
         grams = self._watched_grams(block.sites.values(), {prefix + name: tensors[name] for name in tensors})
         watch_layer(block, self.rounded)

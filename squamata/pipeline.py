@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from squamata import __version__, scales, transform
 from squamata.calibrate import whole
@@ -37,7 +36,6 @@ from squamata.run.model import Model
 from squamata.save.format import describe
 from squamata.save.read import read_checkpoint
 from squamata.save.write import CheckpointWriter
-from squamata.spec.quant import SITE_PARTS
 from squamata.spec.recipe import Recipe
 
 __all__ = ["Quantization", "evaluate", "generate", "load", "quantize"]
@@ -166,11 +164,7 @@ def random_model(shape_name: str, recipe: str | Recipe, progress: Progress | Non
     check(recipe, config)
     ids = torch.randint(config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     parts = QuantizedParts(RandomSource(config), recipe, [ids], progress=progress)
-    everything = {name: value for some in parts.each() for name, value in some.items()}
-    sites = {name: value for name, value in everything.items() if name.rpartition(".")[2] in SITE_PARTS}
-    tensors = {name: value for name, value in everything.items() if name not in sites}
-    site_tensors = {name: value for name, value in sites.items() if isinstance(value, Tensor)}
-    return Model(Checkpoint(parts.config, tensors, recipe, site_tensors))
+    return Model(Checkpoint.of_parts(parts.config, recipe, parts.each()))
 
 
 def _must_see(recipe: Recipe, config: ModelConfig) -> str:

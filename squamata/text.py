@@ -1,10 +1,12 @@
-"""Reading text from files: the one reader that calibration and evaluation share."""
+"""Text files: the one reader that calibration and evaluation share, and the one writer of what a verb found."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def _parse_row(line: str, fields: dict[str, type], place: str) -> dict[str, Any]
             raise SquamataError(f"{place}: no field '{field}'{nearest(field, row) if row else ' in an empty object'}")
         if not isinstance(row[field], kind):
             found = type(row[field]).__name__
-            raise SquamataError(f"{place}: field '{field}' must be a {kind.__name__}, not a {found}")
+            raise SquamataError(f"{place}: field '{field}' must be of type {kind.__name__}, not {found}")
     if any(isinstance(row[field], str) and _SURROGATE.search(row[field]) for field in fields):
         raise SquamataError(f"{place}: half of a \\u surrogate pair; such a character has no UTF-8 form")
     return row
@@ -94,3 +96,32 @@ def _decode(path: Path, content: bytes) -> str:
         return content.decode("utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
         raise SquamataError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8 first") from None
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """Refuse, before any work is done, a file that could not be written after it; ``option``: what asked for it."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise SquamataError(f"{path} is a folder: give a file to {option}")
+    if not folder.is_dir():
+        raise SquamataError(f"{option} {path}: no folder '{path.parent}' to write it to")
+    if not os.access(folder, os.W_OK):
+        raise SquamataError(f"{option} {path}: the folder '{path.parent}' cannot be written to")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, in place of what was there."""
+    partial = None
+    try:
+        folder, prefix = path.absolute().parent, f".{path.name}."
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=prefix, delete=False, encoding="utf-8") as file:
+            partial = Path(file.name)
+            file.write(text)
+        partial.chmod(0o644)
+        partial.replace(path)
+    except OSError as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        raise SquamataError(f"cannot write {path}: {error.strerror}") from None

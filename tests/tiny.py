@@ -11,14 +11,12 @@ import torch
 from layout_writers import write_state_spaces
 
 from squamata.kernels.dispatch import use_backend
-from squamata.kernels.qtensor import QTensor
 from squamata.load.hub import bundled
 from squamata.load.random_model import random_tensors
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
 from squamata.parts import QuantizedParts
-from squamata.spec.quant import SITE_PARTS
 from squamata.spec.recipe import Recipe
 
 Tensors = dict[str, torch.Tensor]
@@ -67,10 +65,7 @@ def quantized(config: ModelConfig, tensors: Tensors, recipe: Recipe, batches: li
     """Quantize in memory with the reference kernels."""
     with use_backend("ref"):
         parts = QuantizedParts(MemorySource(config, tensors), recipe, batches)
-        everything = {name: value for part in parts.each() for name, value in part.items()}
-    sites = {name: everything.pop(name) for name in list(everything) if name.rpartition(".")[2] in SITE_PARTS}
-    assert not any(isinstance(value, QTensor) for value in sites.values())
-    return Checkpoint(parts.config, everything, recipe, sites)
+        return Checkpoint.of_parts(parts.config, recipe, parts.each())
 
 
 def recipe_of(*rules: dict[str, Any], **fields: Any) -> Recipe:

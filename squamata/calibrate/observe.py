@@ -3,7 +3,9 @@ of a weight whose quantizer wants to see them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,11 +50,41 @@ def attach_grams(sites: Iterable[Site], inputs: Mapping[str, str]) -> dict[str, 
     return grams
 
 
+class _Enough(Exception):
+    """Every observer has seen the batch: what follows in the layer serves nobody."""
+
+
 @torch.no_grad()
 def watch_layer(block: Block, stream: Stream) -> None:
-    """Send the stream through one block for its observers alone; the stream stays as it is."""
-    for h in stream:
-        block.forward(h, None, block.new_cache(h.shape[0]))
+    """Send the stream through one block for its observers alone, as far as the last of them; it stays as it is.
+
+    For activations, each of which lands once.
+    """
+    for h in stream if any(site.observer for site in block.sites.values()) else ():
+        with observed_once(block.sites.values()), suppress(_Enough):
+            block.forward(h, None, block.new_cache(h.shape[0]))
+
+
+@contextmanager
+def observed_once(sites: Iterable[Site]) -> Iterator[None]:
+    """Within the block the observers of these sites raise ``_Enough`` when the last of them has seen a tensor."""
+    before = {site.name: (site, site.observer) for site in sites if site.observer is not None}
+    waiting = set(before)
+
+    def see(name: str, observer: Callable[[Tensor], None], x: Tensor) -> None:
+        observer(x)
+        waiting.discard(name)
+        if not waiting:
+            raise _Enough
+
+    try:
+        for name, (site, observer) in before.items():
+            assert observer is not None and site.layout.flat
+            site.observer = partial(see, name, observer)
+        yield
+    finally:
+        for site, observer in before.values():
+            site.observer = observer
 
 
 @torch.no_grad()

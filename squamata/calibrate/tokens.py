@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +66,15 @@ class CalibrationSet:
             "seed": self.seed,
             "settings": self.settings.model_dump(),
         }
+
+
+def joined(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """Neighbours of one length as one batch (B, L) of at most so many tokens; a larger batch stays as it is."""
+    found: list[Tensor] = []
+    for ids in batches:
+        fits = found and found[-1].shape[1] == ids.shape[1] and found[-1].numel() + ids.numel() <= tokens
+        found[-1:] = [torch.cat([found[-1], ids])] if fits else [*found[-1:], ids]
+    return found
 
 
 def _batched(items: Iterator[tuple[int, ...]], size: int) -> Iterator[tuple[tuple[int, ...], ...]]:

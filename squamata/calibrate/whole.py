@@ -26,12 +26,18 @@ from squamata.models.block import Block
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
-from squamata.spec.quant import SITE_PARTS, QuantSpec
+from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
 from squamata.spec.sites import all_sites
 
 Choices = dict[str, list[scales.Scale]]  # site -> what every candidate makes of it
 Progress = Callable[[int, int], None]
+
+_NOT_SEARCHED = {
+    "state": "of a state, which a parallel pass rounds only after its last token",
+    "weight": "of a weight",
+    "parameter": "of a parameter",
+}
 
 
 def needed(recipe: Recipe, specs: Mapping[str, QuantSpec]) -> str:
@@ -47,11 +53,8 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
     infos = all_sites(config.blocks)
     for site, spec in recipe.resolve(config.blocks).items():
         if scales.searched_by_output(spec) and (infos[site].kind != "activation" or spec.dynamic):
-            what = (
-                "a state, which a parallel pass rounds only after its last token" if infos[site].kind == "state" else ""
-            )
-            instead = what or ("a run-time scale" if spec.dynamic else "a weight or parameter")
-            raise SquamataError(f"{site}: 'by: kl' chooses scales of activations, not of {instead}; use 'by: mse'")
+            what = _NOT_SEARCHED.get(infos[site].kind, "one that is taken at run time")
+            raise SquamataError(f"{site}: 'by: kl' chooses scales of activations, not {what}; use 'by: mse'")
 
 
 def refined(
@@ -69,11 +72,7 @@ def refined(
     search by output makes of a site. First the searches, in the order the data meets the sites; then the training.
     ``progress``: blocks searched, then training steps.
     """
-    everything = {name: value for part in parts for name, value in part.items()}
-    sites = {name: value for name, value in everything.items() if name.rpartition(".")[2] in SITE_PARTS}
-    tensors = {name: value for name, value in everything.items() if name not in sites}
-    site_tensors = {name: value for name, value in sites.items() if isinstance(value, Tensor)}
-    student = LanguageModel(Checkpoint(config, tensors, recipe, site_tensors), "simulate")
+    student = LanguageModel(Checkpoint.of_parts(config, recipe, parts), "simulate")
     with use_backend("ref"):
         examples = [Example.of(float_model, ids) for ids in batches]
         found = choose(student, examples, choices, progress)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squamata.cli.output import JsonFile, check_json, note, write_json
+from squamata.cli.output import Device, JsonFile, check_json, note, write_json
 
 if TYPE_CHECKING:
     from squamata.models.lm import LanguageModel
@@ -31,7 +31,7 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
     json_file: JsonFile = None,
 ) -> None:
     """Continue a prompt; the text streams as it is made."""
@@ -40,17 +40,17 @@ def generate(
     from squamata.run import SamplingOptions
     from squamata.run.device import check_device
 
-    check_device(device)
+    check_device(device.value)
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()))
     loaded = pipeline.load(model)
-    result = stream(loaded, prompt, options, device)
+    result = stream(loaded, prompt, options, device.value)
     pace = "" if result.tpot_ms is None else f", then {1e3 / result.tpot_ms:.1f} tokens/s"
     note(
         f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new, stopped by {result.stopped_by}; "
         f"first token after {result.ttft_ms:.0f} ms{pace}"
     )
     write_json(
-        json_file, result.to_dict() | {"model": model, "recipe": loaded.checkpoint.recipe.name, "device": device}
+        json_file, result.to_dict() | {"model": model, "recipe": loaded.checkpoint.recipe.name, "device": device.value}
     )
 
 

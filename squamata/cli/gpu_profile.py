@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from squamata.errors import SquamataError
-from squamata.evaluate.profile import random_ids
-from squamata.evaluate.result import Result
+from squamata.evaluate.profile import Speed, check_counts, random_ids
 from squamata.evaluate.size import bytes_by_part
+from squamata.evaluate.windows import Progress
 from squamata.kernels.dispatch import use_backend
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.lm import LanguageModel
@@ -40,30 +40,18 @@ class GpuAgreement:
 
 
 @dataclass(frozen=True)
-class GpuProfile(Result):
-    """Times in milliseconds, {median, p10, p90} over the repeats, of graph replays: TTFT of a prompt, TPOT of a token.
+class GpuProfile(Speed):
+    """Speed on a GPU: {median, p10, p90} of graph replays, TTLT {median} their sum for ``generate`` tokens.
 
-    ``ttlt_ms``: their sum for ``generate`` tokens. ``floor_ms``: weights, scales and state that a token must move over
-    the bandwidth of a device copy. ``kernels``: {decode, prefill} -> name -> {launches, microseconds a launch}.
+    The floor is of weights, scales and state over the bandwidth of a device copy. ``kernels``: {decode, prefill} ->
+    name -> {launches, microseconds a launch}.
     """
 
     gpu: str
-    bytes: dict[str, int]
-    ttft_ms: dict[str, float]
-    tpot_ms: dict[str, float]
-    ttlt_ms: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
     copy_bytes_per_s: float
     bytes_per_step: int
     achieved_bytes_per_s: float
-    floor_ms: float
-    floor_share: float
     peak_gpu_bytes: int
-    prompt: int
-    generate: int
-    batch: int
-    repeats: int
     kernels: dict[str, dict[str, dict[str, float]]]
     agreement: GpuAgreement
 
@@ -147,10 +135,22 @@ def _relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def profile_gpu(
-    model: LanguageModel, prompt: int = 1024, generate: int = 128, batch: int = 1, repeats: int = 60
+    model: LanguageModel,
+    prompt: int = 1024,
+    generate: int = 128,
+    batch: int = 1,
+    repeats: int = 60,
+    progress: Progress | None = None,
 ) -> GpuProfile:
-    """Time prefill and decode of ``batch`` sequences. SquamataError if the kernels disagree with the reference."""
+    """Time prefill and decode of ``batch`` sequences. SquamataError if the kernels disagree with the reference.
+
+    ``progress``: checked, timed, kernel by kernel.
+    """
+    check_counts(prompt=(prompt, 1), generate=(generate, 2), batch=(batch, 1), repeats=(repeats, 1))
+    tell = progress or (lambda done, total: None)
+    tell(0, 3)
     agreement = check_agreement(model, batch)
+    tell(1, 3)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     decoder = CapturedDecoder(model, batch, state_dtype=torch.float16)
@@ -165,6 +165,7 @@ def profile_gpu(
             "the logits on the GPU are not finite, so no times are given: the weights or scales are off"
         )
     peak = torch.cuda.max_memory_allocated()
+    tell(2, 3)
     kernels = {"decode": kernel_times(decoder.kernels()), "prefill": kernel_times(plan.kernels())}
     decoder.reset()
     bandwidth, moved = copy_bandwidth(), decoder.plan.weight_bytes + decoder.plan.state_bytes
@@ -174,7 +175,7 @@ def profile_gpu(
         bytes=bytes_by_part(model, batch) if not model.final_norm.is_cuda else {},
         ttft_ms=first,
         tpot_ms=tokens,
-        ttlt_ms=first["median"] + (generate - 1) * tokens["median"],
+        ttlt_ms={"median": first["median"] + (generate - 1) * tokens["median"]},
         prefill_tokens_per_s=1e3 * batch * prompt / first["median"],
         decode_tokens_per_s=1e3 * batch / tokens["median"],
         copy_bytes_per_s=bandwidth,

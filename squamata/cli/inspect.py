@@ -41,6 +41,7 @@ def inspect(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure on this text what fraction of the values is clipped.")
     ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of the text, the first so many.")] = 8192,
     json_file: JsonFile = None,
 ) -> None:
     """Show format, scales and bytes of every site and tensor (layers together unless --layer is given)."""
@@ -56,7 +57,7 @@ def inspect(
     clipped = None
     if text is not None:
         with progress("counting clipped values") as advance:
-            clipped = clipped_fractions(model, text, progress=advance)
+            clipped = clipped_fractions(model, text, max_tokens, advance)
     rows = [row for row in site_rows(model, clipped) if layer is None or row.layer == layer]
     found["sites"] = [asdict(row) for row in rows]
     if against is None:

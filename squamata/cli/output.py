@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -30,6 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from squamata.errors import SquamataError
+from squamata.text import check_writable, write_whole
 
 WIDTH_OF_A_FILE = 140  # columns of tables that go into a pipe or file
 LONGEST_UNBROKEN = 32  # characters of a cell; columns with longer ones are the first to be wrapped
@@ -119,33 +118,13 @@ def check_files(*paths: Path | None) -> None:
 
 def check_json(path: Path | None) -> None:
     """Refuse, before any work is done, a JSON file that could not be written after it."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise SquamataError(f"{path} is a folder: give a file to --json")
-    if not path.absolute().parent.is_dir():
-        raise SquamataError(f"--json {path}: no folder '{path.parent}' to write it to")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise SquamataError(f"--json {path}: the folder '{path.parent}' cannot be written to")
+    check_writable(path, "--json")
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     """Write the numbers of a verb, whole or not at all; NaN and infinity become null."""
-    if path is None:
-        return
-    text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
-    partial = None
-    try:
-        folder, prefix = path.absolute().parent, f".{path.name}."
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=prefix, delete=False) as file:
-            partial = Path(file.name)
-            file.write(text)
-        partial.chmod(0o644)
-        partial.replace(path)
-    except OSError as error:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-        raise SquamataError(f"cannot write {path}: {error.strerror}") from None
+    if path is not None:
+        write_whole(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -166,7 +145,7 @@ def size(count: int) -> str:
 
 def interval(bounds: tuple[float, float] | None, digits: int) -> str:
     """A confidence interval for a person, or nothing."""
-    return "" if bounds is None else f"{bounds[0]:.{digits}f} .. {bounds[1]:.{digits}f}"
+    return "" if bounds is None else f"{bounds[0]:z.{digits}f} .. {bounds[1]:z.{digits}f}"
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from squamata.errors import SquamataError
 
 if TYPE_CHECKING:
     from squamata.cli.gpu_profile import GpuProfile
-    from squamata.evaluate.profile import Profile
+    from squamata.evaluate.profile import Profile, Speed
     from squamata.models.lm import LanguageModel
 
 
@@ -26,8 +26,10 @@ def profile(
     generate: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
-    repeats: Annotated[int, typer.Option(help="Times are {median, min, max} of so many.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Of torch and of the compiled kernels.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Times are the median and the spread of so many.", show_default="5; cuda: 60")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch and of the compiled kernels, on a CPU.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure size and speed. The fast kernels are checked against the reference before anything is timed."""
@@ -36,6 +38,8 @@ def profile(
         raise SquamataError("give either a MODEL or --shape NAME")
     if recipe is not None and shape is None:
         raise SquamataError("--recipe goes with --shape; a checkpoint has its own (squamata quantize makes one)")
+    if threads is not None and device is Device.cuda:
+        raise SquamataError("--threads is of a CPU: leave it out with --device cuda")
     from squamata.run.device import check_device
 
     check_device(device.value)
@@ -45,9 +49,10 @@ def profile(
         from squamata.cli.gpu_profile import profile_gpu
 
         loaded = _loaded_for_gpu(model, shape, recipe or "float")
-        figures = profile_gpu(loaded, prompt, generate, batch)
-        _show_gpu(name, loaded.checkpoint.recipe.name, figures)
-        content = figures.to_dict() | {"agreement": asdict(figures.agreement)}
+        with progress("timing") as advance:
+            on_gpu = profile_gpu(loaded, prompt, generate, batch, 60 if repeats is None else repeats, advance)
+        _show_gpu(name, loaded.checkpoint.recipe.name, on_gpu)
+        content = on_gpu.to_dict() | {"agreement": asdict(on_gpu.agreement)}
     else:
         from squamata.evaluate.profile import profile as measure
         from squamata.evaluate.profile import threads as using_threads
@@ -55,7 +60,7 @@ def profile(
         with using_threads(threads):
             loaded = _loaded(model, shape, recipe or "float")
             with progress("timing") as advance:
-                result = measure(loaded, prompt, generate, batch, repeats, progress=advance)
+                result = measure(loaded, prompt, generate, batch, 5 if repeats is None else repeats, advance)
         _show(name, loaded.checkpoint.recipe.name, result)
         content = result.to_dict() | {"agreement": asdict(result.agreement)}
     write_json(json_file, content | about | {"recipe": loaded.checkpoint.recipe.name})
@@ -89,16 +94,7 @@ def _loaded(model: str | None, shape: str | None, recipe: str) -> LanguageModel:
 def _show(name: str, recipe: str, result: Profile) -> None:
     parts = ("embedding", "layers", "head", "sites", "total", "cache")
     table(f"{name}, {recipe}", parts, [[size(result.bytes[part]) for part in parts]])
-    times = (("TTFT, ms", result.ttft_ms), ("TPOT, ms", result.tpot_ms), ("TTLT, ms", result.ttlt_ms))
-    rows: list[list[str]] = [
-        [label, *(f"{spread[part]:.2f}" for part in ("median", "min", "max"))] for label, spread in times
-    ]
-    table(
-        f"{result.prompt} tokens of prompt, {result.generate} generated, batch {result.batch}, "
-        f"{result.threads} threads, {result.repeats} repeats",
-        ("<", "median", "min", "max"),
-        rows,
-    )
+    _show_times(f"threads {result.threads}", result, ("median", "min", "max"), digits=2)
     table(
         "",
         ("<", "", "<"),
@@ -118,13 +114,22 @@ def _show(name: str, recipe: str, result: Profile) -> None:
     )
 
 
+def _show_times(on: str, result: Speed, parts: tuple[str, ...], digits: int) -> None:
+    """TTFT, TPOT and TTLT, with the parts of their spread that are known."""
+    times = (("TTFT, ms", result.ttft_ms), ("TPOT, ms", result.tpot_ms), ("TTLT, ms", result.ttlt_ms))
+    table(
+        f"{on}: {result.prompt} tokens of prompt, {result.generate} generated, batch {result.batch}, "
+        f"{result.repeats} repeats",
+        ("<", *parts),
+        [
+            [label, *(f"{spread[part]:.{digits}f}" if part in spread else "" for part in parts)]
+            for label, spread in times
+        ],
+    )
+
+
 def _show_gpu(name: str, recipe: str, result: GpuProfile) -> None:
-    rows = [
-        [label, *(f"{spread[part]:.3f}" for part in ("median", "p10", "p90"))]
-        for label, spread in (("TTFT, ms", result.ttft_ms), ("TPOT, ms", result.tpot_ms))
-    ]
-    title = f"{name}, {recipe}; {result.gpu}; {result.prompt} tokens of prompt, batch {result.batch}"
-    table(title, ("<", "median", "p10", "p90"), [*rows, ["TTLT, ms", f"{result.ttlt_ms:.1f}", "", ""]])
+    _show_times(f"{name}, {recipe}, {result.gpu}", result, ("median", "p10", "p90"), digits=3)
     table(
         "",
         ("<", "", "<"),

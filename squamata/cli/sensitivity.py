@@ -28,6 +28,7 @@ from squamata.cli.output import (
 from squamata.cli.quantize import calibration_of
 from squamata.cli.study import verbs
 from squamata.errors import SquamataError
+from squamata.text import check_writable, write_whole
 
 if TYPE_CHECKING:
     from squamata.report.forms import Forms
@@ -91,6 +92,7 @@ def sensitivity(
         raise SquamataError("two budgets: give --budget-bytes or --budget-bits")
     if save_recipe is not None and not budget.given:
         raise SquamataError("--save-recipe needs a budget: add --budget-bits or --budget-bytes")
+    check_writable(save_recipe, "--save-recipe")
     from squamata.report.forms import CalibrationChoice
     from squamata.report.page import check_out, write_page
     from squamata.report.sensitivity import Judge, as_data, measure_sensitivity
@@ -102,13 +104,14 @@ def sensitivity(
     with progress("calibrating and quantizing") as advance:
         advance(0, 1)
         forms = _forms(model, recipe, budget, drawn)
+    mixer = _mixer(forms, per, budget)
     judging = Judge.of(model, text, verbs(), window, max_tokens, mode.value, device.value)
     with progress(f"one {per.value} at a time") as advance:
         measured = measure_sensitivity(forms, "low", per.value, judging, advance)
     _show(model, recipe, measured)
     found: dict[str, Any] = as_data(measured, Path(model).name, recipe)
-    if budget.given:
-        found["search"] = _search(forms, measured, judging, budget, seed)
+    if mixer is not None:
+        found["search"] = _search(mixer, measured, judging, budget, seed)
     write_json(json_file, found)
     if out is not None:
         write_page(out, f"Sensitivity of {Path(model).name}", {}, [], [found])
@@ -131,7 +134,7 @@ def _show(model: str, recipe: str, measured: Sensitivity) -> None:
         (
             row.unit,
             row.sites,
-            f"{row.kl:.6f}",
+            f"{row.kl:z.6f}",
             interval(row.kl_ci, 6),
             f"{row.perplexity:.3f}",
             f"{100 * row.top1_agreement:.2f}",
@@ -154,12 +157,22 @@ def _show(model: str, recipe: str, measured: Sensitivity) -> None:
         note("the state is rounded at every token only when decoding: judge it with --mode recurrent")
 
 
-def _search(forms: Forms, measured: Sensitivity, judging: Judge, budget: Budget, seed: int) -> dict[str, Any]:
-    from squamata.report.mixed import Mixer, SearchPlan, as_data, budget_in_bytes, search_mixture
+def _mixer(forms: Forms, per: Unit, budget: Budget) -> Mixer | None:
+    """What the budget is spent on, None without one; a budget that nothing fits is refused before anything runs."""
+    if not budget.given:
+        return None
+    from squamata.report.mixed import Mixer, budget_in_bytes, check_budget
 
-    mixer = Mixer(forms, "low", "high" if forms.has("high") else "float", measured.per)
+    mixer = Mixer(forms, "low", "high" if forms.has("high") else "float", per.value)
+    check_budget(mixer, budget_in_bytes(forms, budget.bytes, budget.bits))
+    return mixer
+
+
+def _search(mixer: Mixer, measured: Sensitivity, judging: Judge, budget: Budget, seed: int) -> dict[str, Any]:
+    from squamata.report.mixed import SearchPlan, as_data, budget_in_bytes, search_mixture
+
     final = judging if budget.judge is None else judging.on(budget.judge)
-    plan = SearchPlan(budget_in_bytes(forms, budget.bytes, budget.bits), judging, final, seed)
+    plan = SearchPlan(budget_in_bytes(mixer.forms, budget.bytes, budget.bits), judging, final, seed)
     with progress("searching mixtures") as advance:
         found = search_mixture(mixer, measured, plan, advance)
     _show_search(found, budget, len(mixer.units))
@@ -178,7 +191,7 @@ def _show_search(found: Search, budget: Budget, units: int) -> None:
             f"{mixture.bits_per_parameter:.3f}",
             f"{len(mixture.upgraded)} of {units}",
             mixture.evaluations or "",
-            f"{mixture.kl:.6f}",
+            f"{mixture.kl:z.6f}",
             interval(mixture.kl_ci, 6),
             f"{mixture.perplexity:.3f}",
             interval(mixture.perplexity_ci, 3),
@@ -195,8 +208,5 @@ def _show_search(found: Search, budget: Budget, units: int) -> None:
 
 def _save(mixer: Mixer, found: Search, path: Path) -> None:
     recipe = mixer.recipe(frozenset(found.mixture(found.best).upgraded), path.stem)
-    try:
-        path.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False, width=120))
-    except OSError as error:
-        raise SquamataError(f"cannot write {path}: {error.strerror}") from None
+    write_whole(path, yaml.safe_dump(recipe.to_mapping(), sort_keys=False, width=120))
     note(f"recipe: {path}; next: squamata quantize ... --recipe {path}")

@@ -18,6 +18,7 @@ from squamata.evaluate.measure import AtOnce, Measured, at_once, measure
 from squamata.evaluate.result import Result
 from squamata.evaluate.uncertainty import FEWEST_UNITS, Interval, ratio_interval
 from squamata.evaluate.windows import Batch, Corpus, Progress, batches, corpus_of, tokenizer_of
+from squamata.kernels.grid import seeded
 
 if TYPE_CHECKING:
     from squamata.models.lm import LanguageModel
@@ -74,6 +75,7 @@ def evaluate(
     window in one forward pass, ``recurrent`` token by token through the (quantized) state. ``batch``: windows side by
     side; by default as many as memory for their logits allows. The reference runs in the same mode. SquamataError for
     a bad file, a text of fewer than two tokens, models of different vocabularies, and logits that are not finite.
+    A state that is rounded stochastically is judged with torch's generator at seed 0, which is put back afterwards.
     """
     runner = _runner(mode, model.config.vocab_size, batch, at_once(model))
     if against is not None and against.config.vocab_size != model.config.vocab_size:
@@ -81,7 +83,8 @@ def evaluate(
         raise SquamataError(f"the two models have vocabularies of {sizes} tokens: compare models that share one")
     started = time.perf_counter()
     corpus = text if isinstance(text, Corpus) else corpus_of(text, tokenizer_of(model), window, max_tokens)
-    sums = _unit_sums(corpus, _measurements(corpus, model, against, runner, progress))
+    with seeded(0):
+        sums = _unit_sums(corpus, _measurements(corpus, model, against, runner, progress))
     return _summarize(corpus, sums, mode, window, time.perf_counter() - started)
 
 

@@ -47,12 +47,12 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Profile(Result):
-    """Times in milliseconds, {median, min, max} over the repeats: TTFT from call to first token, TPOT the mean of
-    every further token, TTLT from call to last token. Rates count the tokens of all sequences of the batch.
+class Speed(Result):
+    """What is told of a model's speed on any device: times in milliseconds, their median and spread over the repeats.
 
-    ``bytes``: see ``bytes_by_part``. ``floor_ms``: weights read for a token / DRAM bandwidth; ``floor_share``: that
-    over TPOT. ``peak_rss_bytes``: of the whole process, loading and the reference included; ``rss_bytes``: while timed.
+    TTFT from call to first token, TPOT of every further token, TTLT from call to last token. Rates count the tokens of
+    all sequences of the batch. ``bytes``: see ``bytes_by_part``. ``floor_ms``: the bytes that a token must move over
+    the memory's measured bandwidth; ``floor_share``: that over TPOT.
     """
 
     bytes: dict[str, int]
@@ -61,16 +61,25 @@ class Profile(Result):
     ttlt_ms: dict[str, float]
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
-    peak_rss_bytes: int
-    rss_bytes: int
-    weight_bytes_per_token: int
-    dram_read_bytes_per_s: float
     floor_ms: float
     floor_share: float
     prompt: int
     generate: int
     batch: int
     repeats: int
+
+
+@dataclass(frozen=True)
+class Profile(Speed):
+    """Speed on a CPU: {median, min, max} of times, TPOT the mean of a run's further tokens; the floor is of weights.
+
+    ``peak_rss_bytes``: of the whole process, loading and the reference included; ``rss_bytes``: while timed.
+    """
+
+    peak_rss_bytes: int
+    rss_bytes: int
+    weight_bytes_per_token: int
+    dram_read_bytes_per_s: float
     threads: int
     agreement: Agreement
 
@@ -87,7 +96,7 @@ def profile(
 
     SquamataError if the fast kernels disagree with the reference: then nothing is timed.
     """
-    _check_counts(prompt=(prompt, 1), generate=(generate, 2), batch=(batch, 1), repeats=(repeats, 1))
+    check_counts(prompt=(prompt, 1), generate=(generate, 2), batch=(batch, 1), repeats=(repeats, 1))
     agreement = check_agreement(model)
     ids = random_ids(model.config.vocab_size, batch, prompt)
     _timed_run(model, ids, 2)  # compiles, packs, warms the caches
@@ -129,7 +138,8 @@ def profile(
     )
 
 
-def _check_counts(**counts: tuple[int, int]) -> None:
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Refuse counts, each given with the least it may be."""
     for name, (value, least) in counts.items():
         if value < least:
             raise SquamataError(f"{name} must be at least {least}, not {value}")

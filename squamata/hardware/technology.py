@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError
 
 from squamata.errors import SquamataError, nearest
 from squamata.spec.quant import Data
+from squamata.spec.yaml_file import SUFFIXES, first_problem, read_yaml
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bits = Annotated[int, Field(ge=1, le=64)]
-SUFFIXES = (".yaml", ".yml")
 
 
 class Technology(Data):
@@ -76,25 +75,15 @@ def _read(kind: type[Described], name_or_path: str | Path, folder: str, what: st
             known = nearest(str(name_or_path), names(folder))
             raise SquamataError(f"no {what} named '{name_or_path}'{known}; a file of your own ends in .yaml")
         path = Path(__file__).parent / folder / f"{name_or_path}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise SquamataError(f"{path}: no such {what} file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise SquamataError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
-    return _checked(kind, content, str(name_or_path), what)
+    return _checked(kind, read_yaml(path, what), str(name_or_path), what)
 
 
 def _checked(kind: type[Described], content: Any, origin: str, what: str) -> Described:
     """SquamataError, one line, for what is missing, unknown (with the nearest name) or out of range."""
     if not isinstance(content, dict):
         raise SquamataError(f"{origin}: a {what} is a YAML mapping of {', '.join(kind.model_fields)}")
-    known = list(kind.model_fields)
-    for key in content:
-        if key not in known:
-            raise SquamataError(f"{origin}: unknown key '{key}'{nearest(str(key), known)}")
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise SquamataError(f"{origin}: {problem['loc'][0]}: {problem['msg']}") from None
+        problem = first_problem(error, lambda place: nearest(str(place[-1]), kind.model_fields))
+        raise SquamataError(f"{origin}: {problem}") from None

@@ -54,7 +54,7 @@ def decode_uniform(
 
 def beyond_uniform(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """Values whose rounded code must be clamped."""
-    codes = round_codes(x.float() * grid.inverse, spec.rounding)
+    codes = round_codes(x.float() * grid.inverse, "half-even" if spec.rounding == "stochastic" else spec.rounding)
     codes = codes if grid.second is None else codes + grid.second
     smallest, largest = spec.code_range
     return (codes < smallest) | (codes > largest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -23,9 +25,21 @@ class Grid(NamedTuple):
 
 
 def round_codes(x: Tensor, rounding: str) -> Tensor:
-    """Round to integers: ties to even, ties away from zero, or towards zero."""
+    """Round to integers: ties to even, ties away from zero, towards zero; or *stochastic*: up with a probability equal
+    to the fraction, by torch's generator."""
     if rounding == "half-even":
         return torch.round(x)
     if rounding == "half-away":
         return torch.copysign(torch.floor(x.abs() + 0.5), x)
+    if rounding == "stochastic":
+        return torch.floor(x + torch.rand_like(x))
     return torch.trunc(x)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block stochastic rounding repeats itself: torch's generators start at a seed, and are put back."""
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(seed)
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -73,11 +74,18 @@ class Partition:
             raise SquamataError(f"granularity '{self.granularity}' needs an index map: add the transform 'reorder'")
         return self.layout.segment_index() if "segment" in self.granularity.axes else self.index
 
+    @cached_property
+    def _places(self) -> tuple[Tensor, ...]:
+        """For every value of the index, where it is in the flattened leading axes: int64 (members,), rising."""
+        assert self._index is not None
+        flat = self._index.flatten()
+        return torch.argsort(flat, stable=True).split(torch.bincount(flat).tolist())
+
     def shape(self) -> tuple[int, ...]:
         """Shape in which scales of this partition are stored."""
         if (index := self._index) is not None:
             trailing = zip(self.layout.sizes[index.ndim :], self._trailing(index), strict=True)
-            return (int(index.max()) + 1, *(size for size, keep in trailing if keep))
+            return (len(self._places), *(size for size, keep in trailing if keep))
         kept = tuple(size for size, keep in zip(self.layout.sizes, self.kept, strict=True) if keep)
         if self.granularity.group:
             rows = prod(self.layout.sizes[:-1])
@@ -93,26 +101,33 @@ class Partition:
         ``x``: (observations, ...features). A ragged partition gives one tensor an index value; a last group that is
         not full is filled with its own members again, which changes no extreme and hardly a quantile.
         """
-        x = x.reshape(-1, *self.layout.sizes)
+        return [part[0] for part in self.split_apart(x[None])]
+
+    def split_apart(self, x: Tensor) -> list[Tensor]:
+        """The same of every sample by itself: (samples, observations, ...features) -> (samples, groups, members)."""
+        samples = len(x)
+        x = x.reshape(samples, -1, *self.layout.sizes)
         if (index := self._index) is not None:
             return self._split_ragged(x, index)
         if group := self.granularity.group:
-            x = x.reshape(len(x), -1, self.layout.sizes[-1])
+            x = x.reshape(*x.shape[:2], -1, self.layout.sizes[-1])
             if tail := x.shape[-1] % group:
-                repeated = x[..., -tail:].repeat(1, 1, -(-group // tail))
+                repeated = x[..., -tail:].repeat(1, 1, 1, -(-group // tail))
                 x = torch.cat([x, repeated[..., : group - tail]], dim=-1)
-            return [x.unflatten(-1, (-1, group)).permute(1, 2, 0, 3).reshape(-1, len(x) * group)]
-        kept = [axis + 1 for axis, keep in enumerate(self.kept) if keep]
-        rest = [0] + [axis + 1 for axis, keep in enumerate(self.kept) if not keep]
-        return [x.permute(*kept, *rest).reshape(prod(x.shape[axis] for axis in kept), -1)]
+            return [x.unflatten(-1, (-1, group)).permute(0, 2, 3, 1, 4).reshape(samples, -1, x.shape[1] * group)]
+        kept = [axis + 2 for axis, keep in enumerate(self.kept) if keep]
+        rest = [1] + [axis + 2 for axis, keep in enumerate(self.kept) if not keep]
+        return [x.permute(0, *kept, *rest).reshape(samples, prod(x.shape[axis] for axis in kept), -1)]
 
     def _split_ragged(self, x: Tensor, index: Tensor) -> list[Tensor]:
+        kept = [axis + 3 for axis, keep in enumerate(self._trailing(index)) if keep]
+        x = x.flatten(2, 1 + index.ndim)  # (samples, observations, features with an index, ...trailing)
+        rest = [axis for axis in range(1, x.ndim) if axis not in kept]
         parts = []
-        for value in range(int(index.max()) + 1):
-            members = x[:, index == value]  # (observations, members, ...trailing)
-            kept = [axis + 2 for axis, keep in enumerate(self._trailing(index)) if keep]
-            rest = [axis for axis in range(members.ndim) if axis not in kept]
-            parts.append(members.permute(*kept, *rest).reshape(prod(members.shape[axis] for axis in kept), -1))
+        for places in self._places:
+            members = x.index_select(2, places)
+            groups = prod(members.shape[axis] for axis in kept)
+            parts.append(members.permute(0, *kept, *rest).reshape(len(x), groups, -1))
         return parts
 
     def expand(self, values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from squamata.kernels.qtensor import Value
 from squamata.models.config import ModelConfig
+from squamata.spec.quant import SITE_PARTS
 from squamata.spec.recipe import Recipe
 
 
@@ -31,6 +32,18 @@ class Checkpoint:
     site_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+
+    @classmethod
+    def of_parts(cls, config: ModelConfig, recipe: Recipe, parts: Iterable[Mapping[str, Value]]) -> Checkpoint:
+        """A model from its parts, in each of which tensors and site tensors are together, as quantizing makes them."""
+        tensors: dict[str, Value] = {}
+        site_tensors: dict[str, Tensor] = {}
+        for name, value in ((name, value) for part in parts for name, value in part.items()):
+            if name.rpartition(".")[2] in SITE_PARTS and isinstance(value, Tensor):
+                site_tensors[name] = value
+            else:
+                tensors[name] = value
+        return cls(config, tensors, recipe, site_tensors)
 
     def on(self, device: torch.device | str) -> Checkpoint:
         """The same with every tensor on a device."""

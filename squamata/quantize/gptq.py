@@ -21,6 +21,7 @@ from squamata.spec.quant import QuantSpec
 Damping = Annotated[float, Field(gt=0, lt=1)]
 Block = Annotated[int, Field(ge=1)]
 ATTEMPTS = 8  # at a factorisation, each with twice the damping
+MOST_AT_ONCE = 128  # columns that one kernel takes
 
 
 def gptq(
@@ -49,21 +50,43 @@ def gptq(
     grid = _Scales(weight, spec, layout, in_turn=group > 0)
     codes = torch.empty(columns.shape, dtype=torch.int8)
     columns = columns[order]
-    step = -(-block // group) * group if group else block
+    fused = _fused(weight, spec)
+    step = min(group or block, MOST_AT_ONCE) if fused else -(-block // group) * group if group else block
     for start in range(0, len(columns), step):
-        end = min(start + step, len(columns))
-        errors = torch.empty(end - start, columns.shape[1])
-        for column in range(start, end):
-            if group and column % group == 0:
-                grid.fit(columns[column : min(column + group, end)].T, column // group)
-            place = int(order[column])
-            rounded = grid.round(columns[column], place)
-            codes[place] = rounded.data
-            error = (columns[column] - rounded.dequantize()) / factor[column, column]
-            columns[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
-            errors[column - start] = error
-        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        span = slice(start, min(start + step, len(columns)))
+        rounded = _at_once if fused else _one_by_one
+        codes[order[span]], errors = rounded(columns[start:], factor[span, span], grid, order[span], start)
+        columns[span.stop :].addmm_(factor[span, span.stop :].T, errors, alpha=-1)
     return pack(QTensor(codes.T.contiguous(), *grid.parts()))
+
+
+def _fused(weight: Tensor, spec: QuantSpec) -> bool:
+    """True where one kernel takes a whole block of columns, which rounds only to integers."""
+    return weight.is_cuda and spec.linear_grid
+
+
+def _one_by_one(columns: Tensor, factor: Tensor, grid: _Scales, places: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Codes and errors (C, N) of a block; ``columns``: it and all that follow, from ``start`` on, (C ..., N);
+    ``places``: where its columns are in the weight.
+    """
+    block = columns[: len(places)]
+    codes, errors = torch.empty(block.shape, dtype=torch.int8), torch.empty(block.shape)
+    for number, place in enumerate(places.tolist()):
+        grid.fit(columns[number:], start + number)
+        rounded = grid.round(block[number], place)
+        codes[number] = rounded.data
+        errors[number] = (block[number] - rounded.dequantize()) / factor[number, number]
+        block[number + 1 :].addr_(factor[number, number + 1 :], errors[number], alpha=-1)
+    return codes, errors
+
+
+def _at_once(columns: Tensor, factor: Tensor, grid: _Scales, places: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The same on a GPU, of a block that lies within one group if groups are found in turn."""
+    from squamata.kernels.gpu_columns import round_columns  # needs triton
+
+    grid.fit(columns, start)
+    scale, zero = grid.of_columns(places, columns.shape[1])
+    return round_columns(columns[: len(places)], factor, scale, zero, grid.spec)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
@@ -86,7 +109,7 @@ class _Scales:
     """The scales of one weight, known beforehand or found group by group (``in_turn``)."""
 
     def __init__(self, weight: Tensor, spec: QuantSpec, layout: Layout, in_turn: bool) -> None:
-        self.spec, self.layout = spec, layout
+        self.spec, self.layout, self.in_turn = spec, layout, in_turn
         self.group = spec.granularity.group
         partition = Partition(spec.granularity, layout)
         if in_turn:
@@ -96,8 +119,11 @@ class _Scales:
             scale, second = find_scales(weight, spec, layout)
             self.scale, self.second = partition.expand(scale), None if second is None else partition.expand(second)
 
-    def fit(self, part: Tensor, group: int) -> None:
-        """Scales of one group from its columns (N, columns) as they are now."""
+    def fit(self, columns: Tensor, place: int) -> None:
+        """If a group begins at ``place``, and its turn has come: its scales, from the columns from there on, (C, N)."""
+        if not self.in_turn or self.group is None or place % self.group:
+            return
+        part, group = columns[: self.group].T, place // self.group
         layout = replace(self.layout, sizes=tuple(part.shape), segments=())
         scale, second = find_scales(part, self.spec, layout)
         self.scale[:, group] = scale[:, 0]
@@ -109,6 +135,17 @@ class _Scales:
         scale = self._of_column(self.scale, place)
         second = None if self.second is None else self._of_column(self.second, place)
         return encode(column, Grid.of(scale, second), self.spec)
+
+    def of_columns(self, places: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Scale and second number of every element of some columns, (C, N) each."""
+        return self._spread(self.scale, places, rows), (
+            None if self.second is None else self._spread(self.second, places, rows)
+        )
+
+    def _spread(self, part: Tensor, places: Tensor, rows: int) -> Tensor:
+        if self.group:
+            return part.T[places // self.group]
+        return part.reshape(1, -1).expand(len(places), rows)
 
     def _of_column(self, part: Tensor, place: int) -> Tensor:
         if self.group:

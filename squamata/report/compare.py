@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import PairedDifference, UnitSums, difference_of_sums
+from squamata.evaluate.uncertainty import FEWEST_UNITS
+from squamata.report.plan import AS_IT_IS
 from squamata.report.rows import read_details, unpack_sums
 
 Row = Mapping[str, Any]
@@ -36,13 +38,14 @@ def sums_of(folder: Path, rows: Sequence[Row]) -> dict[str, UnitSums | None]:
 
 def baseline_of(row: Row, rows: Sequence[Row], wanted: Mapping[str, Any] | None) -> Row:
     """The row that this one is compared with: the study's baseline for the same model and seed, else the model's
-    first row."""
+    first row. An override that leaves the baseline's recipe as it is names the row that is called so."""
     same_model = [other for other in rows if other["model"] == row["model"]]
-    for other in same_model:
-        if wanted is None or other["seed"] != row["seed"] or other["recipe"] != wanted["recipe"]:
-            continue
-        if wanted.get("override") in (None, other["override"]):
-            return other
+    if wanted is not None:
+        own = [other for other in same_model if (other["seed"], other["recipe"]) == (row["seed"], wanted["recipe"])]
+        for name in (wanted.get("override"), AS_IT_IS):
+            for other in own:
+                if name in (None, other["override"]):
+                    return other
     return same_model[0]
 
 
@@ -53,7 +56,15 @@ def _beside(row: Row, baseline: Row, sums: Mapping[str, UnitSums | None]) -> Com
     if difference is None:
         return Comparison("not comparable")
     change = f"{100 * (difference.perplexity_ratio - 1):+.2f} %"
-    return Comparison(f"{change}, {difference.verdict}", difference)
+    return Comparison(f"{change}, {difference.verdict}{_if_few(sums[row['id']])}", difference)
+
+
+def _if_few(sums: UnitSums | None) -> str:
+    """How many units there are, if they are too few for any difference to be significant."""
+    count = FEWEST_UNITS if sums is None else len(sums.tokens)
+    if sums is None or count >= FEWEST_UNITS:
+        return ""
+    return f" ({count} {sums.kind.removesuffix('s') if count == 1 else sums.kind})"
 
 
 def paired(first: UnitSums | None, second: UnitSums | None, measure: Measure = "nats") -> PairedDifference | None:

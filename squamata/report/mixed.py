@@ -170,18 +170,26 @@ class SearchPlan:
     seed: int = 0
 
 
+def check_budget(mixer: Mixer, budget: int) -> None:
+    """Refuse two recipes that do not differ, and a budget in bytes that not even the cheapest mixture fits."""
+    if not mixer.units:
+        raise SquamataError("the two recipes are the same on this model: give --upgrade a better one")
+    if budget < mixer.base:
+        parameters = mixer.forms.parameters
+        raise SquamataError(
+            f"the budget of {budget} bytes ({8 * budget / parameters:.3f} bits a parameter) is below the {mixer.base} "
+            f"({8 * mixer.base / parameters:.3f}) that the recipe needs without any upgrade; raise it"
+        )
+
+
 def search_mixture(mixer: Mixer, measured: Sensitivity, plan: SearchPlan, progress: Progress | None = None) -> Search:
     """Spend the budget greedily by ``measured``, and by evolution with as many model runs.
 
     ``measured``: of the first form's units; those of the second are measured here unless it is float. SquamataError if
     even the cheapest mixture is beyond the budget.
     """
+    check_budget(mixer, plan.budget)
     spare = plan.budget - mixer.base
-    if not mixer.units:
-        raise SquamataError("the two recipes are the same on this model: give --upgrade a better one")
-    if spare < 0:
-        least = f"the {mixer.base} bytes that the recipe needs without any upgrade"
-        raise SquamataError(f"the budget of {plan.budget} bytes is below {least}; raise it")
     better: dict[str, float] = {}
     if mixer.high != FLOAT:
         better = measure_units(mixer.forms, mixer.high, mixer.units, plan.select)

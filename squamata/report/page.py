@@ -16,6 +16,7 @@ from squamata.report.compare import Comparison, Row, sums_of, verdicts
 from squamata.report.distributions import unpack_distributions
 from squamata.report.page_style import END, STYLE, WATCH
 from squamata.report.rows import STUDY, read_details
+from squamata.text import check_writable, write_whole
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -27,11 +28,9 @@ DISTRIBUTION_ROWS, DISTRIBUTIONS = 6, 24  # rows whose distributions are drawn, 
 
 def check_out(out: Path | None) -> None:
     """Refuse, before any work is done, a page that could not be written after it, or has no plotly."""
-    if out is None:
-        return
-    figures.require_plotly()
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise SquamataError(f"--out {out}: " + ("is a folder" if out.is_dir() else f"no folder '{out.parent}'"))
+    if out is not None:
+        figures.require_plotly()
+        check_writable(out, "--out")
 
 
 def read_others(folder: Path) -> list[dict[str, Any]]:
@@ -68,12 +67,7 @@ def write_page(
         f"<p class='lead'>{escape(study.get('description', ''))}</p>{body}"
         f"<footer>squamata {__version__}</footer></main><script>{END}</script></body></html>\n"
     )
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        raise SquamataError(f"cannot write {out}: {error.strerror}") from None
+    write_whole(out, page)
 
 
 class _Drawing:

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from squamata.errors import SquamataError, about, nearest
@@ -43,6 +42,7 @@ from squamata.report.rules import Change, changed_specs, rules_for
 from squamata.report.verbs import Verbs
 from squamata.spec.quant import Data
 from squamata.spec.recipe import Calibration, Recipe
+from squamata.spec.yaml_file import Place, first_problem, read_yaml
 
 ModeName = Literal["parallel", "recurrent"]
 
@@ -111,18 +111,13 @@ class Study(Data):
     @classmethod
     def read(cls, path: Path) -> Study:
         """Read a YAML file; SquamataError, one line, for an unknown key (with the nearest) or a bad value."""
-        try:
-            mapping = yaml.safe_load(path.read_text())
-        except FileNotFoundError:
-            raise SquamataError(f"no such file: {path}") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise SquamataError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
+        mapping = read_yaml(path, "study")
         if not isinstance(mapping, dict):
             raise SquamataError(f"{path}: a study is a YAML mapping with name, models, recipes and text")
         try:
             study = cls.model_validate(mapping)
         except ValidationError as error:
-            raise SquamataError(f"{path}: {_first_problem(error)}") from None
+            raise SquamataError(f"{path}: {first_problem(error, _hint)}") from None
         study._refuse_unknown_recipes(str(path))
         study._refuse_unknown_texts(str(path))
         return study
@@ -148,15 +143,11 @@ class Study(Data):
             raise SquamataError(f"{origin}: two overrides have the same name")
 
 
-def _first_problem(error: ValidationError) -> str:
-    problems = error.errors()
-    problem = next((some for some in problems if some["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(map(str, problem["loc"]))
-    if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
-    owners: dict[str, type[Data]] = {"overrides": Override, "changes": Change, "baseline": Baseline}
-    owner = next((owners[part] for part in reversed(problem["loc"][:-1]) if part in owners), Study)
-    return f"unknown key '{where}'{nearest(str(problem['loc'][-1]), owner.model_fields)}"
+def _hint(place: Place) -> str:
+    """What may have been meant by an unknown key at this place of a study."""
+    owners: dict[str | int, type[Data]] = {"overrides": Override, "changes": Change, "baseline": Baseline}
+    owner = next((owners[part] for part in reversed(place[:-1]) if part in owners), Study)
+    return nearest(str(place[-1]), owner.model_fields)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from squamata.errors import SquamataError, nearest
 from squamata.spec.quant import Data, QuantSpec
 from squamata.spec.sites import BLOCKS, Kind, all_sites
+from squamata.spec.yaml_file import first_problem
 
 
 class Change(Data):
@@ -78,6 +79,5 @@ def _with(spec: QuantSpec, change: Change, site: str) -> QuantSpec:
     try:
         return QuantSpec.model_validate(spec.model_dump() | change.set)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise SquamataError(f"change of '{change.site}' at {site}: {where}: {first['msg']}") from None
+        problem = first_problem(error, lambda place: nearest(str(place[-1]), QuantSpec.model_fields))
+        raise SquamataError(f"change of '{change.site}' at {site}: {problem}") from None

@@ -165,6 +165,8 @@ def _plannable_spec(site: Site) -> QuantSpec | None:
     spec = site.spec if site.quantized else None
     if spec is not None and not (spec.symmetric and spec.linear_grid):
         raise NotPlannableError(f"{site.name} has a zero point or a grid that is not linear")
+    if spec is not None and spec.rounding == "stochastic":
+        raise NotPlannableError(f"{site.name} is rounded stochastically")
     return spec
 
 

@@ -120,7 +120,7 @@ def continue_stream(
             return
         yield Piece(token, text)
         with torch.no_grad():
-            logits = model.step(torch.tensor([token]), cache)[0]
+            logits = model.step(sampler.ids, cache)[0]
 
 
 def _rest(decoder: Any, stops: StopFilter) -> str:

@@ -269,7 +269,7 @@ class Planner:
         low, high = (float(bound) for bound in spec.code_range)
         rounding = ROUNDINGS[spec.rounding]
         by_row = site.partition.kept == (*(True,) * (len(sizes) - 1), False)
-        if spec.dynamic and spec.symmetric and spec.linear_grid and by_row:
+        if spec.dynamic and by_row:
             scale = torch.ones(self.batch * prod(sizes[:-1]), device=self.device)
             return StatePlan(scale, scale, low, high, rounding, False, spec.span)
         check_static(site)
@@ -291,7 +291,11 @@ class Planner:
 
 
 def check_site(site: Site) -> None:
-    """SquamataError for a site that a fused kernel would pass over: observed, simulated, or in a format it lacks."""
+    """SquamataError for a site that a fused kernel would pass over: observed, simulated, or in a format it lacks.
+
+    All that the kernels ask of every site; what one place asks besides is how its scale is made (``check_static``) and
+    how many there are (``row_site``).
+    """
     if site.observer is not None or site.mode == "observe":
         raise SquamataError(f"{site.name} is being observed, which the fused GPU kernels would not show: use the CPU")
     spec = site.spec if site.quantized else None
@@ -299,8 +303,10 @@ def check_site(site: Site) -> None:
         return
     if site.mode == "simulate":
         raise SquamataError(f"{site.name} is simulated; the GPU kernels run integers: load the model in that mode")
-    if not spec.linear_grid or spec.bits > 8 or spec.code_range[0] < -128 or spec.code_range[1] > 127:
-        raise SquamataError(f"{site.name}: the GPU kernels take integers of up to 8 bits, not {spec.describe()}")
+    if not (spec.linear_grid and spec.symmetric):
+        raise SquamataError(f"{site.name}: the GPU kernels take symmetric int8 sites only, not {spec.describe()}")
+    if spec.rounding == "stochastic":
+        raise SquamataError(f"{site.name}: the GPU kernels do not round stochastically: use the CPU")
     if not spec.dynamic and site.scale is None:
         raise SquamataError(f"{site.name} has no scale: calibrate first")
 
@@ -317,8 +323,6 @@ def row_site(site: Site) -> RowSite:
         return RowSite()
     spec = site.spec
     assert spec is not None
-    if not (spec.symmetric and spec.linear_grid):
-        raise SquamataError(f"{site.name}: the GPU kernels take symmetric int8 sites only, not {spec.describe()}")
     low, high = (float(bound) for bound in spec.code_range)
     rounding = ROUNDINGS[spec.rounding]
     if spec.dynamic:
@@ -332,12 +336,10 @@ def row_site(site: Site) -> RowSite:
 
 
 def check_static(site: Site) -> None:
-    """SquamataError unless the site has a static, symmetric scale."""
+    """SquamataError unless the site's scale is known beforehand."""
     assert site.spec is not None
-    if site.spec.dynamic or not (site.spec.symmetric and site.spec.linear_grid):
-        raise SquamataError(
-            f"{site.name}: the GPU kernels take static symmetric int8 grids here: {site.spec.describe()}"
-        )
+    if site.spec.dynamic:
+        raise SquamataError(f"{site.name}: the GPU kernels take a static scale here, not {site.spec.describe()}")
 
 
 def landing_rounding(sites: list[Site]) -> int:

@@ -170,8 +170,13 @@ class CapturedDecoder:
         self.plan.buffers.position.fill_(slots)
 
 
-def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A replay of ``step``'s launches, which run once beforehand to be compiled; ``step`` itself in the interpreter."""
+def captured(
+    step: Callable[[], None], device: torch.device, generator: torch.Generator | None = None
+) -> Callable[[], None]:
+    """A replay of ``step``'s launches, which run once beforehand to be compiled; ``step`` itself in the interpreter.
+
+    ``generator``: what the step draws from, which goes on from one replay to the next.
+    """
     if INTERPRETED:
         return step
     stream = torch.cuda.Stream(device)
@@ -181,6 +186,8 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         step()
     return graph.replay

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from squamata.errors import SquamataError
 
@@ -43,61 +44,109 @@ class SamplingOptions:
 
 
 class Sampler:
-    """Picks token ids from logits. It remembers the ids it has seen for the repetition penalty."""
+    """Picks token ids from logits, where the logits are. It remembers the ids it has seen for the repetition penalty.
+
+    On a GPU everything between the logits and the id is one captured graph; the id alone comes to the host.
+    """
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
-        self._generator = torch.Generator().manual_seed(options.seed)
-        self._seen: set[int] = set()
+        self._early: set[int] = set()  # ids seen before the vocabulary's size is known
+        self._place: _Place | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 (1,): the last pick, on the device of the logits; a copy."""
+        assert self._place is not None
+        return self._place.ids.clone()
 
     def see(self, ids: Iterable[int]) -> None:
         """Count ids, of the prompt for one, as used before."""
-        self._seen.update(ids)
-
-    def pick(self, logits: torch.Tensor) -> int:
-        """The next id from logits float (V,). SquamataError if they hold NaN or infinity."""
-        options = self.options
-        logits = logits.detach().float()
-        if options.temperature != 0 or options.repetition_penalty != 1:
-            logits = logits.cpu()  # the likeliest token is found where the logits are
-        if not math.isfinite(logits.max().item()):
-            raise SquamataError("the model gives logits that are not finite: its weights or scales are damaged")
-        logits = penalize(logits, sorted(self._seen), options.repetition_penalty)
-        if options.temperature == 0:
-            picked = int(logits.argmax())
+        if self._place is None:
+            self._early.update(ids)
         else:
-            probabilities, ids = trim(logits / options.temperature, options.top_k, options.top_p)
-            picked = int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
-        self._seen.add(picked)
+            self._place.see(ids)
+
+    def pick(self, logits: Tensor) -> int:
+        """The next id from logits float (V,). SquamataError if they hold NaN or infinity."""
+        if self._place is None:
+            self._place = _Place(self.options, len(logits), logits.device)
+            self._place.see(self._early)
+        picked = self._place.pick(logits.detach())
+        if picked < 0:
+            raise SquamataError("the model gives logits that are not finite: its weights or scales are damaged")
         return picked
 
 
-def penalize(logits: torch.Tensor, seen: list[int], penalty: float) -> torch.Tensor:
-    """Make seen ids less likely (Keskar et al. 2019, section 4.1): logits (V,) divided by the penalty.
+class _Place:
+    """What sampling needs on one device: logits (1, V), the ids seen, the pick, and the generator of the draws."""
+
+    def __init__(self, options: SamplingOptions, vocabulary: int, device: torch.device) -> None:
+        self.options = options
+        self.logits = torch.zeros(1, vocabulary, device=device)
+        self.seen = torch.zeros(1, vocabulary, dtype=torch.bool, device=device)
+        self.ids = torch.zeros(1, dtype=torch.int64, device=device)
+        self._generator = torch.Generator(device).manual_seed(options.seed)
+        self._launch = self._choose
+        if self.logits.is_cuda:
+            from squamata.run.graphs import captured
+
+            self._launch = captured(self._choose, device, self._generator)
+            self._generator.manual_seed(options.seed)
+            self.seen.zero_()
+
+    def see(self, ids: Iterable[int]) -> None:
+        self.seen[0, torch.tensor(sorted(ids), dtype=torch.int64, device=self.seen.device)] = True
+
+    def pick(self, logits: Tensor) -> int:
+        """The next id; -1 for logits that are not finite."""
+        self.logits.copy_(logits)
+        self._launch()
+        return int(self.ids)
+
+    def _choose(self) -> None:
+        ids = draw(penalize(self.logits, self.seen, self.options.repetition_penalty), self.options, self._generator)
+        self.ids.copy_(torch.where(self.logits.amax(-1).isfinite(), ids, -1))
+        self.seen.scatter_(1, ids[:, None], True)
+
+
+def draw(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -> Tensor:
+    """The next ids int64 (B,) from logits (B, V), without a word to the host.
+
+    An id is the one of the least E / p, with E drawn from the exponential distribution for every id: each wins with
+    its probability p.
+    """
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    probabilities, ids = trim(logits / options.temperature, options.top_k, options.top_p)
+    winner = (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1, True)
+    return (winner if ids is None else ids.gather(-1, winner))[:, 0]
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make seen ids less likely (Keskar et al. 2019, section 4.1): their logits divided by the penalty.
 
     A negative logit is multiplied instead, since dividing would make it likelier. As is usual, the ids of the prompt
-    are among the seen.
+    are among the seen. ``seen``: bool, as the logits.
     """
-    if penalty == 1 or not seen:
+    if penalty == 1:
         return logits
-    at = torch.tensor(seen)
-    values = logits[at]
-    return logits.index_copy(0, at, torch.where(values > 0, values / penalty, values * penalty))
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def trim(logits: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities and ids that stay, likeliest first if anything is trimmed; probabilities sum to the kept mass.
+def trim(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """Probabilities (..., k), 0 for what is trimmed, and the ids they are of, likeliest first; None: all, in order.
 
     ``top_k``: the k likeliest (Fan et al. 2018). ``top_p``: of those, renormalized, the fewest whose mass reaches p
-    (Holtzman et al. 2020, section 3.1); at least one.
+    (Holtzman et al. 2020, section 3.1); at least one. What is kept sums to its own mass.
     """
-    ids = torch.arange(len(logits))
-    if 0 < top_k < len(logits):
+    ids = None
+    if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True, stable=True)
     probabilities = logits.softmax(-1)
     if top_p < 1:
-        probabilities, order = probabilities.sort(descending=True, stable=True)
-        mass_before = probabilities.double().cumsum(0) - probabilities
-        kept = mass_before < top_p
-        probabilities, ids = probabilities[kept], ids[order][kept]
+        mass_before = probabilities.double().cumsum(-1) - probabilities
+        probabilities = probabilities * (mass_before < top_p)
     return probabilities, ids

@@ -20,5 +20,13 @@ class Gram:
     def update(self, x: Tensor) -> None:
         """Take in a tensor (..., K) of any float type."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        self.gram += rows.T @ rows
+        self.gram += _second_moments(rows)
         self.count += len(rows)
+
+
+def _second_moments(rows: Tensor) -> Tensor:
+    if not rows.is_cuda:
+        return rows.T @ rows
+    from squamata.kernels.gpu_pairs import POSSIBLE, second_moments  # needs triton
+
+    return second_moments(rows) if POSSIBLE else rows.T @ rows

@@ -94,10 +94,11 @@ class Statistics:
             self.histogram.update(parts, torch.maximum(low.abs(), high.abs()).reshape(-1))
         if self.sample is not None:
             self.sample.update(parts)
-        for sample in x if self.quantiles else ():
-            parts = [part.abs().float() for part in self.partition.split(sample)]
+        if self.quantiles:
+            parts = [part.abs().float() for part in self.partition.split_apart(x)]
             for alpha, found in self.quantiles.items():
-                found.append(gather([quantile(part, alpha) for part in parts], shape))
+                every = torch.cat([quantile(part, alpha) for part in parts], dim=1)  # (samples, groups)
+                found += every.reshape(len(x), *shape).unbind()
 
     def magnitude(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of every group."""

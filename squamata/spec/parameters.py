@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from squamata.errors import SquamataError, nearest
+from squamata.spec.yaml_file import said
 
 
 def checked_parameters(method: Callable[..., Any], given: Mapping[str, Any], own: int, where: str) -> dict[str, Any]:
@@ -25,8 +26,7 @@ def checked_parameters(method: Callable[..., Any], given: Mapping[str, Any], own
         try:
             checked[key] = TypeAdapter(types.get(key, Any)).validate_python(value)
         except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise SquamataError(f"{where}: {key} {str(value)[:60]!r}: {message}") from None
+            raise SquamataError(f"{where}: {key} {said(error.errors()[0])}") from None
     for key, parameter in known.items():
         if key not in given and parameter.default is inspect.Parameter.empty:
             raise SquamataError(f"{where}: parameter '{key}' is missing")

@@ -64,6 +64,8 @@ class QuantSpec(Data):
     ``bits``: what an element takes in storage. ``codec``: ``uniform`` or a format of ``spec.formats``. ``full_range``
     uses all 2^bits codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
     are -Q..Q with Q = 2^(bits-1) - 1. ``dynamic`` takes the scale at run time instead of from calibration.
+    ``rounding`` *stochastic*: up with a probability equal to the fraction, so that the mean stays, by torch's
+    generator; for states, which are rounded again at every token.
     ``scale_dtype`` is how scales are stored, and therefore used. ``second_level``: a grouped 4-bit weight as QQQ's
     kernels read it (Quamba's W4A8): value = round(code * ratio) * channel, an int8 weight with one float32 scale a
     row, whose groups store ratio = scale / channel, channel = max |row| / 127.
@@ -76,7 +78,7 @@ class QuantSpec(Data):
     granularity: GranularityField = Granularity()
     dynamic: bool = False
     scale: ScaleSpec = ScaleSpec()
-    rounding: Literal["half-even", "half-away", "truncate"] = "half-even"
+    rounding: Literal["half-even", "half-away", "truncate", "stochastic"] = "half-even"
     scale_dtype: Literal["float32", "float16"] = "float32"
     second_level: bool = False
 
@@ -92,6 +94,8 @@ class QuantSpec(Data):
         form = FORMATS.get(self.codec)
         if form is None:
             return self
+        if self.rounding == "stochastic":
+            raise ValueError(f"codec '{self.codec}' is rounded to the nearest level: leave 'rounding: stochastic' out")
         if not form.fewest <= self.bits <= form.most:
             raise ValueError(f"codec '{self.codec}' takes {form.fewest} to {form.most} bits, not {self.bits}")
         if not self.symmetric or self.full_range:

@@ -31,13 +31,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from squamata.errors import SquamataError, nearest
 from squamata.spec.formats import FORMATS
 from squamata.spec.quant import Data, QuantSpec, ScaleSpec
 from squamata.spec.sites import BLOCKS, Kind, SiteInfo, all_sites
+from squamata.spec.yaml_file import SUFFIXES, Place, first_problem, read_yaml
 
 SpecOrFloat = Annotated[
     QuantSpec | None,
@@ -150,7 +150,7 @@ class Recipe(Data):
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
-            raise SquamataError(f"{origin}: {_first_problem(error)}") from None
+            raise SquamataError(f"{origin}: {first_problem(error, _hint)}") from None
 
     def with_calibration(self, **settings: int | None) -> Recipe:
         """The same with other calibration settings, those that are not None; SquamataError if one is out of range."""
@@ -158,7 +158,7 @@ class Recipe(Data):
         try:
             changed = Calibration.model_validate(self.calibration.model_dump() | given)
         except ValidationError as error:
-            raise SquamataError(f"calibration: {_first_problem(error)}") from None
+            raise SquamataError(f"calibration: {first_problem(error, _hint)}") from None
         return self.model_copy(update={"calibration": changed})
 
     def with_tables(self, embedding: str | None = None, head: str | None = None) -> Recipe:
@@ -228,6 +228,8 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         raise SquamataError(
             f"{site}: codec '{spec.codec}' takes a number from every token, which only activations have"
         )
+    if spec.rounding == "stochastic" and info.kind != "state":
+        raise SquamataError(f"{site}: 'rounding: stochastic' is for states, which are rounded again at every token")
     if spec.absolute and site.rpartition(".")[2] != "decay":
         raise SquamataError(f"{site}: codec '{spec.codec}' has no sign and ends at 1: it is for 'mixer.decay' alone")
     if info.kind == "state" and "token" in spec.granularity.axes:
@@ -283,17 +285,12 @@ def recipe_names() -> list[str]:
 
 def _read_yaml(name_or_path: str | Path) -> dict[str, Any]:
     path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in SUFFIXES:
         if str(name_or_path) not in recipe_names():
-            raise SquamataError(f"no recipe named '{name_or_path}'{nearest(str(name_or_path), recipe_names())}")
+            known = nearest(str(name_or_path), recipe_names())
+            raise SquamataError(f"no recipe named '{name_or_path}'{known}; a file of your own ends in .yaml")
         path = recipe_folder() / f"{name_or_path}.yaml"
-    try:
-        mapping = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise SquamataError(f"{path}: no such recipe file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise SquamataError(f"{path}: not a readable YAML file ({str(error).splitlines()[0]})") from None
-    return _checked(mapping, str(path))
+    return _checked(read_yaml(path, "recipe"), str(path))
 
 
 def _checked(mapping: Any, origin: str) -> dict[str, Any]:
@@ -335,7 +332,7 @@ def _resolve_specs(mapping: dict[str, Any], inherited: dict[str, Any], origin: s
         try:
             QuantSpec.model_validate(spec)
         except ValidationError as error:
-            raise SquamataError(f"{origin}: {_first_problem(error, ('specs', name))}") from None
+            raise SquamataError(f"{origin}: {first_problem(error, _hint, ('specs', name))}") from None
     specs = inherited | mapping["specs"]
     for rule in mapping["rules"]:
         if isinstance(rule, dict) and isinstance(rule.get("spec"), str) and rule["spec"] != "float":
@@ -345,14 +342,8 @@ def _resolve_specs(mapping: dict[str, Any], inherited: dict[str, Any], origin: s
     return mapping | {"specs": specs}
 
 
-def _first_problem(error: ValidationError, inside: tuple[str, ...] = ()) -> str:
-    """One line for what pydantic found, an unknown key before all else, with the nearest valid one."""
-    problems = error.errors()
-    problem = next((some for some in problems if some["type"] == "extra_forbidden"), problems[0])
-    place = (*inside, *problem["loc"])
-    where = ".".join(map(str, place))
-    if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+def _hint(place: Place) -> str:
+    """What may have been meant by an unknown key at this place of a recipe."""
     owners: dict[str, type[Data]] = {"rules": Rule, "calibration": Calibration, "specs": QuantSpec}
     owner: type[Data] = Recipe if len(place) == 1 else owners.get(str(place[0]), Named)
     if place[-2:-1] == ("scale",):
@@ -361,5 +352,5 @@ def _first_problem(error: ValidationError, inside: tuple[str, ...] = ()) -> str:
         owner = QuantSpec
     likely = nearest(str(place[-1]), owner.model_fields)
     if owner in (ScaleSpec, Named) and "did you mean" not in likely:
-        return f"unknown key '{where}': a parameter belongs to its name, {{NAME: {{{place[-1]}: VALUE}}}}"
-    return f"unknown key '{where}'{likely}"
+        return f": a parameter belongs to its name, {{NAME: {{{place[-1]}: VALUE}}}}"
+    return likely

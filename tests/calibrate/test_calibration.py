@@ -14,7 +14,7 @@ from fakes import ByteTokenizer
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of
 
 from squamata.calibrate.observe import run_layer, watch_layer
-from squamata.calibrate.tokens import CalibrationSet, sample
+from squamata.calibrate.tokens import CalibrationSet, joined, sample
 from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend
 from squamata.spec.recipe import Calibration
@@ -212,6 +212,34 @@ def test_watching_a_layer_leaves_the_stream(kind: str) -> None:
         run_layer(block, stream)
         written, residual = block.forward(before[0], None, block.new_cache(2))
     assert torch.equal(stream[0], residual + written) and not torch.equal(stream[0], before[0])
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_watching_goes_no_further_than_the_last_observer(kind: str) -> None:
+    """They see what a whole pass shows them, and what follows is not computed."""
+    config = config_of(kind)
+    block = float_model(config, perturbed_tensors(config)).blocks[1]
+    stream = [torch.randn(2, 9, 32), torch.randn(1, 4, 32)]
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for name in ("in", "u"):
+        block.sites[name].observer = seen[name].append
+    with use_backend("ref"):
+        run_layer(block, list(stream))
+        whole = {name: list(tensors) for name, tensors in seen.items()}
+        seen["in"].clear(), seen["u"].clear()
+        block.out_proj = None  # type: ignore[attr-defined]
+        watch_layer(block, stream)
+    for name, tensors in whole.items():
+        assert all(torch.equal(one, other) for one, other in zip(seen[name], tensors, strict=True))
+    assert block.sites["u"].observer == seen["u"].append  # as it was
+
+
+def test_batches_of_one_length_are_joined_in_their_order() -> None:
+    batches = [torch.arange(rows * length).reshape(rows, length) for rows, length in ((2, 4), (3, 4), (2, 4), (1, 6))]
+    found = joined(batches, 20)
+    assert [tuple(ids.shape) for ids in found] == [(5, 4), (2, 4), (1, 6)]
+    assert torch.equal(torch.cat([ids.flatten() for ids in found]), torch.cat([ids.flatten() for ids in batches]))
+    assert [len(ids) for ids in joined(batches, 1)] == [2, 3, 2, 1]
 
 
 def test_scales_are_taken_after_the_transform() -> None:

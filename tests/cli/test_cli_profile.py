@@ -103,6 +103,7 @@ def test_nothing_is_timed_if_kernels_are_wrong(
         (("bundled", "--threads", "0"), "threads must be 1 to"),
         (("bundled", "--generate", "1"), "generate must be at least 2"),
         (("bundled", "--prompt", "0"), "prompt must be at least 1"),
+        (("bundled", "--device", "cuda", "--threads", "1"), "leave it out"),
     ],
 )
 def test_bad_input(refuse: Callable[..., str], arguments: tuple[str, ...], said: str) -> None:
@@ -128,4 +129,7 @@ def test_demo_tells_the_story(command: Callable[..., Any], tmp_path: Path, monke
         stored = load_file(out / name / "model.safetensors")
         assert by_name[name]["bytes"]["total"] == sum(tensor.nbytes for tensor in stored.values())
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    (out / demo.NOTE).unlink()
+    again = command("demo", "--out", out)
+    assert again.status == 2 and "choose another --out" in again.err  # what a user keeps there is not replaced
     assert all(name in outcome.out for name in by_name) and "demo.png" in outcome.out

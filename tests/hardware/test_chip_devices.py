@@ -99,9 +99,9 @@ def test_a_technology_of_ones_own(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"dram_pj_per_byte": 3}, r"unknown key 'dram_pj_per_byte' \(did you mean 'dram_pj_per_bit'\?\)"),
-        ({"sram_read_ns": 0}, "sram_read_ns: Input should be greater than 0"),
-        ({"mux_ns": "fast"}, "mux_ns: Input should be a valid number"),
-        ({"mux_ns": float("inf")}, "mux_ns: Input should be a finite number"),
+        ({"sram_read_ns": 0}, "sram_read_ns: must be greater than 0, not 0"),
+        ({"mux_ns": "fast"}, "mux_ns: must be a valid number"),
+        ({"mux_ns": float("inf")}, "mux_ns: must be a finite number"),
         ({"range_bits": None}, "range_bits: "),
     ],
 )
@@ -120,7 +120,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for name, said in (
         ("list.yaml", "is a YAML mapping of name"),
         ("broken.yaml", "not a readable YAML file"),
-        ("short.yaml", "float_bits: Field required"),
+        ("short.yaml", "float_bits: is missing"),
         ("absent.yaml", "no such technology file"),
     ):
         with pytest.raises(SquamataError, match=said):

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,21 +45,9 @@ from squamata.spec.quant import QuantSpec
 
 PACKAGE = Path(squamata.__file__).parent
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 LENGTHS = (1, 2, 63, 130)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Uninitialised memory is never zero here, and the random numbers of a test are always the same."""
-    torch.manual_seed(0)
-    original = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        room = original(*args, **kwargs)
-        return room.fill_(torch.nan if room.dtype.is_floating_point else 77)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
 
 
 def make_site(

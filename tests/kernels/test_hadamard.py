@@ -9,6 +9,7 @@ from squamata.kernels.dispatch import use_backend
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import decompose, hadamard_matrix
 from squamata.kernels.hadamard.ref import rotate
+from squamata.kernels.hadamard.triton import run as rotate_on_a_gpu
 from squamata.kernels.ops import hadamard
 from squamata.kernels.partition import Layout
 from squamata.kernels.site import Site
@@ -68,6 +69,20 @@ def test_without_a_matrix_the_largest_blocks_that_have_one(width: int, block: in
     torch.testing.assert_close(applied @ applied.T, torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-12)
     expected = torch.block_diag(*[hadamard_matrix(block).double().T] * (width // block)) / block**0.5
     torch.testing.assert_close(applied, expected, rtol=0, atol=1e-12)
+
+
+FAMILIES_AND_BLOCKS = [
+    *(Rotation(size, block) for size, block in ((5120, 5120), (96, 96), (4096, 4096), (72, 24), (1, 1))),
+    Rotation(5120, 5120, "fast-hadamard-transform"),
+]
+
+
+@pytest.mark.parametrize("rotation", FAMILIES_AND_BLOCKS)
+def test_two_products_are_the_rotation(rotation: Rotation) -> None:
+    """What a GPU does, and any device can."""
+    x = torch.randn(2, 3, rotation.size)
+    turned = rotate_on_a_gpu(x, rotation, Site("out", Layout(("channel",), (rotation.size,))))
+    torch.testing.assert_close(turned, rotate(x.double(), rotation).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_float32_keeps_the_length_of_long_vectors() -> None:

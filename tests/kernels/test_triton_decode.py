@@ -225,7 +225,7 @@ def test_a_recipe_that_the_kernels_do_not_take_is_refused_in_one_line() -> None:
     config = small("mamba2")
     dynamic = recipe_of({"site": "*.mixer.z", "spec": {"bits": 8, "dynamic": True, "granularity": "token"}})
     model = LanguageModel(quantized(config, perturbed_tensors(config), dynamic, []))
-    with pytest.raises(SquamataError, match="static symmetric"):
+    with pytest.raises(SquamataError, match="static scale"):
         CapturedDecoder(model, 1, DEVICE, pdl=False)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,21 +15,9 @@ from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import Site
 from squamata.spec.quant import QuantSpec
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 SHAPES = ((33, 128), (80, 384), (16, 256), (1, 128), (150, 1536))
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Uninitialised memory is never a number here."""
-    torch.manual_seed(0)
-    original = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        room = original(*args, **kwargs)
-        return room.fill_(torch.nan if room.dtype.is_floating_point else 77)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
 
 
 def weight_of(rows: int, columns: int, bits: int, per: str) -> QTensor:

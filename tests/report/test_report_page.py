@@ -119,6 +119,16 @@ def test_verdicts_say_what_is_significant(folder: Path) -> None:
     assert baseline_of(rows[3], rows, {"recipe": "w8a8"}) is rows[0]  # none of its seed: the model's first row
 
 
+def test_a_baseline_whose_override_changes_nothing_is_the_row_as_it_is_of_its_own_seed() -> None:
+    def row(seed: int, override: str) -> dict[str, Any]:
+        return {"id": f"{seed} {override}", "model": "m", "recipe": "r", "seed": seed, "override": override}
+
+    rows = [row(0, "as it is"), row(1, "as it is"), row(0, "on books"), row(1, "on books")]
+    wanted = {"recipe": "r", "override": "on Pile"}
+    assert baseline_of(rows[3], rows, wanted) is rows[1]
+    assert baseline_of(rows[2], rows, {"recipe": "r", "override": "on books"}) is rows[2]
+
+
 def test_the_page_is_whole_and_names_are_escaped(folder: Path, tmp_path: Path) -> None:
     page = page_of(folder, tmp_path / "page.html")
     visible = outside_scripts(page)

@@ -141,7 +141,7 @@ def test_files_that_are_no_studies(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(SquamataError, match=said):
             Study.read(path)
-    with pytest.raises(SquamataError, match="no such file"):
+    with pytest.raises(SquamataError, match="no such study file"):
         Study.read(tmp_path / "none.yaml")
 
 

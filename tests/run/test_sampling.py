@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from squamata.errors import SquamataError
-from squamata.run.sampling import Sampler, SamplingOptions, penalize, trim
+from squamata.run.sampling import Sampler, SamplingOptions, draw, penalize, trim
 
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.1, -3.0])
 
@@ -62,8 +62,9 @@ def test_trimmed_draws_follow_the_renormalized_rest():
 def test_support_is_exact(top_k, top_p, ids):
     probabilities = torch.tensor([0.2, 0.4, 0.04, 0.3, 0.06]).double()
     kept, found = trim(probabilities.log(), top_k, top_p)
+    found = torch.arange(5) if found is None else found
+    kept, found = kept[kept > 0], found[kept > 0]
     assert set(found.tolist()) == ids
-    assert len(kept) == len(ids)
     assert torch.allclose(kept / kept.sum(), probabilities[found] / probabilities[found].sum())
 
 
@@ -81,8 +82,9 @@ def test_the_global_random_state_is_left_alone():
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     expected = torch.tensor([0.1, 2.0 / 1.5, -1.0 * 1.5, 1.5, 0.1, -3.0])
-    assert torch.allclose(penalize(LOGITS, [1, 2], 1.5), expected)
-    assert penalize(LOGITS, [1, 2], 1.0) is LOGITS
+    seen = torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor([1, 2]), True)
+    assert torch.allclose(penalize(LOGITS, seen, 1.5), expected)
+    assert penalize(LOGITS, seen, 1.0) is LOGITS
     assert torch.equal(LOGITS, torch.tensor([0.1, 2.0, -1.0, 1.5, 0.1, -3.0]))  # the model's logits are not touched
 
 
@@ -123,3 +125,30 @@ def test_logits_that_are_not_finite_are_refused(bad, temperature):
 
 def test_a_forbidden_token_is_never_drawn():
     assert draws(torch.tensor([-math.inf, 0.0, -math.inf]), 20, temperature=3.0).tolist() == [0, 1, 0]
+
+
+def test_rows_are_drawn_apart_and_ties_at_the_edge_keep_exactly_k():
+    logits = torch.tensor([[0.0, 5.0, 5.0, 5.0, -1.0], [9.0, 0.0, 0.0, 0.0, 0.0]])
+    options = SamplingOptions(temperature=1.0, top_k=2)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([draw(logits, options, generator) for _ in range(400)])
+    assert len(set(ids[:, 0].tolist())) == 2 and set(ids[:, 0].tolist()) < {1, 2, 3}
+    assert (ids[:, 1] == 0).float().mean() > 0.99
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 1.0, "top_k": 2}, {"top_p": 0.65}])
+def test_a_gpu_draws_the_same_distribution_from_one_graph(options):
+    options = {"temperature": 1.0, "repetition_penalty": 1.0} | options
+    count, logits = 3000, LOGITS.cuda()
+    sampler, counts = Sampler(SamplingOptions(**options)), torch.zeros(6)
+    for _ in range(count):
+        counts[sampler.pick(logits)] += 1
+    expected, ids = trim(LOGITS / options["temperature"], options.get("top_k", 0), options.get("top_p", 1.0))
+    placed = expected if ids is None else torch.zeros(6).scatter(0, ids, expected)
+    assert chi_square(counts / count, placed / placed.sum(), count) < 20.5
+    greedy = Sampler(SamplingOptions(repetition_penalty=2.0))
+    greedy.see([1])
+    assert [greedy.pick(logits) for _ in range(3)] == [3, 1, 1]
+    with pytest.raises(SquamataError, match="not finite"):
+        greedy.pick(torch.full((6,), math.nan, device="cuda"))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squamata.errors import SquamataError
-from squamata.kernels.partition import Layout, Partition
+from squamata.kernels.partition import Layout, Partition, gather
 from squamata.scales.histogram import COUNTS, Histogram
 from squamata.scales.sample import Sample
 from squamata.scales.statistics import Needs, Statistics
@@ -107,7 +107,10 @@ def test_every_group_gets_its_own_members(granularity: str) -> None:
         found = [statistics.moments.total, statistics.moments.magnitude, statistics.moments.square]
         for expected, one in zip(sums, found, strict=True):
             assert abs(float(one[group]) - float(expected)) <= 1e-6 * float(values.double().square().sum() + 1)
-    assert [len(found) for found in statistics.quantiles.values()] == [6]  # one a sample
+    for alpha, found in statistics.quantiles.items():
+        for sample, value in zip(torch.cat(batches), found, strict=True):  # one a sample
+            parts = [torch.quantile(part.abs(), alpha, dim=1) for part in partition.split(sample)]
+            torch.testing.assert_close(value, gather(parts, partition.shape()))
 
 
 def test_a_sample_is_fair_and_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def child_of_parent(folder: Path, **fields: Any) -> Recipe:
 def test_a_child_has_its_own_name_and_description(tmp_path: Path) -> None:
     child = child_of_parent(tmp_path, name="child")
     assert (child.name, child.description, child.architectures) == ("child", "", ("mamba2",))
-    with pytest.raises(SquamataError, match=r"child\.yaml: name: Field required"):
+    with pytest.raises(SquamataError, match=r"child\.yaml: name: is missing"):
         child_of_parent(tmp_path)
 
 
