@@ -38,18 +38,14 @@ from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Fi
 from squamata.kernels.gpu_parts import norm_parts_apart
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
 from squamata.kernels.gpu_selective import selective_rows
-from squamata.kernels.gpu_sequence import (
-    ScanScratch,
-    Sequences,
-    conv_rows,
-    scan_scratch,
-    ssd_rows,
-)
+from squamata.kernels.gpu_sequence import Sequences, conv_rows
+from squamata.kernels.gpu_ssd import ScanScratch, scan_scratch, ssd_rows
 from squamata.kernels.gpu_tiles import TiledLinear
 from squamata.kernels.gpu_vocabulary import embed, greedy
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
-ROWS_FROM, NARROW = 128, 1024  # rows of activations, and of a weight, from which its layout by rows pays
+# Rows of activations, and outputs and columns of a weight, from which its layout by rows pays
+ROWS_FROM, OUTPUTS_FROM, COLUMNS_FROM = 128, 64, 512
 
 
 @dataclass
@@ -93,12 +89,12 @@ class Workspace:
     def scan(self, state: Tensor) -> ScanScratch:
         """Scratch of Mamba-2's scan for a state of this shape."""
         if state.shape not in self.of_states:
-            self.of_states[state.shape] = scan_scratch(self.batch, self.length, state)
+            self.of_states[state.shape] = scan_scratch(self.batch, self.length, state, self.float)
         return self.of_states[state.shape]
 
     def by_rows(self, linear: TiledLinear) -> bool:
         """True if the product wants its weight laid out by rows (``gpu_expand``)."""
-        large = self.rows >= ROWS_FROM and linear.rows > NARROW and linear.columns > NARROW // 2
+        large = self.rows >= ROWS_FROM and linear.rows >= OUTPUTS_FROM and linear.columns >= COLUMNS_FROM
         return large and linear.format in OPERAND and (linear.format.integer_activations or not self.exact)
 
     def input_of(self, name: str, projection: Projection) -> Tensor:
