@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2}
+ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2, "stochastic": 3}
+STOCHASTIC = tl.constexpr(3)
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, ties to even
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -27,6 +28,16 @@ def to_codes(x, inverse, low, high, ROUNDING: tl.constexpr):
         magnitude = tl.floor(tl.abs(scaled) + (0.5 if ROUNDING == 1 else 0.0))
         rounded = tl.where(scaled < 0, -magnitude, magnitude)
     return rounded
+
+
+@triton.jit
+def to_stochastic(x, inverse, low, high, place):
+    """clamp(floor(x * inverse + r), low, high) in float32, r uniform in [0, 1): up with the fraction's probability.
+
+    r is Philox of the bits of x and of its ``place``, so that the same run gives the same codes.
+    """
+    bits = x.to(tl.int32, bitcast=True) ^ (place.to(tl.int32) * -1640531535)  # 2^32 / golden ratio
+    return tl.minimum(tl.maximum(tl.floor(x * inverse + tl.rand(0, bits)), low), high)
 
 
 @triton.jit

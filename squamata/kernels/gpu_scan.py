@@ -13,7 +13,16 @@ from torch import Tensor
 from squamata.kernels.gpu_dot import load_grid, load_weights, row_product
 from squamata.kernels.gpu_formats import read_flagged
 from squamata.kernels.gpu_gemv import Product
-from squamata.kernels.gpu_math import let_next_start, softplus, to_codes, to_int8, wait_for_count, wait_for_previous
+from squamata.kernels.gpu_math import (
+    STOCHASTIC,
+    let_next_start,
+    softplus,
+    to_codes,
+    to_int8,
+    to_stochastic,
+    wait_for_count,
+    wait_for_previous,
+)
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE, _launch
 
 SSD_WARPS = 4
@@ -76,7 +85,11 @@ def _store_state(state, place, mask, s, state_scale, state_inverse, scale_place,
             inverse = 1.0 / scale
         else:
             inverse = tl.load(state_inverse + scale_place, mask=live, other=0.0)
-        tl.store(state + place, to_int8(s, inverse, low, high, ROUNDING), mask=mask)
+        if ROUNDING == STOCHASTIC:
+            codes = to_stochastic(s, inverse, low, high, place).to(tl.int8)
+        else:
+            codes = to_int8(s, inverse, low, high, ROUNDING)
+        tl.store(state + place, codes, mask=mask)
     else:
         tl.store(state + place, s.to(state.dtype.element_ty), mask=mask)
 

@@ -312,8 +312,6 @@ def check_site(site: Site) -> None:
         raise SquamataError(f"{site.name} is simulated; the GPU kernels run integers: load the model in that mode")
     if not (spec.linear_grid and spec.symmetric):
         raise SquamataError(f"{site.name}: the GPU kernels take symmetric int8 sites only, not {spec.describe()}")
-    if spec.rounding == "stochastic":
-        raise SquamataError(f"{site.name}: the GPU kernels do not round stochastically: use the CPU")
     if not spec.dynamic and site.scale is None:
         raise SquamataError(f"{site.name} has no scale: calibrate first")
 

@@ -326,3 +326,24 @@ def test_sites_that_the_kernels_would_pass_over_are_refused() -> None:
     next(model.sites()).observer = lambda tensor: None
     with pytest.raises(SquamataError, match="observed"):
         CapturedDecoder(model, 1, DEVICE, pdl=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_a_state_is_rounded_stochastically_to_its_neighbours(kind: str, tokens: int) -> None:
+    """By a step and by a prompt, against the float state of the same first tokens."""
+    config = small(kind)
+    tensors, spec = perturbed_tensors(config), {"bits": 8, "granularity": "channel", "dynamic": True}
+    rounded = recipe_of({"site": "*.mixer.state", "spec": spec | {"rounding": "stochastic"}})
+    ids = random_ids(config, 2, tokens, seed=1).to(DEVICE)
+    states = []
+    for chosen in (Recipe.read("float"), rounded):
+        model = LanguageModel(quantized(config, tensors, chosen, []))
+        decoder = CapturedDecoder(model, 2, DEVICE, weights="float32", pdl=False)
+        decoder.step(ids[:, 0]) if tokens == 1 else decoder.prefill(ids)
+        states.append(decoder.plan.layers[0].state.state.cpu().double())
+    scaled = states[0] / (states[0].abs().amax(-1, keepdim=True) / 127)
+    error = states[1] - scaled
+    assert float(error.abs().max()) < 1.001
+    assert abs(float(error.mean())) < 5 * 0.41 / error.numel() ** 0.5  # of a fraction that is uniform
+    assert 0.15 < float((error.abs() > 0.5).double().mean()) < 0.35  # to nearest: none

@@ -17,10 +17,11 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 from test_triton_decode import DEVICE
 
 from squamata.kernels import gpu_rows
+from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemm import permuted, unpermuted
 from squamata.kernels.gpu_norm import RowSite
 from squamata.kernels.gpu_rows import plan_row_rotation, rotate_rows
-from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan
+from squamata.kernels.gpu_scan import InputPlan, StatePlan
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import Sequences, conv_rows
 from squamata.kernels.gpu_ssd import scan_scratch, ssd_rows
