@@ -137,7 +137,8 @@ def choose_shape(rows: int, columns: int, format: Format, apart: int = 0) -> Sha
         slices *= 2
     while slices * tile_rows < 32 and quads % (2 * slices) == 0:
         slices *= 2
-    if format == Format.BFLOAT16_FLOAT and rows // tile_rows <= FEW_PROGRAMS and quads // slices >= MOST_QUADS:
+    wide = format == Format.BFLOAT16_FLOAT and quads // slices >= MOST_QUADS
+    if wide and 200 <= rows // tile_rows <= FEW_PROGRAMS:
         slices //= 2  # twice the programs on a multiprocessor: one wave, in two rounds
     return Shape(tile_rows, slices)
 
