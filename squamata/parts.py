@@ -15,6 +15,7 @@ from torch import Tensor
 from squamata import scales, transform
 from squamata.calibrate import learn, whole
 from squamata.calibrate.observe import (
+    Lengths,
     Stream,
     attach,
     attach_grams,
@@ -73,10 +74,13 @@ class QuantizedParts:
         self.recipe = recipe
         check_device(device)
         self.device = torch.device(device)
-        on_host = self.device.type == "cpu"
-        self.batches = [ids.to(self.device) for ids in (batches if on_host else joined(batches, TOKENS_AT_ONCE))]
         self.specs = recipe.resolve(source.config.blocks)
         self.sites = all_sites(source.config.blocks)
+        on_host = self.device.type == "cpu"
+        self.lengths: Lengths | None = None
+        if not on_host:
+            batches, self.lengths = joined(batches, TOKENS_AT_ONCE, self._observed_by_token)
+        self.batches = [ids.to(self.device) for ids in batches]
         differ = self.specs.get("head.weight") != self.specs.get("embedding.weight")
         self.shares_table = source.config.tie_embeddings
         tied = self.shares_table and not differ and not transform.unties(recipe)
@@ -89,6 +93,13 @@ class QuantizedParts:
         self.rounded: Stream = []
         self.choices: whole.Choices = {}
         self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
+
+    @property
+    def _observed_by_token(self) -> bool:
+        """True if all that looks at the streams looks at tokens, so that a batch may hold more than its sequences."""
+        states = [spec for name, spec in self.specs.items() if self.sites[name].kind == "state"]
+        whole_streams = self.recipe.tune is not None or whole.needed(self.recipe, self.specs)
+        return not whole_streams and all(spec.dynamic for spec in states)
 
     @property
     def count(self) -> int:
@@ -167,7 +178,7 @@ class QuantizedParts:
             block = build_block(self.working, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
             entering = list(self.seen) if tuned else []
-            run_layer(block, self.seen)
+            run_layer(block, self.seen, self.lengths)
             scales_found = self._scales_of(statistics)
         grams = self._grams(layer, tensors)
         quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
@@ -188,12 +199,12 @@ class QuantizedParts:
         final_norm = self.ends(few)["final_norm.weight"]
         site = head_site(self.config)
         statistics = attach([site], self.specs)
-        watch_head(self.config, final_norm, self.seen, site)
+        watch_head(self.config, final_norm, self.seen, site, self.lengths)
         scales_found = self._scales_of(statistics)
         grams: dict[str, Gram] = {}
         if "head.weight" in tensors:
             grams = self._watched_grams([site], tensors)
-            watch_head(self.config, final_norm, self.rounded, site)
+            watch_head(self.config, final_norm, self.rounded, site, self.lengths)
         return {**scales_found, **self._quantize_ends(tensors, "head.weight", grams)}
 
     def _quantize_ends(self, tensors: Tensors, table: str, grams: Grams = None) -> Values:
@@ -223,7 +234,7 @@ class QuantizedParts:
         block = build_block(self.working, layer, tensors)
         wanted = {prefix + site: spec for site, spec in needed.items()}
         statistics = attach(block.sites.values(), wanted, transform.Observed)
-        watch_layer(block, self.seen)
+        watch_layer(block, self.seen, self.lengths)
         return under(prefix, statistics)
 
     def _grams(self, layer: int, tensors: Tensors) -> dict[str, Gram]:
@@ -233,7 +244,7 @@ class QuantizedParts:
         block = build_block(self.working, layer, tensors)
         prefix = f"layers.{layer}."
         grams = self._watched_grams(block.sites.values(), {prefix + name: tensors[name] for name in tensors})
-        watch_layer(block, self.rounded)
+        watch_layer(block, self.rounded, self.lengths)
         return grams
 
     def _watched_grams(self, sites: Iterable[Site], tensors: Tensors) -> dict[str, Gram]:

@@ -15,17 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import _MAGIC, dot_float, softplus
-from squamata.kernels.gpu_norm import _SMALLEST_SCALE
-from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, _store_state
+from squamata.kernels.gpu_math import dot_float, softplus
+from squamata.kernels.gpu_scan import InputPlan, StatePlan, _store_state
 from squamata.kernels.gpu_sequence import Sequences
+from squamata.kernels.gpu_token import token_rows
 
 STEP_TOKENS, EXACT_TOKENS = 64, 16  # a step; of float32, which the tensor cores do not multiply
 STATES, HEADS = 64, 5  # of a head that a program moves on; at most, whose outputs a program makes
 # Never one stage: Triton 3.6 then reads shared memory out of bounds (compute-sanitizer; two: clean)
 WARPS, STAGES = 4, 3
-TOKEN_CHANNELS, TOKEN_WARPS = 32, 2  # of a head, one token
 
 
 @triton.jit
@@ -143,53 +143,6 @@ def _ssd_outputs_kernel(u, u_scale, dt_step, dt_decay, skip, before, out, L, H: 
         tl.store(out + token[:, None] * (H * P) + head * P + p[None, :], y.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
-def _ssd_token_kernel(u, u_scale, dt_codes, dt_values, dt_scale, dt_bias, A, skip, state, state_scale, state_inverse,
-                      state_low, state_high, state_span, out, N_IN, dt_low, dt_high,
-                      DT_START: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
-                      BP: tl.constexpr, CODES: tl.constexpr, DT_CODES: tl.constexpr, QUANTIZED: tl.constexpr,
-                      ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr):  # fmt: skip
-    """One token of many sequences: BP channels of one head. What bounds it is the state, read and written once."""
-    C: tl.constexpr = H * P + 2 * GROUPS * N
-    at, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    head = at * BP // P
-    channel = at * BP + tl.arange(0, BP)
-    n = tl.arange(0, N)
-    place = (row * (H * P) + channel)[:, None] * N + n[None, :]
-    scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
-    if DYNAMIC:
-        scale_place += row * (H * P)
-    s = tl.load(state + place).to(tl.float32)
-    group = H * P + (head * GROUPS // H) * N
-    token = u + row * C
-    x, B = tl.load(token + channel).to(tl.float32), tl.load(token + group + n).to(tl.float32)
-    C_ = tl.load(token + group + GROUPS * N + n).to(tl.float32)
-    if CODES:
-        x = x * tl.load(u_scale + channel)
-        B = B * tl.load(u_scale + group + n)
-        C_ = C_ * tl.load(u_scale + group + GROUPS * N + n)
-    if DT_CODES:
-        dt = tl.load(dt_codes + row * N_IN + DT_START + head).to(tl.float32) * tl.load(dt_scale + head)
-    else:
-        dt = tl.load(dt_values + row * N_IN + DT_START + head).to(tl.float32)
-    dt = tl.minimum(tl.maximum(softplus(dt + tl.load(dt_bias + head)), dt_low), dt_high)
-    decay = tl.exp(dt * tl.load(A + head))
-    if QUANTIZED:
-        s = s * (tl.load(state_scale + scale_place) * decay) + (dt * x)[:, None] * B[None, :]
-    else:
-        s = s * decay + (dt * x)[:, None] * B[None, :]
-    y = tl.sum(s * C_[None, :], axis=1) + tl.load(skip + head) * x
-    tl.store(out + row * (H * P) + channel, y.to(out.dtype.element_ty))
-    if DYNAMIC and STATE_ROUNDING == 0:  # no code beyond the span: the bits of the rounded sum end in it
-        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(s), axis=1), state_span), _SMALLEST_SCALE)[:, None]
-        tl.store(state_scale + scale_place, scale)
-        bits = (s * tl.div_rn(1.0, scale) + _MAGIC).to(tl.int32, bitcast=True)
-        tl.store(state + place, bits.to(tl.int8))
-    else:
-        _store_state(state, place, place >= 0, s, state_scale, state_inverse, scale_place, (channel >= 0)[:, None],
-                     state_low, state_high, state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
-
-
 @dataclass(frozen=True)
 class ScanScratch:
     """Memory of Mamba-2's scan. ``step``, ``decay``, ``weight``: float32 (B, H, places), ``kept``: (B, H, steps), see
@@ -237,11 +190,7 @@ def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Te
     }  # fmt: skip
     dt_bias, A, skip = parameters
     if length == 1:
-        channels = min(TOKEN_CHANNELS, head_dim)
-        _ssd_token_kernel[(heads * head_dim // channels, rows)](
-            u, conv.scale, *dt, dt_input.scale, dt_bias, A, skip, state, *grids, out, dt[0].shape[1], *limit,
-            DT_START=dt_start, BP=channels, DT_CODES=dt_input.codes, num_warps=TOKEN_WARPS, **sizes, **stored,
-        )  # fmt: skip
+        token_rows(u, codes, conv, dt, dt_input, dt_start, parameters, state, grid, groups, limit, out)
         return
     sizes |= {"T": scratch.tokens, "PADDED": scratch.step.shape[2], "NATIVE": not INTERPRETED}
     steps, block = scratch.kept.shape[2], min(32, triton.next_power_of_2(heads))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,10 +20,9 @@ from squamata.kernels.decode.triton import (
     Kernel,
     Mamba1Layer,
     Mamba2Layer,
-    Outputs,
     OutputStage,
     Projection,
-    enter,
+    finish,
 )
 from squamata.kernels.gpu_expand import (
     OPERAND,
@@ -35,12 +35,13 @@ from squamata.kernels.gpu_expand import (
     scratch_bytes,
 )
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
-from squamata.kernels.gpu_norm import embed, greedy
+from squamata.kernels.gpu_parts import norm_parts_apart
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import Sequences, conv_rows
 from squamata.kernels.gpu_ssd import ScanScratch, scan_scratch, ssd_rows
 from squamata.kernels.gpu_tiles import TiledLinear
+from squamata.kernels.gpu_vocabulary import embed, greedy
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
 # Rows of activations, and outputs and columns of a weight, from which its layout by rows pays
@@ -245,8 +246,14 @@ class SequencePlan:
                 taken, 0, layer.state.ring, layer.conv, inner, self.sequences, u, u.dtype == torch.int8, order
             ),
         )
-        low = Finish(SPLIT, dt_low, bc, split_at=low_rank, split_format=int(layer.dt_proj.linear.format))
-        yield from self._product("x_proj", layer.x_proj, u, low)
+        low_order = int(layer.dt_proj.linear.format)
+        if layer.norms is None:
+            low = Finish(SPLIT, dt_low, bc, split_at=low_rank, split_format=low_order)
+            yield from self._product("x_proj", layer.x_proj, u, low)
+        else:
+            raw = work.get("low", layer.x_proj.linear.rows, torch.float32)
+            yield from self._product("x_proj", layer.x_proj, u, Finish(PLAIN, values=raw))
+            yield "part_norms", partial(norm_parts_apart, raw, layer.norms, dt_low, bc, low_order)
         softplus = Finish(SOFTPLUS, values=dt, shift=scan.dt_bias)
         yield from self._product("dt_proj", layer.dt_proj, dt_low, softplus)
         yield (
@@ -262,7 +269,7 @@ class SequencePlan:
         work = self.work
         yield "last", self._take_last
         if work.batch <= FEW_SEQUENCES:
-            yield from enter(head, Outputs(None, self.plan.logits), None, buffers, first=True, name="head")
+            yield from finish(head, self.plan.logits, buffers, first=True)
             return
         site, linear = head.projection.site, head.projection.linear
         dtype = torch.int8 if linear.format.integer_activations else work.float
