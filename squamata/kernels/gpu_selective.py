@@ -14,7 +14,7 @@ from squamata.kernels.gpu_math import small_to_float
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
 from squamata.kernels.gpu_sequence import Sequences
 
-SCAN_TOKENS, SCAN_CHANNELS, SCAN_WARPS = 16, 128 if INTERPRETED else 32, 4  # loaded together; a program
+SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; channels a program
 
 
 @triton.jit
@@ -96,5 +96,6 @@ def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Ten
         N=states, BE=SCAN_CHANNELS, T=min(SCAN_TOKENS, states, sequences.length), FORMAT=format,
         CODES=u.dtype == torch.int8, QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
         DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0,
-        NATIVE=not INTERPRETED, num_warps=SCAN_WARPS, maxnreg=255,
+        NATIVE=not INTERPRETED, num_warps=1,
+        maxnreg=255,  # with fewer registers the assembler moves every load to its use, each with the whole latency
     )  # fmt: skip

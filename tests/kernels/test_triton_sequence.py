@@ -16,18 +16,13 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 
 from test_triton_decode import DEVICE
 
-from squamata.kernels import gpu_rows
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemm import permuted, unpermuted
-from squamata.kernels.gpu_norm import RowSite
-from squamata.kernels.gpu_rows import plan_row_rotation, rotate_rows
 from squamata.kernels.gpu_scan import InputPlan, StatePlan
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import Sequences, conv_rows
 from squamata.kernels.gpu_ssd import scan_scratch, ssd_rows
 from squamata.kernels.gpu_tiles import Format
-from squamata.kernels.hadamard import Rotation
-from squamata.kernels.hadamard.ref import rotate as rotate_reference
 
 
 def sequences(length: int, lengths: list[int], position: int = 0) -> Sequences:
@@ -159,32 +154,3 @@ def test_selective_scan_is_the_recurrence(length: int) -> None:
             wanted.append((s * bc[row, t, states:]).sum(-1) + skip * x[:, 0])
         assert relative(out.view(batch, length, channels)[row, :last], torch.stack(wanted)) < 1e-5
         assert relative(state[row], s) < 1e-5
-
-
-@pytest.mark.parametrize(("size", "groups"), [(640, 1), (512, 4)])
-@pytest.mark.parametrize("normed", [True, False])
-def test_rows_that_are_rotated_by_one_program_do_not_mix(
-    size: int, groups: int, normed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(size)
-    monkeypatch.setattr(gpu_rows, "TOGETHER", 3)
-    monkeypatch.setattr(gpu_rows, "PROGRAMS", 1)
-    rotation, rows = Rotation.of_size(size), 7
-    y, z, gain = (
-        torch.randn(rows, size) * torch.logspace(-3, 3, rows)[:, None],
-        torch.randn(rows, size),
-        torch.rand(size),
-    )
-    out = poisoned(rows, size)
-    rotate_rows(
-        y.to(DEVICE), (z.to(DEVICE),) * 2, InputPlan(False, torch.ones(size, device=DEVICE)), 0,
-        gain.to(DEVICE) if normed else None, 1e-5, groups, plan_row_rotation(rotation, size, True, DEVICE), RowSite(),
-        RowSite(), out,
-    )  # fmt: skip
-    wanted = (y * silu(z)).double()
-    if normed:
-        grouped = wanted.view(rows, groups, -1)
-        wanted = (grouped / (grouped.square().mean(-1, keepdim=True) + 1e-5).sqrt()).view(rows, size) * gain
-    wanted = rotate_reference(wanted.float(), rotation).double()
-    for row in range(rows):
-        assert relative(out[row], wanted[row]) < 1e-5
