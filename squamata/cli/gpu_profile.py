@@ -109,6 +109,7 @@ def check_agreement(model: LanguageModel, batch: int = 1) -> GpuAgreement:
     where = checkpoint.tensors["final_norm.weight"]
     device = where.device if isinstance(where, torch.Tensor) else torch.device("cpu")
     ids = random_ids(config.vocab_size, batch, PROMPT_CHECKED + TOKENS_CHECKED, seed=1)
+    others = random_ids(config.vocab_size, PROMPTS_OF_ITS_OWN, PROMPT_CHECKED, seed=2)
     with torch.device(device) if device.type == "cuda" else nullcontext(), use_backend("ref"):
         part = LanguageModel(Checkpoint(config, checkpoint.tensors, checkpoint.recipe, checkpoint.site_tensors))
         exact = CapturedDecoder(part, batch, weights="float32")
@@ -126,7 +127,7 @@ def check_agreement(model: LanguageModel, batch: int = 1) -> GpuAgreement:
             worst_fast = max(worst_fast, _relative(got_fast, got))
         tolerance = TOLERANCE
         if any(site.quantized for site in part.sites()):
-            tolerance = max(TOLERANCE_QUANTIZED, OWN_ERRORS * _own_error(part, device))
+            tolerance = max(TOLERANCE_QUANTIZED, OWN_ERRORS * _own_error(part, others.to(device)))
     if not (worst <= tolerance and worst_fast <= TOLERANCE_FAST):
         raise SquamataError(
             f"the GPU kernels disagree with the reference (relative error of logits {worst:.2g}, of the fast kernels "
@@ -135,10 +136,9 @@ def check_agreement(model: LanguageModel, batch: int = 1) -> GpuAgreement:
     return GpuAgreement(worst, tolerance, worst_fast, TOLERANCE_FAST)
 
 
-def _own_error(part: LanguageModel, device: torch.device) -> float:
-    """Largest relative error of the reference's logits, of any token of some prompts, against its float64 self: what
-    comes of sums that round to the next code."""
-    ids = random_ids(part.config.vocab_size, PROMPTS_OF_ITS_OWN, PROMPT_CHECKED, seed=2).to(device)
+def _own_error(part: LanguageModel, ids: torch.Tensor) -> float:
+    """Largest relative error of the reference's logits, of any token of some prompts (B, L), against its float64 self:
+    what comes of sums that round to the next code."""
     exact = LanguageModel(part.checkpoint, dtype=torch.float64)
     ours, theirs = (model.forward(ids, model.new_cache(len(ids))).double() for model in (part, exact))
     return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max())

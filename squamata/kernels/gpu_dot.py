@@ -19,7 +19,6 @@ from squamata.kernels.gpu_math import (
     silu,
     small_to_float,
     to_codes,
-    wait_for_count,
     wait_for_previous,
 )
 
@@ -253,12 +252,8 @@ def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr)
 
 
 @triton.jit
-def product_tile(operands, position, after, tile, first_row, CUT: tl.constexpr, COUNTED: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
-    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them.
-
-    COUNTED: they are there when ``after``, a counter, reaches a number; the kernel before has finished when this ends.
-    """
+def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl.constexpr):
+    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them."""
     x, _, _, _, _, _, _, out, convolution, N, rows = operands
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
@@ -276,10 +271,7 @@ def product_tile(operands, position, after, tile, first_row, CUT: tl.constexpr, 
                                 CUT.width)  # fmt: skip
             pasts = pasts + (past,)  # type: ignore[assignment]  # noqa: RUF005
     let_next_start(PDL)
-    if COUNTED:
-        wait_for_count(after[0], after[1], PDL)
-    else:
-        wait_for_previous(PDL)
+    wait_for_previous(PDL)
     if CUT.native:
         _into_cache(x + first_row * CUT.x_stride, CUT.x_length * (2 if CUT.format == 6 else 1))
     for b in tl.static_range(ROWS):
@@ -290,5 +282,3 @@ def product_tile(operands, position, after, tile, first_row, CUT: tl.constexpr, 
             if CUT.channels > 0:
                 newest = code if CUT.ring_codes else y
                 _convolve_rows(newest, pasts[b], loaded, convolution, now, row, channel, in_ring, rows, CUT)
-    if COUNTED:
-        wait_for_previous(PDL)

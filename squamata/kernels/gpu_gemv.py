@@ -14,7 +14,7 @@ from torch import Tensor
 
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_dot import Cut, product_tile
-from squamata.kernels.gpu_math import dot4, signal
+from squamata.kernels.gpu_math import dot4
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
@@ -76,21 +76,20 @@ class Landing:
 
 
 @triton.jit
-def _gemv(operands, position, after, CUT: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr):
-    product_tile(operands, position, after, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, COUNTED, PDL)
+def _gemv(operands, position, CUT: tl.constexpr, PDL: tl.constexpr):
+    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, PDL)
 
 
 @triton.jit
-def _gemv_pair(first, second, position, counter, TILES: tl.constexpr, CUT: tl.constexpr, OTHER_CUT: tl.constexpr,
+def _gemv_pair(first, second, position, TILES: tl.constexpr, CUT: tl.constexpr, OTHER_CUT: tl.constexpr,
                PDL: tl.constexpr):  # fmt: skip
-    """Two products that wait for the same kernel; the first counts its programs, for those who need it alone."""
+    """Two products that wait for the same kernel."""
     program = tl.program_id(0)
     block = tl.program_id(1)
     if program < TILES:
-        product_tile(first, position, None, program, block * CUT.rows, CUT, False, PDL)
-        signal(counter, PDL)
+        product_tile(first, position, program, block * CUT.rows, CUT, PDL)
     else:
-        product_tile(second, position, None, program - TILES, block * CUT.rows, OTHER_CUT, False, PDL)
+        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, PDL)
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,6 @@ class Product:
     cut: Cut
     tiles: int
     row_blocks: int
-
-    @property
-    def programs(self) -> int:
-        """Programs that the product takes."""
-        return self.tiles * self.row_blocks
 
     @property
     def warps(self) -> int:
@@ -222,29 +216,16 @@ def product(
     return Product(operands, cut, int(linear.words.shape[0]), triton.cdiv(rows, per_program))
 
 
-def gemv(made: Product, position: Tensor, pdl: bool, after: tuple[Tensor, int] | None = None) -> None:
-    """Launch a product by itself. ``position``: int32 (1,), which slot of the ring its rows go into.
-
-    ``after``: a counter (``gemv_pair``) and what it reaches when the activations are there.
-    """
+def gemv(made: Product, position: Tensor, pdl: bool) -> None:
+    """Launch a product by itself. ``position``: int32 (1,), which slot of the ring its rows go into."""
     _gemv[(made.tiles, made.row_blocks)](
-        made.operands,
-        position,
-        after,
-        CUT=made.cut,
-        COUNTED=after is not None,
-        PDL=pdl,
-        num_warps=made.warps,
-        **({"launch_pdl": True} if pdl else {}),
-    )
+        made.operands, position, CUT=made.cut, PDL=pdl, num_warps=made.warps, **({"launch_pdl": True} if pdl else {})
+    )  # fmt: skip
 
 
-def gemv_pair(first: Product, second: Product, position: Tensor, counter: Tensor, pdl: bool) -> None:
-    """Launch two products for the same rows at once, neither of which waits for the other.
-
-    ``counter``: int32 (1,), zero before; the next kernel may wait for it to reach ``first.programs``, not for all.
-    """
+def gemv_pair(first: Product, second: Product, position: Tensor, pdl: bool) -> None:
+    """Launch two products for the same rows at once, neither of which waits for the other."""
     _gemv_pair[(first.tiles + second.tiles, first.row_blocks)](
-        first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut,
-        PDL=pdl, num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
+        first.operands, second.operands, position, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut, PDL=pdl,
+        num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

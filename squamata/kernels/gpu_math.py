@@ -146,23 +146,3 @@ def let_next_start(PDL: tl.constexpr):
     """Let the next kernel's programs start, so that they can load what does not depend on this one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def signal(counter, PDL: tl.constexpr):
-    """Count this program, after all that it has written."""
-    if PDL:
-        tl.debug_barrier()
-        tl.atomic_add(counter, 1, sem="release")
-
-
-@triton.jit
-def wait_for_count(counter, wanted, PDL: tl.constexpr):
-    """Wait until ``wanted`` programs of the kernel before this one have counted themselves; what they wrote is visible.
-
-    They run already, all of them: this kernel starts when every program of that one has let it.
-    """
-    if PDL:
-        seen = tl.atomic_add(counter, 0, sem="acquire")
-        while seen < wanted:
-            seen = tl.atomic_add(counter, 0, sem="acquire")

@@ -70,7 +70,7 @@ def _land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
 
 
 @triton.jit
-def _norm_kernel(h, residual, weight, out, out_scale, counter, D, epsilon, inverse, low, high, span,
+def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, high, span,
                  FIRST: tl.constexpr, QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
                  HALVES: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
@@ -79,7 +79,6 @@ def _norm_kernel(h, residual, weight, out, out_scale, counter, D, epsilon, inver
     gain = tl.load(weight + column, mask=mask, other=0.0)
     let_next_start(PDL)
     wait_for_previous(PDL)
-    tl.store(counter, 0)
     offsets = row * D + column
     x = tl.load(h + offsets, mask=mask, other=0.0)
     if not FIRST:
@@ -95,14 +94,14 @@ def _norm_kernel(h, residual, weight, out, out_scale, counter, D, epsilon, inver
 
 
 def norm(h: Tensor, residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor,
-         out_scale: Tensor | None, counter: Tensor, first: bool, pdl: bool) -> None:  # fmt: skip
+         out_scale: Tensor | None, first: bool, pdl: bool) -> None:  # fmt: skip
     """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D).
 
-    ``counter``, int32 (1,), is set to zero. An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
+    An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
     """
     rows, width = h.shape
     _norm_kernel[(rows,)](
-        h, residual, weight, out, out_scale if out_scale is not None else residual, counter, width, epsilon,
+        h, residual, weight, out, out_scale if out_scale is not None else residual, width, epsilon,
         site.inverse, site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
         ROUNDING=site.rounding, HALVES=out.shape[1] == 2 * width, BD=triton.next_power_of_2(width), PDL=pdl,
         num_warps=16 if width > 2048 else 8,

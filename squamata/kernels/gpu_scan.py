@@ -20,7 +20,6 @@ from squamata.kernels.gpu_math import (
     to_codes,
     to_int8,
     to_stochastic,
-    wait_for_count,
     wait_for_previous,
 )
 from squamata.kernels.gpu_norm import _SMALLEST_SCALE, _launch
@@ -100,7 +99,7 @@ def _load_grid(grid, scale_place, live, QUANTIZED: tl.constexpr):
 
 
 @triton.jit
-def _ssd_kernel(mixed, entered, head_tables, grid, state, counter, wanted, out, N_OUT, dt_limit,
+def _ssd_kernel(mixed, entered, head_tables, grid, state, out, N_OUT, dt_limit,
                 DT_START: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
                 BP: tl.constexpr, BN: tl.constexpr, DT_CODES: tl.constexpr, QUANTIZED: tl.constexpr,
                 ALONG: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -121,7 +120,7 @@ def _ssd_kernel(mixed, entered, head_tables, grid, state, counter, wanted, out, 
     s = _load_state(state, place, mask, _load_grid(grid, scale_place, every, QUANTIZED), QUANTIZED)
     decay_rate, shift, through = tl.load(A + head), tl.load(dt_bias + head), tl.load(skip + head)
     dt_unit = tl.load(dt_scale + head)
-    wait_for_count(counter, wanted, PDL)  # the state was written by the last step: long finished
+    wait_for_previous(PDL)  # not for the state, which the last step wrote
     let_next_start(PDL)  # not earlier: programs of the product after next would take places (measured)
     dt = _read(entered[0], entered[1], dt_unit, row * N_OUT + DT_START + head, head >= 0, DT_CODES)
     mixed_row = mixed + row * (H * P + 2 * GROUPS * N)
@@ -135,20 +134,19 @@ def _ssd_kernel(mixed, entered, head_tables, grid, state, counter, wanted, out, 
     tl.store(out + row * (H * P) + channel, tl.sum(s * C[None, :], axis=1) + through * u)
     _store_state(state, place, mask, s, grid[0], grid[1], scale_place, every, grid[2], grid[3], grid[4], QUANTIZED,
                  DYNAMIC, ROUNDING)  # fmt: skip
-    wait_for_previous(PDL)  # for z, which the next kernel reads
 
 
 def ssd_step(mixed: Tensor, entered: tuple[Tensor, Tensor], dt: InputPlan, tables: tuple[Tensor, Tensor, Tensor],
-             state: Tensor, grid: StatePlan | None, counter: Tensor, wanted: int, out: Tensor, dt_start: int,
+             state: Tensor, grid: StatePlan | None, out: Tensor, dt_start: int,
              groups: int, limit: tuple[float, float], channels: int, pdl: bool) -> None:  # fmt: skip
     """Mamba-2: out (B, E) = scan + skip; ``state`` (B, H, P, N) is updated.
 
     ``mixed``: float32 (B, E + 2 G N), u, B and C; ``entered``: codes and values of rows of in_proj, of dt from
-    ``dt_start``; ``tables``: dt_bias, A and skip (H,). They are there when ``counter`` reaches ``wanted``.
+    ``dt_start``; ``tables``: dt_bias, A and skip (H,).
     """
     rows, heads, head_dim, states = state.shape
     _ssd_kernel[(heads * head_dim // channels, rows)](
-        mixed, entered, (dt.scale, *tables), _grid(grid, mixed), state, counter, wanted, out, entered[0].shape[1],
+        mixed, entered, (dt.scale, *tables), _grid(grid, mixed), state, out, entered[0].shape[1],
         limit, DT_START=dt_start, H=heads, P=head_dim, N=states, GROUPS=groups, BP=channels,
         BN=triton.next_power_of_2(states), DT_CODES=dt.codes, **_grid_cut(grid), PDL=pdl, num_warps=SSD_WARPS,
         **_launch(pdl),

@@ -213,8 +213,7 @@ def test_a_pair_of_products_of_which_one_gates(landed: bool) -> None:
         product(x.to(DEVICE), None, tiled[0], tiled[0].factor, None, (None, out), None, shapes[0]),
         product(codes.to(DEVICE), None, tiled[1], tiled[1].factor, landing, (None, gate), None, shapes[1], gate=True),
     )
-    position, counter = (torch.zeros(1, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    gemv_pair(*made, position, counter, pdl=False)
+    gemv_pair(*made, torch.zeros(1, dtype=torch.int32, device=DEVICE), pdl=False)
     y = codes.double() @ second.weight.dequantize(torch.float64).T
     represented = (20 * y).round().clamp(-127, 127) / 20 if landed else y
     assert torch.allclose(out.cpu(), x @ first.T, atol=1e-4)

@@ -24,9 +24,6 @@ from squamata.kernels.gpu_tiles import Format, TiledLinear
 from squamata.kernels.gpu_vocabulary import embed, greedy, greedy_scratch
 
 SSD_CHANNELS = 16  # of a head, a program
-# Bytes of Mamba-1's rows of z up to which they are made beside x_proj; larger ones follow the rows of x at once, while
-# x_proj runs. Microseconds a layer, beside / at once, mamba-2.8b on an H200: W4A8 13.9 / 14.6, W8A8 17.4 / 16.9.
-SMALL_BYTES = 2**23
 
 Kernel = tuple[str, Callable[[], None]]  # name, launch
 
@@ -130,7 +127,7 @@ class LayerState:
 class Mamba2Layer:
     """Plan of a Mamba-2 layer. ``starts``: rows of in_proj where z and dt begin.
 
-    ``z_proj`` and ``scan_proj``: in_proj's rows of z, which come first, and the others, which the scan waits for.
+    ``z_proj`` and ``scan_proj``: in_proj's rows of z, which come first, and the others.
     """
 
     entry: InputStage
@@ -154,10 +151,10 @@ class Mamba2Layer:
         gating = self.z_proj.product(x, Outputs(None, gate), buffers, gate=True)
         channels = min(SSD_CHANNELS, self.state.state.shape[2])
         yield "norm", lambda: enter(self.entry, x, buffers, first)
-        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.counter, buffers.pdl)
+        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.pdl)
         yield "scan", lambda: ssd_step(
             mixed, buffers.both(out), self.scan.inputs["dt"], self.scan.tables, self.state.state, self.scan.grid,
-            buffers.counter, entering.programs, scanned, self.starts[1] - inner, self.groups, self.limit, channels,
+            scanned, self.starts[1] - inner, self.groups, self.limit, channels,
             buffers.pdl,
         )  # fmt: skip
         yield from leave(self.exit, scanned, gate, buffers)
@@ -167,7 +164,7 @@ class Mamba2Layer:
 class Mamba1Layer:
     """Plan of a Mamba-1 layer. ``z_start``: row of in_proj where z begins; ``low_rank``: rows of x_proj before B.
 
-    ``conv_proj`` and ``z_proj``: in_proj's rows of x, which come first, and those of z.
+    ``conv_proj`` and ``z_proj``: in_proj's rows of x, which come first, and those of z, which stream beside x_proj.
     ``norms``: of what x_proj leaves, in FalconMamba.
     """
 
@@ -199,13 +196,8 @@ class Mamba1Layer:
         mixing = self.x_proj.product(u, raw, buffers)
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
         yield "norm", lambda: enter(self.entry, x, buffers, first)
-        if self.z_proj.linear.nbytes <= SMALL_BYTES:
-            yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
-            yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.counter, buffers.pdl)
-        else:
-            after = (buffers.counter, entering.programs)
-            yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.counter, buffers.pdl)
-            yield "x_proj", lambda: gemv(mixing, buffers.position, buffers.pdl, after)
+        yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
+        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl)
         if self.norms is not None:
             assert raw.values is not None
             yield "part_norms", partial(norm_parts, raw.values, self.norms, low.codes, low.values)
@@ -226,7 +218,7 @@ class Mamba1Layer:
 def enter(stage: InputStage, x: Tensor, buffers: Buffers, first: bool) -> None:
     """residual += h and norm, to ``x``, where the stage's product takes it."""
     site = stage.projection.site
-    norm(buffers.h, buffers.residual, stage.gain, stage.epsilon, site, x, buffers.row_scale, buffers.counter, first,
+    norm(buffers.h, buffers.residual, stage.gain, stage.epsilon, site, x, buffers.row_scale, first,
          buffers.pdl)  # fmt: skip
 
 
@@ -263,7 +255,6 @@ class Buffers:
         self.residual = torch.zeros_like(self.h)
         self.row_scale = torch.ones(self.rows, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.counter = torch.zeros_like(self.position)
         self.ids = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
 
     def get(self, name: str, features: int, integer: bool = False) -> Tensor:
