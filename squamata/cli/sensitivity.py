@@ -114,11 +114,12 @@ def sensitivity(
 
     check_out(out)
     check_device(device.value)
+    price = _price(budget)
     drawn = CalibrationChoice(calibration_of(model, calibration), samples, length, seed, device.value)
     with progress("calibrating and quantizing") as advance:
         advance(0, 1)
         forms = _forms(model, recipe, budget, drawn)
-    mixer = _mixer(forms, per, budget)
+    mixer = _mixer(forms, per, budget, price)
     judging = Judge.of(model, text, verbs(), window, max_tokens, mode.value, device.value)
     with progress(f"one {per.value} at a time") as advance:
         measured = measure_sensitivity(forms, "low", per.value, judging, advance)
@@ -171,13 +172,13 @@ def _show(model: str, recipe: str, measured: Sensitivity) -> None:
         note("the state is rounded at every token only when decoding: judge it with --mode recurrent")
 
 
-def _mixer(forms: Forms, per: Unit, budget: Budget) -> Mixer | None:
+def _mixer(forms: Forms, per: Unit, budget: Budget, price: Price | None) -> Mixer | None:
     """What the budget is spent on, None without one; a budget that nothing fits is refused before anything runs."""
     if not budget.given:
         return None
     from squamata.report.mixed import Mixer, check_budget
 
-    mixer = Mixer(forms, "low", "high" if forms.has("high") else "float", per.value, _price(budget))
+    mixer = Mixer(forms, "low", "high" if forms.has("high") else "float", per.value, price)
     check_budget(mixer, _limit(mixer, budget))
     return mixer
 
