@@ -20,10 +20,12 @@ from squamata.spec.parameters import checked_parameters
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Named, Recipe
 from squamata.spec.sites import BLOCKS
+from squamata.transform.folds import SITES
 from squamata.transform.hadamard import rotate_output
 from squamata.transform.observed import Observed as Observed
 from squamata.transform.reorder import reorder
 from squamata.transform.residual import fold_final_norm, fold_norm, rotate_ends, rotate_residual
+from squamata.transform.smooth import smooth
 
 Tensors = dict[str, Tensor]
 
@@ -49,6 +51,7 @@ class Transform:
 
 TRANSFORMS: dict[str, Transform] = {
     "reorder": Transform(reorder, needs=("mixer.u",)),
+    "smooth": Transform(smooth, needs=SITES),
     "fold_norm": Transform(fold_norm, ends=fold_final_norm, unties=True),
     "rotate_residual": Transform(rotate_residual, ends=rotate_ends),
     "hadamard": Transform(rotate_output),
