@@ -222,7 +222,7 @@ class QuantizedParts:
             return {}
         block = build_block(self.working, layer, tensors)
         wanted = {prefix + site: spec for site, spec in needed.items()}
-        statistics = attach(block.sites.values(), wanted, transform.Observed)
+        statistics = attach(block.sites.values(), wanted, transform.observer(self.recipe))
         watch_layer(block, self.seen)
         return under(prefix, statistics)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from squamata.errors import SquamataError, nearest
+from squamata.kernels.partition import Partition
 from squamata.models.config import ModelConfig
 from squamata.scales.statistics import Statistics
 from squamata.spec.granularity import Granularity
@@ -20,6 +22,7 @@ from squamata.spec.parameters import checked_parameters
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Named, Recipe
 from squamata.spec.sites import BLOCKS
+from squamata.transform.awq import awq
 from squamata.transform.folds import SITES
 from squamata.transform.hadamard import rotate_output
 from squamata.transform.observed import Observed as Observed
@@ -37,7 +40,8 @@ class Transform:
     """``function(config, kind, tensors, statistics, **parameters) -> tensors`` of one layer of a kind.
 
     ``needs``: sites (``mixer.u``) it wants observed before it runs; ``statistics`` holds those that the kind has,
-    each an ``Observed`` with a number a feature. A transform returns a kind that it does not know as it came.
+    each an ``Observed`` with a number a feature, and second moments if it says ``pairs``. A transform returns a kind
+    that it does not know as it came.
     ``ends``: ``(config, tensors) -> tensors`` of the model's two ends: ``embedding.weight``, and ``final_norm.weight``
     with ``head.weight``. Either table may come some of its rows at a time, so each row must change by itself.
     ``unties``: the head is no longer the embedding afterwards.
@@ -45,6 +49,7 @@ class Transform:
 
     function: Callable[..., Tensors]
     needs: tuple[str, ...] = ()
+    pairs: bool = False
     ends: Callable[[ModelConfig, Mapping[str, Tensor]], Tensors] | None = None
     unties: bool = False
 
@@ -52,6 +57,7 @@ class Transform:
 TRANSFORMS: dict[str, Transform] = {
     "reorder": Transform(reorder, needs=("mixer.u",)),
     "smooth": Transform(smooth, needs=SITES),
+    "awq": Transform(awq, needs=("mixer.in", "mixer.u", "mixer.out"), pairs=True),
     "fold_norm": Transform(fold_norm, ends=fold_final_norm, unties=True),
     "rotate_residual": Transform(rotate_residual, ends=rotate_ends),
     "hadamard": Transform(rotate_output),
@@ -76,6 +82,11 @@ def needs(recipe: Recipe, kind: str) -> dict[str, QuantSpec]:
         for site, info in BLOCKS[kind].items()
         if site in wanted
     }
+
+
+def observer(recipe: Recipe) -> Callable[[Partition, QuantSpec], Observed]:
+    """What makes the statistics of the sites that ``needs`` names."""
+    return partial(Observed, pairs=any(TRANSFORMS[named.name].pairs for named in recipe.transforms))
 
 
 def apply(
