@@ -25,6 +25,9 @@ from squamata.spec.sites import BLOCKS
 from squamata.transform.awq import awq
 from squamata.transform.folds import SITES
 from squamata.transform.hadamard import rotate_output
+from squamata.transform.klt import klt, klt_ends
+from squamata.transform.klt import stream_basis as stream_basis
+from squamata.transform.observed import Basis as Basis
 from squamata.transform.observed import Observed as Observed
 from squamata.transform.reorder import reorder
 from squamata.transform.residual import fold_final_norm, fold_norm, rotate_ends, rotate_residual
@@ -42,15 +45,17 @@ class Transform:
     ``needs``: sites (``mixer.u``) it wants observed before it runs; ``statistics`` holds those that the kind has,
     each an ``Observed`` with a number a feature, and second moments if it says ``pairs``. A transform returns a kind
     that it does not know as it came.
-    ``ends``: ``(config, tensors) -> tensors`` of the model's two ends: ``embedding.weight``, and ``final_norm.weight``
-    with ``head.weight``. Either table may come some of its rows at a time, so each row must change by itself.
+    Among them may be ``stream``, the ``Basis`` of the residual stream as the first layer reads it.
+    ``ends``: ``(config, tensors, statistics) -> tensors`` of the model's two ends: ``embedding.weight``, and
+    ``final_norm.weight`` with ``head.weight``; of the statistics there is ``stream`` alone. Either table may come some
+    of its rows at a time, so each row must change by itself.
     ``unties``: the head is no longer the embedding afterwards.
     """
 
     function: Callable[..., Tensors]
     needs: tuple[str, ...] = ()
     pairs: bool = False
-    ends: Callable[[ModelConfig, Mapping[str, Tensor]], Tensors] | None = None
+    ends: Callable[..., Tensors] | None = None
     unties: bool = False
 
 
@@ -61,6 +66,7 @@ TRANSFORMS: dict[str, Transform] = {
     "fold_norm": Transform(fold_norm, ends=fold_final_norm, unties=True),
     "rotate_residual": Transform(rotate_residual, ends=rotate_ends),
     "hadamard": Transform(rotate_output),
+    "klt": Transform(klt, needs=("stream", "mixer.dt_low"), pairs=True, ends=klt_ends),
 }
 
 
@@ -84,6 +90,11 @@ def needs(recipe: Recipe, kind: str) -> dict[str, QuantSpec]:
     }
 
 
+def needs_stream(recipe: Recipe) -> bool:
+    """True if a transform must know the residual stream before anything is changed."""
+    return any("stream" in TRANSFORMS[named.name].needs for named in recipe.transforms)
+
+
 def observer(recipe: Recipe) -> Callable[[Partition, QuantSpec], Observed]:
     """What makes the statistics of the sites that ``needs`` names."""
     return partial(Observed, pairs=any(TRANSFORMS[named.name].pairs for named in recipe.transforms))
@@ -94,7 +105,7 @@ def apply(
     config: ModelConfig,
     kind: str,
     tensors: Mapping[str, Tensor],
-    statistics: Mapping[str, Statistics],
+    statistics: Mapping[str, Statistics | Basis],
 ) -> Tensors:
     """All transforms of a recipe, in order, on one layer's tensors; the given mapping is not changed.
 
@@ -108,12 +119,14 @@ def apply(
     return changed
 
 
-def apply_ends(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensors:
+def apply_ends(
+    recipe: Recipe, config: ModelConfig, statistics: Mapping[str, Basis], tensors: Mapping[str, Tensor]
+) -> Tensors:
     """What the recipe's transforms make of the model's two ends, in order; the given mapping is not changed."""
     changed = dict(tensors)
     for named in recipe.transforms:
         ends = TRANSFORMS[named.name].ends
-        changed = changed if ends is None else ends(config, changed)
+        changed = changed if ends is None else ends(config, changed, statistics)
     return changed
 
 

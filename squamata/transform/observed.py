@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,13 @@ from squamata.kernels.partition import Partition
 from squamata.scales.gram import Gram
 from squamata.scales.statistics import Needs, Statistics
 from squamata.spec.quant import QuantSpec
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Principal directions of what was seen: eigenvectors of its covariance, a column each; float64 (K, K)."""
+
+    vectors: Tensor
 
 
 class Observed(Statistics):
@@ -39,3 +48,9 @@ class Observed(Statistics):
         """Mean of x x^T over all tokens, float64 (features, features)."""
         assert self.gram is not None
         return self.gram.gram / self.gram.count
+
+    def basis(self) -> Basis:
+        """The features' principal directions, of the smallest variance first."""
+        assert self.moments is not None
+        mean = (self.moments.total / self.moments.count).flatten()
+        return Basis(torch.linalg.eigh(self.second_moments() - torch.outer(mean, mean)).eigenvectors)
