@@ -92,6 +92,8 @@ def beside(entry: Entry, control: Entry | None) -> str:
     if control is None or control is entry:
         return "control" if control is entry else ""
     kl, nats = (difference_of_sums(control.sums, entry.sums, measure) for measure in ("kl", "nats"))
+    if control.kl == 0:  # float
+        return f" / {MARKS[nats.verdict]}"
     change = 100 * (entry.kl / control.kl - 1)
     change_words = (
         f"{change:+.{0 if abs(change) >= 1 else 1}f} %" if abs(change) < 1000 else f"x {entry.kl / control.kl:.0f}"

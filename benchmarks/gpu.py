@@ -3,13 +3,13 @@
     python benchmarks/gpu.py --json gpu.json --models FOLDER ...
     python benchmarks/gpu.py --shapes mamba2-2.7b --recipes w4a8 --no-greedy --no-products
 
-First, in ``--jobs`` processes at once, what needs no quiet machine: greedy tokens and logits of the bundled model and
-of ``--models`` against simulation on the CPU; every row of the table on two layers, checked and its kernels compiled.
-Then, alone on the GPU, what is timed: every row again, with two layers checked against the reference on the same
-device (``squamata.cli.gpu_profile``), and single products, each against an exact one. A check that fails ends the run.
-TTFT and TPOT: medians of graph replays in milliseconds with the 10th and 90th percentile. *share*: bytes that a step
-must move (weights, scales, state) over the bandwidth of a device copy, over TPOT. ``--json`` holds every result as soon
-as it is known.
+First, in ``--jobs`` processes at once and for ``--prepare`` seconds at most, what needs no quiet machine: every row of
+the table on two layers against the reference on the same device (``squamata.cli.gpu_profile``), which compiles its
+kernels; every single product against an exact one; greedy tokens and logits of the bundled model and of ``--models``
+against simulation on the CPU. Then, alone on the GPU, what is timed; a row that was not checked is checked then. A
+check that fails ends the run. TTFT and TPOT: medians of graph replays in milliseconds with the 10th and 90th
+percentile. *share*: bytes that a step must move (weights, scales, state) over the bandwidth of a device copy, over
+TPOT. ``--json`` holds every result as soon as it is known, the most important rows first.
 """
 
 from __future__ import annotations
@@ -17,29 +17,33 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import tempfile
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from itertools import product as every
 from multiprocessing import get_context
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from gpu_checks import greedy_check
-from gpu_products import products
+from gpu_products import ROWS, SIZES, compiled_product, product
 from gpu_products import show as show_product
 
-from squamata.cli.gpu_profile import copy_bandwidth, profile_gpu
+from squamata.cli.gpu_profile import LAYERS_CHECKED, GpuAgreement, check_agreement, copy_bandwidth, profile_gpu
 from squamata.cli.random_codes import random_checkpoint
 from squamata.load.hub import bundled
 from squamata.models.config import shape
 from squamata.models.lm import LanguageModel
+from squamata.run.graphs import CapturedDecoder
 from squamata.spec.recipe import Recipe
 
 RECIPES = {"bfloat16": "float", "w8a8": "quamba-w8a8", "w4a8": "w4a8", "w4a16": "w4a16"}
+LONGEST = ("w8a8", "w4a8")  # to compile
 MANY = 8  # sequences beyond which a prompt is short: the state's size does not depend on it
 FEW_TOKENS = 16
+JOBS = max(2, min(16, (os.cpu_count() or 4) // 2))
 
 
 class Row(NamedTuple):
@@ -51,8 +55,8 @@ class Row(NamedTuple):
     state: str
     prompt: int
 
-    def measured(self, layers: int | None = None) -> dict[str, Any]:
-        """Checked and timed, of the first ``layers`` only if given."""
+    def model(self, layers: int | None = None) -> LanguageModel:
+        """Random weights, of the first ``layers`` only if given."""
         chosen, config = Recipe.read(RECIPES[self.recipe]), shape(self.shape)
         if self.state == "float16":
             mapping = chosen.to_mapping()
@@ -60,15 +64,21 @@ class Row(NamedTuple):
             chosen = Recipe.from_mapping(mapping)
         if layers is not None:
             config = config.model_copy(update={"blocks": config.blocks[:layers]})
-        model = LanguageModel(random_checkpoint(config, chosen, "cuda"), dtype=torch.bfloat16)
-        result = profile_gpu(model, self.prompt, 128, self.batch, repeats=60 if layers is None else 3)
+        return LanguageModel(random_checkpoint(config, chosen, "cuda"), dtype=torch.bfloat16)
+
+    def checked(self) -> GpuAgreement:
+        """Against the reference, and all kernels compiled, on two layers."""
+        model = self.model(LAYERS_CHECKED)
+        agreement = check_agreement(model, self.batch)
+        decoder = CapturedDecoder(model, self.batch, state_dtype=torch.float16)
+        decoder.captured_prefill(min(self.prompt, decoder.longest))
+        torch.cuda.synchronize()
+        return agreement
+
+    def measured(self, agreement: GpuAgreement | None) -> dict[str, Any]:
+        result = profile_gpu(self.model(), self.prompt, 128, self.batch, agreement=agreement)
         about = {"shape": self.shape, "recipe": self.recipe, "state": self.state, "error": result.agreement.error}
         return about | {"fast_error": result.agreement.fast_error} | result.to_dict() | {"agreement": None}
-
-
-def compile_products() -> None:
-    for _ in products():
-        pass
 
 
 class Results:
@@ -91,27 +101,50 @@ class Results:
         print(f"--- {what} ({time.perf_counter() - self.started:.0f} s)", flush=True)
 
 
-def prepare(rows: list[Row], arguments: argparse.Namespace, results: Results) -> None:
-    """All that several processes may do at once."""
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(
-        arguments.jobs, get_context("spawn"), torch.set_num_threads, (2,)
+def prepare(rows: list[Row], arguments: argparse.Namespace, results: Results) -> dict[Row, GpuAgreement]:
+    """All that several processes may do at once; what is not done in time is left to the timing."""
+    agreements: dict[Row, GpuAgreement] = {}
+    with tempfile.TemporaryDirectory() as folder, get_context("spawn").Pool(
+        arguments.jobs, torch.set_num_threads, (1,)
     ) as pool:  # fmt: skip
-        greedy: dict[Future[Any], str] = {}
-        if not arguments.no_greedy:
-            for source, name in every((bundled(), *arguments.models), arguments.recipes):
-                greedy[pool.submit(greedy_check, RECIPES[name], Path(folder), source)] = name
-        other = [pool.submit(row.measured, 2) for row in sorted(rows, key=lambda row: row.recipe == "bfloat16")]
-        if not arguments.no_products:
-            other.append(pool.submit(compile_products))
-        for done in as_completed((*greedy, *other)):
-            found = done.result()
-            if done in greedy:
-                results.add("greedy", found)
-                print(f"{found['model']}, {found['recipe']}: greedy tokens equal {found['equal']} of {found['of']}; "
-                      f"logits' relative error {found['first_error']:.1e} first, {found['worst_error']:.1e} worst "
-                      f"(the reference's own {found['reference_noise']:.1e}); layer by layer {found['differing']} of "
-                      f"{found['codes']} codes differ, by {found['most_apart']} at most, outputs by "
-                      f"{found['layer_error']:.1e}", flush=True)  # fmt: skip
+        waiting: dict[Any, AsyncResult[Any]] = {}
+        first = [row for row in rows if row.recipe in LONGEST and row.batch == 1]
+        for row in first:
+            waiting[row] = pool.apply_async(row.checked)
+        for source, name in () if arguments.no_greedy else every((bundled(), *arguments.models), arguments.recipes):
+            task = pool.apply_async(greedy_check, (RECIPES[name], Path(folder), source))
+            waiting[f"{source.name}, {name}"] = task
+        for row in (row for row in rows if row not in first):
+            waiting[row] = pool.apply_async(row.checked)
+        for size in () if arguments.no_products else every(SIZES, ROWS):
+            waiting[size] = pool.apply_async(compiled_product, (*size[0], size[1]))
+        until = time.perf_counter() + arguments.prepare
+        while waiting and time.perf_counter() < until:
+            time.sleep(0.1)
+            for what in [what for what, task in waiting.items() if task.ready()]:
+                try:
+                    found = waiting.pop(what).get()
+                except torch.OutOfMemoryError:
+                    print(f"{what}: not enough memory beside the others", flush=True)
+                    continue
+                if isinstance(found, GpuAgreement):
+                    agreements[what] = found
+                results.phase(f"{what}: checked")
+                if isinstance(found, dict):
+                    results.add("greedy", found)
+                    show_greedy(found)
+        if waiting:
+            results.add("not_prepared", [str(what) for what in waiting], to_list=False)
+            print("not checked or compiled in time:", *waiting, sep="\n   ", flush=True)
+    return agreements
+
+
+def show_greedy(found: dict[str, Any]) -> None:
+    print(f"{found['model']}, {found['recipe']}: greedy tokens equal {found['equal']} of {found['of']}; "
+          f"logits' relative error {found['first_error']:.1e} first, {found['worst_error']:.1e} worst "
+          f"(the reference's own {found['reference_noise']:.1e}); layer by layer {found['differing']} of "
+          f"{found['codes']} codes differ, by {found['most_apart']} at most, outputs by "
+          f"{found['layer_error']:.1e}", flush=True)  # fmt: skip
 
 
 def show(row: dict[str, Any], seconds: float) -> None:
@@ -127,12 +160,12 @@ def show(row: dict[str, Any], seconds: float) -> None:
         print(f"   {phase}, us a launch: {', '.join(parts)}", flush=True)
 
 
-def time_rows(rows: list[Row], results: Results) -> None:
+def time_rows(rows: list[Row], agreements: dict[Row, GpuAgreement], results: Results) -> None:
     print("shape        recipe    state    batch   TTFT ms  p10-p90          TPOT ms p10-p90          tokens/s  TB/s "
           " floor  share    error     fast")  # fmt: skip
     for row in rows:
         started = time.perf_counter()
-        found = row.measured()
+        found = row.measured(agreements.get(row))
         results.add("rows", found)
         show(found, time.perf_counter() - started)
         torch.cuda.empty_cache()
@@ -146,13 +179,14 @@ def time_rows(rows: list[Row], results: Results) -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", default=["mamba2-130m", "mamba2-2.7b", "mamba-2.8b", "mamba2-8b"])
+    parser.add_argument("--shapes", nargs="*", default=["mamba2-2.7b", "mamba2-8b", "mamba-2.8b", "mamba2-130m"])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--large", nargs="*", type=int, default=[8, 64, 256], help="batches of the state's comparison")
+    parser.add_argument("--large", nargs="*", type=int, default=[256, 64, 8], help="batches of the state's comparison")
     parser.add_argument("--large-shapes", nargs="*", default=["mamba2-2.7b"])
     parser.add_argument("--models", nargs="*", type=Path, default=[], help="folders of real models to check on as well")
-    parser.add_argument("--jobs", type=int, default=12, help="processes that check and compile")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="processes that check and compile")
+    parser.add_argument("--prepare", type=float, default=90, help="seconds for it")
     parser.add_argument("--no-greedy", action="store_true")
     parser.add_argument("--no-products", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -167,19 +201,18 @@ def main() -> None:
     for name, batch, state in every(arguments.large_shapes, arguments.large, ("recipe", "float16")):
         rows.append(Row(name, "w8a8", batch, state, arguments.prompt if batch <= MANY else FEW_TOKENS))
     results.phase("checked and compiled")
-    prepare(rows, arguments, results)
+    agreements = prepare(rows, arguments, results)
     results.phase("timed")
     results.add("copy", copy_bandwidth(), to_list=False)
     print(f"{results.found['gpu']}, torch {torch.__version__}; device copy {results.found['copy'] * 1e-12:.2f} TB/s")
     if importlib.util.find_spec("mamba_ssm") is None:
         results.add("mamba_ssm", "not importable", to_list=False)
         print("mamba_ssm is not importable: no float16 rows of its own")
-    time_rows(rows, results)
-    if not arguments.no_products:
-        results.phase("single products")
-        for row in products():
-            results.add("products", row)
-            show_product(row)
+    time_rows(rows, agreements, results)
+    for size, count in () if arguments.no_products else every(SIZES, ROWS):
+        for found in product(*size, count):
+            results.add("products", found)
+            show_product(found)
     results.phase("done")
 
 

@@ -23,7 +23,7 @@ from squamata.spec.quant import QuantSpec
 SIZES = ((10576, 2560), (2560, 5120))  # outputs and inputs of in_proj and out_proj at 2.7B
 ROWS = (1, 64, 256, 1024)
 PRODUCT_TOLERANCE, RIVAL_TOLERANCE = 1e-5, 3e-2  # theirs rounds activations and outputs to bfloat16 or int8
-SETS = 8  # of data that timed launches rotate among: more than the second-level cache holds at one row
+SETS = 8  # of data that timed launches rotate among: 27 MB of int8 weights each, of which few fit into a cache
 
 Launch = Callable[[], Any]
 
@@ -31,8 +31,8 @@ Launch = Callable[[], Any]
 def random_linear(outputs: int, width: int, bits: int) -> Linear:
     spec = QuantSpec(bits=bits, full_range=bits == 4, granularity="group(128)" if bits == 4 else "channel")
     low, high = spec.code_range
-    codes = torch.randint(low, high + 1, (outputs, width), dtype=torch.int8)
-    scale = torch.rand(outputs, width // 128 if bits == 4 else 1) * 0.01 + 0.001
+    codes = torch.randint(low, high + 1, (outputs, width), dtype=torch.int8, device="cuda")
+    scale = torch.rand(outputs, width // 128 if bits == 4 else 1, device="cuda") * 0.01 + 0.001
     return Linear(QTensor(pack_int4(codes) if bits == 4 else codes, scale.half().float(), spec, None,
                           width if bits == 4 else None))  # fmt: skip
 
@@ -51,7 +51,7 @@ def microseconds(launches: list[Launch]) -> dict[str, float]:
 
 def check(what: str, found: Tensor, x: Tensor, weight: QTensor, tolerance: float) -> None:
     """Against float64; SquamataError if it is off."""
-    exact = x[:64].double() @ weight.dequantize(torch.float64).cuda().T
+    exact = x[:64].double() @ weight.dequantize(torch.float64).T
     error = float((found[:64].double() - exact).norm() / exact.norm())
     if not error <= tolerance:
         raise SquamataError(f"{what} {tuple(x.shape)} x {exact.shape[1]} is off: relative error {error:.2g}")
@@ -88,10 +88,10 @@ def our_product(weight: QTensor, tiled: TiledLinear, x: Tensor) -> tuple[Launch,
     return lambda: gemm(x, None, rows, tiled.factor, None, Finish(RESIDUAL, residual=residual)), laid_out
 
 
-def ours(outputs: int, width: int, rows: int) -> dict[str, list[Launch]]:
+def ours(outputs: int, width: int, rows: int, number: int) -> dict[str, list[Launch]]:
     """Our products, and torch's of the same sizes without scales."""
     sets: dict[str, list[Launch]] = {"w8a8": [], "w4a8": [], "bfloat16 torch.mm": []}
-    for _ in range(SETS):
+    for _ in range(number):
         for bits in (8, 4):
             weight = random_linear(outputs, width, bits)
             format = Format.INT8_INT8 if bits == 8 else Format.INT4_INT8
@@ -112,53 +112,62 @@ def ours(outputs: int, width: int, rows: int) -> dict[str, list[Launch]]:
     return sets
 
 
-def gemlite(outputs: int, width: int, rows: int) -> dict[str, list[Launch]]:
-    """Its products of the same sizes: activations come in bfloat16 and, where it says a8, are rounded in the launch."""
+def gemlite(outputs: int, width: int, rows: int, number: int) -> dict[str, list[Launch]]:
+    """Its products of the same sizes: activations come in bfloat16 and, where it says a8, are rounded in the launch.
+
+    With its kernels' default configurations: trying all of them takes minutes for these sizes.
+    """
+    import gemlite as library
     from gemlite import helper
 
-    sets: dict[str, list[Launch]] = {"gemlite a8w8": [], "gemlite a16w4": []}
-    for number in range(SETS):
+    library.set_autotune("default")
+    sets: dict[str, list[Launch]] = {"gemlite a8w8 (untuned)": [], "gemlite a16w4 (untuned)": []}
+    for one in range(number):
         x = torch.randn(rows, width, device="cuda").bfloat16()
-        for name, bits in (("gemlite a8w8", 8), ("gemlite a16w4", 4)):
+        for name, bits in (("gemlite a8w8 (untuned)", 8), ("gemlite a16w4 (untuned)", 4)):
             weight = random_linear(outputs, width, bits).weight
             assert isinstance(weight, QTensor)
-            codes, scale = weight.codes().cuda(), weight.scale.cuda()
+            codes, scale = weight.codes(), weight.scale
             if bits == 8:
                 layer = helper.A8W8_int8_dynamic("cuda", torch.bfloat16).from_weights(codes, scales=scale)
             else:
                 zeros = torch.full_like(scale, 8.0)
-                parts = (codes.to(torch.uint8) + 8, scale.reshape(-1, 1), zeros.reshape(-1, 1))
+                parts = ((codes + 8).to(torch.uint8), scale.reshape(-1, 1), zeros.reshape(-1, 1))
                 layer = helper.A16W4_HQQ_INT("cuda", torch.bfloat16).from_weights(*parts)
-            if number == 0:
+            if one == 0:
                 check(name, layer(x), x, weight, RIVAL_TOLERANCE)
             sets[name].append(lambda x=x, layer=layer: layer(x))
     return sets
 
 
-def products(rivals: bool = True) -> Iterator[dict[str, Any]]:
-    """Rows of the table as they become known; a library that fails says so in its row."""
-    for outputs, width in SIZES:
-        for rows in ROWS:
-            about = {"rows": rows, "outputs": outputs, "width": width}
-            sets: dict[str, list[Launch] | str] = dict(ours(outputs, width, rows))
-            if rivals and importlib.util.find_spec("gemlite") is None:
-                sets["gemlite"] = "not importable"
-            elif rivals:
-                try:
-                    sets |= gemlite(outputs, width, rows)
-                except (RuntimeError, ValueError, TypeError, AssertionError, SquamataError) as error:
-                    sets["gemlite"] = f"failed: {str(error).splitlines()[0][:200]}"
-            for name, launches in sets.items():
-                if isinstance(launches, str):
-                    yield about | {"product": name, "problem": launches}
-                    continue
-                times = microseconds(launches)
-                tops = 2 * rows * outputs * width / times["median"] * 1e-6
-                yield about | {"product": name, "us": times, "tops": tops}
+def product(outputs: int, width: int, rows: int, number: int = SETS) -> Iterator[dict[str, Any]]:
+    """Rows of the table for one size; a library that fails says so in its row. ``number``: of sets of data."""
+    about = {"rows": rows, "outputs": outputs, "width": width}
+    sets: dict[str, list[Launch] | str] = dict(ours(outputs, width, rows, number))
+    if importlib.util.find_spec("gemlite") is None:
+        sets["gemlite"] = "not importable"
+    else:
+        try:
+            sets |= gemlite(outputs, width, rows, number)
+        except Exception as error:  # whatever another library may raise
+            sets["gemlite"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    for name, launches in sets.items():
+        if isinstance(launches, str):
+            yield about | {"product": name, "problem": launches}
+            continue
+        times = microseconds(launches)
+        tops = 2 * rows * outputs * width / times["median"] * 1e-6
+        yield about | {"product": name, "us": times, "tops": tops}
+
+
+def compiled_product(outputs: int, width: int, rows: int) -> None:
+    """Everything that ``product`` launches, checked and compiled."""
+    for _ in product(outputs, width, rows, number=1):
+        pass
 
 
 def show(row: dict[str, Any]) -> None:
-    size = f"{row['rows']:5} x {row['width']} x {row['outputs']:6} {row['product']:20}"
+    size = f"{row['rows']:5} x {row['width']} x {row['outputs']:6} {row['product']:23}"
     if "problem" in row:
         print(size, row["problem"], flush=True)
         return

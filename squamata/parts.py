@@ -15,6 +15,7 @@ from torch import Tensor
 from squamata import scales, transform
 from squamata.calibrate import learn, whole
 from squamata.calibrate.observe import (
+    Lengths,
     Stream,
     attach,
     attach_grams,
@@ -75,10 +76,13 @@ class QuantizedParts:
         self.recipe = recipe
         check_device(device)
         self.device = torch.device(device)
-        on_host = self.device.type == "cpu"
-        self.batches = [ids.to(self.device) for ids in (batches if on_host else joined(batches, TOKENS_AT_ONCE))]
         self.specs = recipe.resolve(source.config.blocks)
         self.sites = all_sites(source.config.blocks)
+        on_host = self.device.type == "cpu"
+        self.lengths: Lengths | None = None
+        if not on_host:
+            batches, self.lengths = joined(batches, TOKENS_AT_ONCE, self._observed_by_token)
+        self.batches = [ids.to(self.device) for ids in batches]
         differ = self.specs.get("head.weight") != self.specs.get("embedding.weight")
         self.shares_table = source.config.tie_embeddings
         tied = self.shares_table and not differ and not transform.unties(recipe)
@@ -93,6 +97,13 @@ class QuantizedParts:
         self.rounded: Stream = []
         self.choices: whole.Choices = {}
         self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
+
+    @property
+    def _observed_by_token(self) -> bool:
+        """True if all that looks at the streams looks at tokens, so that a batch may hold more than its sequences."""
+        states = [spec for name, spec in self.specs.items() if self.sites[name].kind == "state"]
+        whole_streams = self.recipe.tune is not None or whole.needed(self.recipe, self.specs)
+        return not whole_streams and all(spec.dynamic for spec in states)
 
     @property
     def count(self) -> int:
@@ -151,12 +162,17 @@ class QuantizedParts:
         known = under("known.", streams) if finished else {}
         self.known |= {name: transform.Basis(vectors.to(self.device)) for name, vectors in known.items()}
 
+    def _sequences(self) -> Iterator[Tensor]:
+        """Token ids (L,) of every calibration sequence, as far as it goes."""
+        for number, ids in enumerate(self.batches):
+            lengths = (self.lengths and self.lengths[number]) or [ids.shape[1]] * len(ids)
+            yield from (row[:length] for row, length in zip(ids, lengths, strict=True))
+
     def _embedding(self) -> Values:
         name = "embedding.weight"
         table = self._read(name)[name]
         if transform.needs_stream(self.recipe):
-            embedded = (table[ids.flatten()] for ids in self.batches)
-            self.known["stream"] = transform.stream_basis(self.config, embedded)
+            self.known["stream"] = transform.stream_basis(self.config, (table[ids] for ids in self._sequences()))
         quantized = self._quantize_ends({name: table}, name)
         if calibrated_sites(self.recipe, self.config):
             rows = [self.ends({name: table[ids.flatten()]})[name] for ids in self.batches]
@@ -179,7 +195,7 @@ class QuantizedParts:
             block = build_block(self.working, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
             entering = list(self.seen) if tuned else []
-            run_layer(block, self.seen)
+            run_layer(block, self.seen, self.lengths)
             scales_found = self._scales_of(statistics)
         grams = self._grams(layer, tensors)
         quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
@@ -200,12 +216,12 @@ class QuantizedParts:
         final_norm = self.ends(few)["final_norm.weight"]
         site = head_site(self.config)
         statistics = attach([site], self.specs)
-        watch_head(self.config, final_norm, self.seen, site)
+        watch_head(self.config, final_norm, self.seen, site, self.lengths)
         scales_found = self._scales_of(statistics)
         grams: dict[str, Gram] = {}
         if "head.weight" in tensors:
             grams = self._watched_grams([site], tensors)
-            watch_head(self.config, final_norm, self.rounded, site)
+            watch_head(self.config, final_norm, self.rounded, site, self.lengths)
         return {**scales_found, **self._quantize_ends(tensors, "head.weight", grams)}
 
     def _quantize_ends(self, tensors: Tensors, table: str, grams: Grams = None) -> Values:
@@ -235,7 +251,7 @@ class QuantizedParts:
         block = build_block(self.working, layer, tensors)
         wanted = {prefix + site: spec for site, spec in needed.items()}
         statistics = attach(block.sites.values(), wanted, transform.observer(self.recipe))
-        run_layer(block, self.plain)
+        run_layer(block, self.plain, self.lengths)
         return under(prefix, statistics)
 
     def _grams(self, layer: int, tensors: Tensors) -> dict[str, Gram]:
@@ -245,7 +261,7 @@ class QuantizedParts:
         block = build_block(self.working, layer, tensors)
         prefix = f"layers.{layer}."
         grams = self._watched_grams(block.sites.values(), {prefix + name: tensors[name] for name in tensors})
-        watch_layer(block, self.rounded)
+        watch_layer(block, self.rounded, self.lengths)
         return grams
 
     def _watched_grams(self, sites: Iterable[Site], tensors: Tensors) -> dict[str, Gram]:

@@ -149,8 +149,7 @@ def evaluate(
 
 def check(recipe: Recipe, config: ModelConfig) -> None:
     """Refuse a recipe that cannot be carried out on this model, before any work is done."""
-    for kind in set(config.blocks) - set(recipe.architectures):
-        raise SquamataError(f"recipe {recipe.name} is for {', '.join(recipe.architectures)}, not {kind}")
+    recipe.check_architectures(config.blocks)
     for site, spec in recipe.resolve(config.blocks).items():
         scales.check(spec, site)
     transform.check(recipe)

@@ -70,7 +70,7 @@ def _parse_row(line: str, fields: dict[str, type], place: str) -> dict[str, Any]
             raise SquamataError(f"{place}: no field '{field}'{nearest(field, row) if row else ' in an empty object'}")
         if not isinstance(row[field], kind):
             found = type(row[field]).__name__
-            raise SquamataError(f"{place}: field '{field}' must be a {kind.__name__}, not a {found}")
+            raise SquamataError(f"{place}: field '{field}' must be of type {kind.__name__}, not {found}")
     if any(isinstance(row[field], str) and _SURROGATE.search(row[field]) for field in fields):
         raise SquamataError(f"{place}: half of a \\u surrogate pair; such a character has no UTF-8 form")
     return row

@@ -3,7 +3,7 @@ of a weight whose quantizer wants to see them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -22,7 +22,9 @@ from squamata.scales.statistics import Statistics
 from squamata.spec.quant import QuantSpec
 
 Stream = list[Tensor]  # the residual stream as the next block reads it, float (B, L, D) a batch
+Lengths = Sequence[list[int] | None]  # of every batch: tokens of each of its sequences, None if it has no others
 Gather = Callable[[Partition, QuantSpec], Statistics]
+Observer = Callable[[Tensor], None]
 
 
 def attach(
@@ -55,52 +57,79 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def watch_layer(block: Block, stream: Stream) -> None:
+def watch_layer(block: Block, stream: Stream, lengths: Lengths | None = None) -> None:
     """Send the stream through one block for its observers alone, as far as the last of them; it stays as it is.
 
-    For activations, each of which lands once.
+    For activations, each of which lands once. ``lengths``: as for ``run_layer``.
     """
-    for h in stream if any(site.observer for site in block.sites.values()) else ():
-        with observed_once(block.sites.values()), suppress(_Enough):
+    sites = [site for site in block.sites.values() if site.observer is not None]
+    for h, own in zip(stream, lengths or [None] * len(stream), strict=True) if sites else ():
+        with _within(sites, own), _once(sites), suppress(_Enough):
             block.forward(h, None, block.new_cache(h.shape[0]))
 
 
-@contextmanager
-def observed_once(sites: Iterable[Site]) -> Iterator[None]:
-    """Within the block the observers of these sites raise ``_Enough`` when the last of them has seen a tensor."""
-    before = {site.name: (site, site.observer) for site in sites if site.observer is not None}
-    waiting = set(before)
-
-    def see(name: str, observer: Callable[[Tensor], None], x: Tensor) -> None:
-        observer(x)
-        waiting.discard(name)
-        if not waiting:
-            raise _Enough
-
-    try:
-        for name, (site, observer) in before.items():
-            assert observer is not None and site.layout.flat
-            site.observer = partial(see, name, observer)
-        yield
-    finally:
-        for site, observer in before.values():
-            site.observer = observer
-
-
 @torch.no_grad()
-def run_layer(block: Block, stream: Stream) -> Stream:
-    """Send the stream through one block, in place: afterwards it is what the next block sees."""
+def run_layer(block: Block, stream: Stream, lengths: Lengths | None = None) -> Stream:
+    """Send the stream through one block, in place: afterwards it is what the next block sees.
+
+    ``lengths``: of every batch, tokens of each sequence where they differ; observers see no more of them. Not for
+    observers of the state, which goes on to the end of the batch.
+    """
     for number, h in enumerate(stream):
-        written, residual = block.forward(h, None, block.new_cache(h.shape[0]))
+        with _within(block.sites.values(), lengths and lengths[number]):
+            written, residual = block.forward(h, None, block.new_cache(h.shape[0]))
         stream[number] = residual + written
     return stream
 
 
 @torch.no_grad()
-def watch_head(config: ModelConfig, final_norm: Tensor, stream: Stream, site: Site) -> None:
+def watch_head(
+    config: ModelConfig, final_norm: Tensor, stream: Stream, site: Site, lengths: Lengths | None = None
+) -> None:
     """Send the stream after the last block through the final norm, for the observer at the head's input."""
-    for h in stream if site.observer is not None else ():
-        ops.rms_norm(h, None, final_norm.float(), config.norm_epsilon, site)
+    for number, h in enumerate(stream if site.observer is not None else ()):
+        with _within([site], lengths and lengths[number]):
+            ops.rms_norm(h, None, final_norm.float(), config.norm_epsilon, site)
+
+
+@contextmanager
+def _within(sites: Iterable[Site], lengths: list[int] | None) -> Iterator[None]:
+    """Within the block observers see every sequence by itself, as far as it goes."""
+
+    def see(name: str, observer: Observer, x: Tensor) -> None:
+        for row, length in enumerate(lengths or ()):
+            observer(x[row, None, :length])
+
+    with _replaced(sites if lengths else (), see):
+        yield
+
+
+@contextmanager
+def _once(sites: Iterable[Site]) -> Iterator[None]:
+    """Within the block the observers of these sites raise ``_Enough`` when the last of them has seen a tensor."""
+    waiting = {site.name for site in sites}
+
+    def see(name: str, observer: Observer, x: Tensor) -> None:
+        observer(x)
+        waiting.discard(name)
+        if not waiting:
+            raise _Enough
+
+    with _replaced(sites, see):
+        yield
+
+
+@contextmanager
+def _replaced(sites: Iterable[Site], see: Callable[[str, Observer, Tensor], None]) -> Iterator[None]:
+    """Within the block ``see(site's name, its observer, tensor)`` stands where there are observers."""
+    before = [(site, site.observer) for site in sites if site.observer is not None]
+    try:
+        for site, observer in before:
+            site.observer = partial(see, site.name, observer)
+        yield
+    finally:
+        for site, observer in before:
+            site.observer = observer
 
 
 def scales_of(statistics: Mapping[str, Statistics], specs: Mapping[str, QuantSpec]) -> dict[str, Tensor]:

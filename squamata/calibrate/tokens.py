@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from squamata.errors import SquamataError
 from squamata.spec.recipe import Calibration
@@ -68,13 +69,27 @@ class CalibrationSet:
         }
 
 
-def joined(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """Neighbours of one length as one batch (B, L) of at most so many tokens; a larger batch stays as it is."""
-    found: list[Tensor] = []
+def joined(batches: Sequence[Tensor], tokens: int, unequal: bool) -> tuple[list[Tensor], list[list[int] | None]]:
+    """Neighbours as one batch (B, L) of at most so many tokens; a larger batch stays as it is.
+
+    Those of one length, or with ``unequal`` any, filled up with zeros to the longest. Also the tokens of every
+    sequence of each batch, None where all are as long as the batch.
+    """
+    groups: list[list[Tensor]] = []
     for ids in batches:
-        fits = found and found[-1].shape[1] == ids.shape[1] and found[-1].numel() + ids.numel() <= tokens
-        found[-1:] = [torch.cat([found[-1], ids])] if fits else [*found[-1:], ids]
-    return found
+        together = [*(groups[-1] if groups else []), ids]
+        longest = max(one.shape[1] for one in together)
+        alike = unequal or all(one.shape[1] == longest for one in together)
+        if groups and alike and longest * sum(map(len, together)) <= tokens:
+            groups[-1] = together
+        else:
+            groups.append([ids])
+    found, lengths = [], []
+    for group in groups:
+        own = [ids.shape[1] for ids in group for _ in ids]
+        found.append(torch.cat([pad(ids, (0, max(own) - ids.shape[1])) for ids in group]))
+        lengths.append(None if len(set(own)) == 1 else own)
+    return found, lengths
 
 
 def _batched(items: Iterator[tuple[int, ...]], size: int) -> Iterator[tuple[tuple[int, ...], ...]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from squamata.models.lm import LanguageModel
 
 RECIPES = ("quamba-w8a8", "w4a16")
+NOTE = "README.txt"
 PROMPT = "The snake"
 NEW_TOKENS = 40
 TOKENS = 8192  # of the excerpt: enough to tell the recipes apart, few enough for a laptop
@@ -68,10 +69,15 @@ def demo(
 
 
 def _make_folder(out: Path) -> None:
+    """The folder, with a note in it, without which no checkpoint that is there is replaced."""
+    theirs = [recipe for recipe in RECIPES if (out / recipe).exists()]
+    if theirs and not (out / NOTE).exists():
+        raise SquamataError(f"{out / theirs[0]} exists already, and no demo made it; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / NOTE).write_text("Made by 'squamata demo', which replaces what is in this folder when it runs again.\n")
     except OSError as error:
-        raise SquamataError(f"cannot make the folder {out}: {error.strerror}") from None
+        raise SquamataError(f"cannot write to the folder {out}: {error.strerror}") from None
 
 
 def _judge(name: str, model: LanguageModel, reference: LanguageModel | None) -> Row:

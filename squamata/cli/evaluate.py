@@ -46,12 +46,19 @@ def evaluate(
         raise SquamataError("nothing to judge by: give --text FILE (or --lambada FILE, or --tasks NAMES)")
     if tasks is not None and data is None:
         raise SquamataError("--tasks needs --data FOLDER, the folder that holds their JSONL files")
-    check_files(text, lambada)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    check_files(text)
     from squamata import pipeline
+    from squamata.evaluate.lambada import read_passages
+    from squamata.evaluate.tasks import check_tasks
     from squamata.run.device import check_device
     from squamata.run.simulated import placed
 
     check_device(device.value)
+    if lambada is not None:
+        read_passages(lambada, limit)
+    if data is not None:
+        check_tasks(names, data, limit)
     loaded = placed(pipeline.load(model), device.value)
     found: dict[str, Any] = {"model": model, "recipe": loaded.checkpoint.recipe.name, "device": device.value}
     if text is not None:
@@ -63,7 +70,7 @@ def evaluate(
     if lambada is not None:
         found["lambada"] = _lambada(loaded, lambada, limit)
     if tasks is not None and data is not None:
-        found["tasks"] = _tasks(loaded, [name.strip() for name in tasks.split(",") if name.strip()], data, limit)
+        found["tasks"] = _tasks(loaded, names, data, limit)
     write_json(json_file, found)
 
 

@@ -145,7 +145,7 @@ def size(count: int) -> str:
 
 def interval(bounds: tuple[float, float] | None, digits: int) -> str:
     """A confidence interval for a person, or nothing."""
-    return "" if bounds is None else f"{bounds[0]:.{digits}f} .. {bounds[1]:.{digits}f}"
+    return "" if bounds is None else f"{bounds[0]:z.{digits}f} .. {bounds[1]:z.{digits}f}"
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from squamata.cli.output import JsonFile, check_files, check_json, progress, size, table, write_json
+from squamata.cli.output import Device, JsonFile, check_files, check_json, progress, size, table, write_json
 
 
 def quantize(
@@ -26,7 +26,7 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     embedding: Annotated[str | None, typer.Option(help="float, int8 or int4, instead of what the recipe says.")] = None,
     head: Annotated[str | None, typer.Option(help="float, int8 or int4, instead of what the recipe says.")] = None,
-    device: Annotated[str, typer.Option(help="Where it is computed: cpu or cuda.")] = "cpu",
+    device: Annotated[Device, typer.Option(help="Where it is computed.")] = Device.cpu,
     json_file: JsonFile = None,
 ) -> None:
     """Quantize a model by a recipe and save it."""
@@ -38,7 +38,7 @@ def quantize(
         text = calibration_of(source, calibration)
         result = pipeline.quantize(
             source, recipe, out, text, samples, length, seed, force, resume, advance,
-            embedding, head, device,
+            embedding, head, device.value,
         )  # fmt: skip
     tokens = result.calibration.get("tokens")
     rows = (

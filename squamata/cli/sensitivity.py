@@ -31,9 +31,11 @@ from squamata.errors import SquamataError
 from squamata.text import check_writable, write_whole
 
 if TYPE_CHECKING:
+    from squamata.models.config import ModelConfig
     from squamata.report.forms import Forms
-    from squamata.report.mixed import Mixer, Search
+    from squamata.report.mixed import Mixer, Price, Search
     from squamata.report.sensitivity import Judge, Sensitivity
+    from squamata.spec.recipe import Recipe
 
 SHOWN = 40  # rows that a person gets to see
 
@@ -48,17 +50,24 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True)
 class Budget:
-    """What mixed precision may cost and is made of; no budget if neither number is given."""
+    """What mixed precision may cost and is made of; no budget if no number is given. ``chip``: of ``ms``."""
 
     bytes: int | None
     bits: float | None
+    ms: float | None
+    mj: float | None
+    chip: str
     upgrade: str
     judge: Path | None
     save: Path | None
 
     @property
+    def numbers(self) -> list[float]:
+        return [number for number in (self.bytes, self.bits, self.ms, self.mj) if number is not None]
+
+    @property
     def given(self) -> bool:
-        return self.bytes is not None or self.bits is not None
+        return bool(self.numbers)
 
 
 def sensitivity(
@@ -78,6 +87,9 @@ def sensitivity(
     device: Annotated[Device, typer.Option(help="cpu: the integer kernels; cuda: simulated.")] = Device.cpu,
     budget_bytes: Annotated[int | None, typer.Option(help="Mix two recipes: stored bytes of the model.")] = None,
     budget_bits: Annotated[float | None, typer.Option(help="The same, in stored bits a parameter.")] = None,
+    budget_ms: Annotated[float | None, typer.Option(help="Or: DRAM time of a token on --chip, its least TPOT.")] = None,
+    budget_mj: Annotated[float | None, typer.Option(help="Or: energy of a token on a 7 nm chip.")] = None,
+    chip: Annotated[str, typer.Option(metavar="NAME|FILE", help="Device of --budget-ms, as in hardware.")] = "h200",
     upgrade: Annotated[str, typer.Option(help="The recipe of the better form.")] = "float",
     judge: Annotated[Path | None, typer.Option(metavar="FILE", help="Compare mixtures on this text.")] = None,
     save_recipe: Annotated[Path | None, typer.Option(metavar="YAML", help="Write the best mixture here.")] = None,
@@ -87,11 +99,13 @@ def sensitivity(
     """Quantize one site or layer at a time and rank them; with a budget, choose which to leave in a better form."""
     check_json(json_file)
     check_files(text, calibration, judge)
-    budget = Budget(budget_bytes, budget_bits, upgrade, judge, save_recipe)
-    if budget_bytes is not None and budget_bits is not None:
-        raise SquamataError("two budgets: give --budget-bytes or --budget-bits")
+    budget = Budget(budget_bytes, budget_bits, budget_ms, budget_mj, chip, upgrade, judge, save_recipe)
+    if len(budget.numbers) > 1:
+        raise SquamataError("two budgets: give one of --budget-bytes, --budget-bits, --budget-ms and --budget-mj")
     if save_recipe is not None and not budget.given:
-        raise SquamataError("--save-recipe needs a budget: add --budget-bits or --budget-bytes")
+        raise SquamataError(
+            "--save-recipe needs a budget: add --budget-bits, --budget-bytes, --budget-ms or --budget-mj"
+        )
     check_writable(save_recipe, "--save-recipe")
     from squamata.report.forms import CalibrationChoice
     from squamata.report.page import check_out, write_page
@@ -134,7 +148,7 @@ def _show(model: str, recipe: str, measured: Sensitivity) -> None:
         (
             row.unit,
             row.sites,
-            f"{row.kl:.6f}",
+            f"{row.kl:z.6f}",
             interval(row.kl_ci, 6),
             f"{row.perplexity:.3f}",
             f"{100 * row.top1_agreement:.2f}",
@@ -161,18 +175,43 @@ def _mixer(forms: Forms, per: Unit, budget: Budget) -> Mixer | None:
     """What the budget is spent on, None without one; a budget that nothing fits is refused before anything runs."""
     if not budget.given:
         return None
-    from squamata.report.mixed import Mixer, budget_in_bytes, check_budget
+    from squamata.report.mixed import Mixer, check_budget
 
-    mixer = Mixer(forms, "low", "high" if forms.has("high") else "float", per.value)
-    check_budget(mixer, budget_in_bytes(forms, budget.bytes, budget.bits))
+    mixer = Mixer(forms, "low", "high" if forms.has("high") else "float", per.value, _price(budget))
+    check_budget(mixer, _limit(mixer, budget))
     return mixer
 
 
+def _price(budget: Budget) -> Price | None:
+    """What the chip model says of a mixture, if the budget is of that."""
+    from squamata.hardware import estimate
+    from squamata.hardware.technology import Device
+    from squamata.report.mixed import Price
+
+    if budget.mj is not None:
+        return Price("mJ a token", lambda config, recipe: estimate(config, recipe).energy_per_token_nj / 1e6)
+    if budget.ms is None:
+        return None
+    device = Device.read(budget.chip)
+
+    def dram_ms(config: ModelConfig, recipe: Recipe) -> float:
+        return estimate(config, recipe, devices=(device,)).roofline[device.name].memory_ms
+
+    return Price(f"ms a token, {device.name}", dram_ms)
+
+
+def _limit(mixer: Mixer, budget: Budget) -> float:
+    """The budget in the mixer's unit."""
+    if budget.bits is not None:
+        return int(budget.bits * mixer.forms.parameters / 8)
+    return budget.numbers[0]
+
+
 def _search(mixer: Mixer, measured: Sensitivity, judging: Judge, budget: Budget, seed: int) -> dict[str, Any]:
-    from squamata.report.mixed import SearchPlan, as_data, budget_in_bytes, search_mixture
+    from squamata.report.mixed import SearchPlan, as_data, search_mixture
 
     final = judging if budget.judge is None else judging.on(budget.judge)
-    plan = SearchPlan(budget_in_bytes(mixer.forms, budget.bytes, budget.bits), judging, final, seed)
+    plan = SearchPlan(_limit(mixer, budget), judging, final, seed)
     with progress("searching mixtures") as advance:
         found = search_mixture(mixer, measured, plan, advance)
     _show_search(found, budget, len(mixer.units))
@@ -184,22 +223,26 @@ def _search(mixer: Mixer, measured: Sensitivity, judging: Judge, budget: Budget,
 
 
 def _show_search(found: Search, budget: Budget, units: int) -> None:
+    stored = found.unit == "bytes"
     rows = [
         (
             mixture.name,
             size(mixture.bytes),
             f"{mixture.bits_per_parameter:.3f}",
+            *([] if stored else [f"{mixture.price:.4g}"]),
             f"{len(mixture.upgraded)} of {units}",
             mixture.evaluations or "",
-            f"{mixture.kl:.6f}",
+            f"{mixture.kl:z.6f}",
             interval(mixture.kl_ci, 6),
             f"{mixture.perplexity:.3f}",
             interval(mixture.perplexity_ci, 3),
         )
         for mixture in found.mixtures
     ]
-    columns = ("<", "bytes", "bits", "upgraded", "runs", "KL", "95 %", "perplexity", "95 %")
-    table(f"upgraded to {budget.upgrade} within {size(found.budget_bytes)}", columns, rows)
+    paid = [] if stored else [found.unit.partition(",")[0]]
+    columns = ("<", "bytes", "bits", *paid, "upgraded", "runs", "KL", "95 %", "perplexity", "95 %")
+    limit = size(int(found.budget)) if stored else f"{found.budget:g} {found.unit}"
+    table(f"upgraded to {budget.upgrade} within {limit}", columns, rows)
     upgraded = found.mixture(found.best).upgraded
     if upgraded and all(unit.startswith("layers.") and unit.count(".") == 1 for unit in upgraded):
         upgraded = [f"layers {layer_ranges([int(unit.split('.')[1]) for unit in upgraded])}"]

@@ -23,14 +23,16 @@ from squamata.errors import SquamataError
 from squamata.models.config import ModelConfig
 from squamata.spec.recipe import Recipe
 
-app = typer.Typer(no_args_is_help=True, help="Run a grid of models and recipes, and go on where it stopped.")
+app = typer.Typer(invoke_without_command=True, help="Run a grid of models and recipes, and go on where it stopped.")
 
 Folder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the study's relative paths start.")]
 
 
 @app.callback()
-def study() -> None:
+def study(context: typer.Context) -> None:
     """Run a grid of models and recipes, and go on where it stopped."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command("run")

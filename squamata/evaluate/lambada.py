@@ -37,8 +37,8 @@ def evaluate_lambada(
     """Judge a model on the first ``limit`` passages of a JSONL file (``context``, ``continuation``)."""
     started = time.perf_counter()
     tokenizer = tokenizer_of(model)
-    rows = read_examples(path, {"context": str, "continuation": str}, limit)
-    requests = [request(tokenizer, row["context"], " " + row["continuation"]) for row in rows]
+    passages = read_passages(path, limit)
+    requests = [request(tokenizer, row["context"], " " + row["continuation"]) for row in passages]
     scores = score(model, requests, progress)
     accuracy, error = mean_and_error([item.greedy for item in scores])
     return LambadaResult(
@@ -49,3 +49,8 @@ def evaluate_lambada(
         seconds=time.perf_counter() - started,
         hits=tuple(item.greedy for item in scores),
     )
+
+
+def read_passages(path: str | Path, limit: int | None = None) -> list[dict[str, str]]:
+    """The passages of a file, checked."""
+    return read_examples(path, {"context": str, "continuation": str}, limit)

@@ -52,7 +52,8 @@ class Speed(Result):
 
     TTFT from call to first token, TPOT of every further token, TTLT from call to last token. Rates count the tokens of
     all sequences of the batch. ``bytes``: see ``bytes_by_part``. ``floor_ms``: the bytes that a token must move over
-    the memory's measured bandwidth; ``floor_share``: that over TPOT.
+    the memory's measured bandwidth; ``floor_share``: that over TPOT. ``peak_rss_bytes``: of the whole process, loading
+    and the reference included.
     """
 
     bytes: dict[str, int]
@@ -67,16 +68,16 @@ class Speed(Result):
     generate: int
     batch: int
     repeats: int
+    peak_rss_bytes: int
 
 
 @dataclass(frozen=True)
 class Profile(Speed):
     """Speed on a CPU: {median, min, max} of times, TPOT the mean of a run's further tokens; the floor is of weights.
 
-    ``peak_rss_bytes``: of the whole process, loading and the reference included; ``rss_bytes``: while timed.
+    ``rss_bytes``: of the process while it was timed.
     """
 
-    peak_rss_bytes: int
     rss_bytes: int
     weight_bytes_per_token: int
     dram_read_bytes_per_s: float

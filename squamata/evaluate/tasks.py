@@ -119,6 +119,19 @@ def _accuracy(chosen: Sequence[int], questions: Sequence[Question]) -> tuple[flo
     return mean_and_error([choice == question.gold for choice, question in zip(chosen, questions, strict=True)])
 
 
+def check_tasks(names: Sequence[str], folder: str | Path, limit: int | None = None) -> None:
+    """Refuse, before any work is done, a task whose file is missing or wrong, or that only lm-eval may know if it is
+    not installed."""
+    for name in names:
+        if name in TASKS:
+            read_questions(name, folder, limit)
+        elif find_spec("lm_eval") is None:
+            raise SquamataError(
+                f"no task '{name}'{nearest(name, TASKS)}; lm-eval, which knows others, is not installed: "
+                "pip install 'squamata[eval]'"
+            )
+
+
 def evaluate_with_lm_eval(
     model: LanguageModel,
     tasks: Sequence[str],

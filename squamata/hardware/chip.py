@@ -108,8 +108,7 @@ def estimate(
     technology = technology if isinstance(technology, Technology) else Technology.read(technology)
     if batch < 1:
         raise SquamataError(f"batch {batch}: give at least 1")
-    for kind in set(config.blocks) - set(recipe.architectures):
-        raise SquamataError(f"recipe {recipe.name} is for {', '.join(recipe.architectures)}, not {kind}")
+    recipe.check_architectures(config.blocks)
     ragged = ragged_groups(config, recipe, assumed.ssd_groups if assumed else None, *groups)
     found = counts(config, recipe, ragged, technology.float_bits)
     searches = [_search(found, layer, ragged, technology, assumed) for layer in range(config.n_layers)]

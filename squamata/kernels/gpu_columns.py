@@ -12,7 +12,7 @@ from squamata.kernels.gpu_math import ROUNDINGS, to_codes
 from squamata.spec.quant import QuantSpec
 
 MOST_COLUMNS = 128  # of a block: they stay in registers
-ROWS, WARPS = 32, 4  # rows of the weight that a program takes
+ROWS, WARPS = 16, 2  # rows of the weight that a program takes
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def resolve(path_or_name: str | Path) -> Path:
     if path_or_name == "bundled":
         return bundled()
     if isinstance(path_or_name, Path) or not _HUB_NAME.fullmatch(path_or_name):
-        raise SquamataError(f"{path_or_name}: no such folder")
+        raise SquamataError(f"{path_or_name}: no such folder (hub names are OWNER/NAME; 'bundled' is always there)")
     if os.path.isdir(path.parent):
         raise SquamataError(
             f"{path_or_name}: no such folder (not taken for a hub name, because the folder '{path.parent}' exists here)"

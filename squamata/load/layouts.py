@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from squamata.errors import SquamataError, nearest
 from squamata.load.tensor_files import read_json
 from squamata.models.config import Epsilon, ModelConfig, Size
+from squamata.spec.yaml_file import said
 
 Layers = Annotated[int, Field(ge=1, le=2**12)]
 Rank = Size | Literal["auto"]
@@ -259,7 +260,9 @@ def _first_problem(error: ValidationError) -> str:
         return f"{key} = {str(value)[:60]} is not supported" + (f" (supported: {expected})" if expected else "")
     if problem["type"] == "missing":
         return f"'{key}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = said(problem)
+    if message.startswith("must "):
+        return f"{key} {message}"
     return f"{key} = {str(value)[:60]}: {message}" if key else message
 
 

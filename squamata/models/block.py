@@ -18,7 +18,7 @@ from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Mode, Site
 from squamata.models.checkpoint import under
-from squamata.models.config import ModelConfig
+from squamata.models.config import ModelConfig, segments, site_sizes
 from squamata.spec.quant import QuantSpec
 from squamata.spec.sites import BLOCKS
 
@@ -61,6 +61,7 @@ OwnCache = TypeVar("OwnCache", bound=LayerCache)
 class Block(ABC, Generic[OwnCache]):
     """One layer of the network. Subclasses read their tensors in ``__init__`` and define ``forward``.
 
+    ``kind``: as ``ModelConfig.blocks`` names it; the shapes of its sites and tensors are in ``models/config.py``.
     ``tensors``: this layer's tensors without the ``layers.N.`` prefix. ``dtype``: of the float computation.
     ``linears``: its projections, in the order in which ``linear`` made them.
     """
@@ -77,15 +78,15 @@ class Block(ABC, Generic[OwnCache]):
         self.norm = as_float(tensors["norm.weight"]).to(dtype)
         self._mixer = under("mixer.", tensors)
 
-    @staticmethod
-    @abstractmethod
-    def site_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def site_sizes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Sizes of the feature axes of every activation and state site, by the site's name in the block."""
+        return site_sizes(cls.kind, config)
 
-    @staticmethod
-    @abstractmethod
-    def segments(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def segments(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Rows of fused tensors, by what they are for: ``in_proj``, ``conv``..."""
+        return segments(cls.kind, config)
 
     @classmethod
     def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:
@@ -147,9 +148,9 @@ def second_name(spec: QuantSpec | None) -> str:
 
 def tensor_layouts(kind: type[Block], config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
     """Layout of every tensor of a layer that may be quantized (names without ``layers.N.``)."""
-    segments = kind.segments(config)
+    rows = kind.segments(config)
     return {
-        name: Layout(info.axes, shapes[name], segments.get(name.split(".")[1], ()), flat=False)
+        name: Layout(info.axes, shapes[name], rows.get(name.split(".")[1], ()), flat=False)
         for name, info in BLOCKS[kind.kind].items()
         if info.kind in ("weight", "parameter") and name in shapes
     }

@@ -143,7 +143,7 @@ class LanguageModel:
         return self.logits(h, residual)
 
     def logits(self, h: Tensor, residual: Tensor | None) -> Tensor:
-        """Final norm and head."""
+        """Final norm and head: float (B, L, D), and the residual stream before it is added -> (B, L, V)."""
         (logits,), _ = ops.norm_linear(
             h, residual, self.final_norm, self.config.norm_epsilon, self.head, self.head_site, (None,)
         )

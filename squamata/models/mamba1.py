@@ -13,7 +13,7 @@ from squamata.kernels.conv_selective_scan import SelectiveScanLayer
 from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
 from squamata.models.block import ROTATION, Block, OptionalTensor, ScanCache
-from squamata.models.config import ModelConfig, segments, site_sizes
+from squamata.models.config import ModelConfig
 
 
 class Mamba1(Block[ScanCache]):
@@ -37,14 +37,6 @@ class Mamba1(Block[ScanCache]):
             D=self.parameter("D"),
             bcdt_norm_epsilon=config.bcdt_norm_epsilon,
         )
-
-    @staticmethod
-    def site_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        return site_sizes("mamba1", config)
-
-    @staticmethod
-    def segments(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        return segments("mamba1", config)
 
     @classmethod
     def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:

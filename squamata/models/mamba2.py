@@ -15,7 +15,7 @@ from squamata.kernels.qtensor import Value
 from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan import HeadLayout
 from squamata.models.block import ROTATION, Block, OptionalTensor, ScanCache
-from squamata.models.config import ModelConfig, segments, site_sizes
+from squamata.models.config import ModelConfig
 
 
 class Mamba2(Block[ScanCache]):
@@ -45,14 +45,6 @@ class Mamba2(Block[ScanCache]):
                 config.time_step_limit,
             ),
         )
-
-    @staticmethod
-    def site_sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        return site_sizes("mamba2", config)
-
-    @staticmethod
-    def segments(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        return segments("mamba2", config)
 
     @classmethod
     def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:

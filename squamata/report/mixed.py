@@ -10,6 +10,7 @@ from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import Evaluation, difference_of_sums
 from squamata.evaluate.result import Result
 from squamata.evaluate.uncertainty import Interval
+from squamata.models.config import ModelConfig
 from squamata.report.forms import FLOAT, Forms, units_of
 from squamata.report.rules import rules_for
 from squamata.report.sensitivity import Judge, Progress, Sensitivity, measure_units
@@ -22,14 +23,23 @@ Choice = frozenset[str]  # units that have the better form
 
 
 @dataclass(frozen=True)
+class Price:
+    """What a mixture costs if not bytes: ``of`` its configuration and recipe, in ``unit`` (``ms a token``)."""
+
+    unit: str
+    of: Callable[[ModelConfig, Recipe], float]
+
+
+@dataclass(frozen=True)
 class Mixture(Result):
     """One way to spend the budget. ``upgraded``: units in the better form; ``evaluations``: model runs it took to
-    find; figures of the whole model on the judge's text."""
+    find; ``price``: in the budget's unit; figures of the whole model on the judge's text."""
 
     name: str
     upgraded: list[str]
     bytes: int
     bits_per_parameter: float
+    price: float
     evaluations: int
     kl: float
     kl_ci: Interval | None
@@ -42,7 +52,8 @@ class Search(Result):
     """``mixtures``: nothing upgraded, greedy, evolution, everything upgraded. ``verdict``: evolution beside greedy, by
     KL. ``best``: the name of the one within the budget that has the lower KL."""
 
-    budget_bytes: int
+    budget: float
+    unit: str
     mixtures: list[Mixture]
     verdict: str
     best: str
@@ -52,15 +63,21 @@ class Search(Result):
 
 
 class Mixer:
-    """Two forms of a model, and what a choice between them costs and gives. ``units``: those in which they differ."""
+    """Two forms of a model, and what a choice between them costs and gives. ``units``: those in which they differ.
 
-    def __init__(self, forms: Forms, low: str, high: str, per: str) -> None:
-        self.forms, self.low, self.high = forms, low, high
+    ``base``: what nothing upgraded costs, in bytes unless there is another ``price``; ``cost``: what each unit adds to
+    that by itself. Bytes and DRAM traffic add up; energy of products may be less together, as a product in floating
+    point is paid for once, whichever operand asks for it: so a budget is kept in any case.
+    """
+
+    def __init__(self, forms: Forms, low: str, high: str, per: str, price: Price | None = None) -> None:
+        self.forms, self.low, self.high, self._price = forms, low, high, price
         self._sites = list(dict.fromkeys((*forms[low].specs, *forms[high].specs)))
         units = units_of(self._sites, per, forms.tied)
         self.units: Units = {unit: some for unit, some in units.items() if any(map(self._differs, some))}
-        self.base = self.bytes(frozenset())
-        self.cost = {unit: self.bytes(frozenset((unit,))) - self.base for unit in self.units}
+        self.unit = price.unit if price else "bytes"
+        self.base = self.price(frozenset())
+        self.cost = {unit: self.price(frozenset((unit,))) - self.base for unit in self.units}
 
     def _differs(self, site: str) -> bool:
         return self.forms[self.low].specs.get(site) != self.forms[self.high].specs.get(site)
@@ -72,6 +89,12 @@ class Mixer:
 
     def bytes(self, upgraded: Choice) -> int:
         return self.forms.bytes(self.sites(upgraded))
+
+    def price(self, upgraded: Choice) -> float:
+        """What the budget is spent on."""
+        if self._price is None:
+            return self.bytes(upgraded)
+        return self._price.of(self.forms.config, self.recipe(upgraded, "mixture"))
 
     def recipe(self, upgraded: Choice, name: str) -> Recipe:
         """The first form's recipe, and rules with layer lists that give the upgraded units the second's specs."""
@@ -86,12 +109,12 @@ class Mixer:
         return Recipe.from_mapping(mapping | {"name": name, "description": description, "rules": rules})
 
 
-def greedy(cost: Mapping[str, int], gain: Mapping[str, float], budget: int) -> Choice:
-    """Units in the order of their gain a byte, each taken if it still fits into ``budget`` bytes.
+def greedy(cost: Mapping[str, float], gain: Mapping[str, float], budget: float) -> Choice:
+    """Units in the order of their gain for what they cost, each taken if it still fits into ``budget``.
 
     Units that cost nothing come first; those that gain nothing are never taken.
     """
-    spent, taken = 0, []
+    spent, taken = 0.0, []
     worth = [unit for unit in cost if gain[unit] > 0]
     for unit in sorted(worth, key=lambda unit: -gain[unit] / max(cost[unit], 1e-9)):
         if spent + cost[unit] <= budget:
@@ -101,7 +124,7 @@ def greedy(cost: Mapping[str, int], gain: Mapping[str, float], budget: int) -> C
 
 
 def evolve(
-    cost: Mapping[str, int], loss: Callable[[Choice], float], budget: int, evaluations: int, seed: int = 0
+    cost: Mapping[str, float], loss: Callable[[Choice], float], budget: float, evaluations: int, seed: int = 0
 ) -> Choice:
     """The best choice that an evolutionary search finds with at most ``evaluations`` calls of ``loss``.
 
@@ -132,7 +155,7 @@ def evolve(
     return min(known, key=lambda choice: known[choice])
 
 
-def _fit(choice: Choice, cost: Mapping[str, int], budget: int, draw: random.Random) -> Choice:
+def _fit(choice: Choice, cost: Mapping[str, float], budget: float, draw: random.Random) -> Choice:
     """Units dropped at random until the choice fits, then units added at random while they fit."""
     kept = sorted(choice)
     draw.shuffle(kept)
@@ -148,7 +171,7 @@ def _fit(choice: Choice, cost: Mapping[str, int], budget: int, draw: random.Rand
     return frozenset(kept)
 
 
-def _mutated(choice: Choice, cost: Mapping[str, int], draw: random.Random) -> Choice:
+def _mutated(choice: Choice, cost: Mapping[str, float], draw: random.Random) -> Choice:
     """One unit out, a unit that was not there in."""
     inside, outside = sorted(choice), sorted(set(cost) - choice)
     changed = set(choice) - ({draw.choice(inside)} if inside else set())
@@ -162,23 +185,24 @@ def _crossed(first: Choice, second: Choice, draw: random.Random) -> Choice:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """``budget``: bytes of the whole model. Choices are made by KL on ``select``'s text; ``final`` judges them."""
+    """``budget``: of the whole model, in the mixer's unit. Choices are made by KL on ``select``'s text; ``final``
+    judges them."""
 
-    budget: int
+    budget: float
     select: Judge
     final: Judge
     seed: int = 0
 
 
-def check_budget(mixer: Mixer, budget: int) -> None:
-    """Refuse two recipes that do not differ, and a budget in bytes that not even the cheapest mixture fits."""
+def check_budget(mixer: Mixer, budget: float) -> None:
+    """Refuse two recipes that do not differ, and a budget that not even the cheapest mixture fits."""
     if not mixer.units:
         raise SquamataError("the two recipes are the same on this model: give --upgrade a better one")
     if budget < mixer.base:
-        parameters = mixer.forms.parameters
+        least, bits = f"{mixer.base:.6g} {mixer.unit}", 8 / mixer.forms.parameters
+        least += f" ({bits * mixer.base:.3f} bits a parameter)" if mixer.unit == "bytes" else ""
         raise SquamataError(
-            f"the budget of {budget} bytes ({8 * budget / parameters:.3f} bits a parameter) is below the {mixer.base} "
-            f"({8 * mixer.base / parameters:.3f}) that the recipe needs without any upgrade; raise it"
+            f"the budget of {budget:.6g} is below the {least} that the recipe needs without any upgrade; raise it"
         )
 
 
@@ -218,24 +242,21 @@ def search_mixture(mixer: Mixer, measured: Sensitivity, plan: SearchPlan, progre
 
 def _judged(mixer: Mixer, chosen: Mapping[str, tuple[Choice, int]], plan: SearchPlan) -> Search:
     judged = {name: plan.final(mixer.forms.assemble(mixer.sites(choice))) for name, (choice, _) in chosen.items()}
-    parameters = mixer.forms.parameters
-    mixtures = []
-    for name, (choice, runs) in chosen.items():
-        stored = mixer.bytes(choice)
-        mixtures.append(_mixture(name, sorted(choice), (stored, parameters, runs), judged[name]))
+    mixtures = [_mixture(mixer, name, choice, runs, judged[name]) for name, (choice, runs) in chosen.items()]
     best = min(("greedy", "evolution"), key=lambda name: judged[name].kl or 0.0)
     verdict = difference_of_sums(judged["greedy"].sums, judged["evolution"].sums, "kl").verdict
-    return Search(plan.budget, mixtures, verdict, best)
+    return Search(plan.budget, mixer.unit, mixtures, verdict, best)
 
 
-def _mixture(name: str, upgraded: list[str], size: tuple[int, int, int], judged: Evaluation) -> Mixture:
-    stored, parameters, runs = size
+def _mixture(mixer: Mixer, name: str, choice: Choice, runs: int, judged: Evaluation) -> Mixture:
     assert judged.kl is not None
+    stored = mixer.bytes(choice)
     return Mixture(
         name=name,
-        upgraded=upgraded,
+        upgraded=sorted(choice),
         bytes=stored,
-        bits_per_parameter=8 * stored / parameters,
+        bits_per_parameter=8 * stored / mixer.forms.parameters,
+        price=mixer.price(choice),
         evaluations=runs,
         kl=judged.kl,
         kl_ci=judged.kl_ci,
@@ -244,14 +265,7 @@ def _mixture(name: str, upgraded: list[str], size: tuple[int, int, int], judged:
     )
 
 
-def budget_in_bytes(forms: Forms, budget_bytes: int | None, budget_bits: float | None) -> int:
-    """A budget in bytes, given so or as stored bits a parameter of the model."""
-    if budget_bytes is not None:
-        return budget_bytes
-    assert budget_bits is not None
-    return int(budget_bits * forms.parameters / 8)
-
-
 def as_data(search: Search) -> dict[str, object]:
-    """What ``--json`` writes."""
-    return search.to_dict() | {"mixtures": [mixture.to_dict() for mixture in search.mixtures]}
+    """What ``--json`` writes: a budget of bytes is also ``budget_bytes``."""
+    found = search.to_dict() | {"mixtures": [mixture.to_dict() for mixture in search.mixtures]}
+    return found | ({"budget_bytes": int(search.budget)} if search.unit == "bytes" else {})

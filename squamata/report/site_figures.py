@@ -110,14 +110,14 @@ def _ranking(found: Mapping[str, Any]) -> Figure:
 
 
 def search(found: Mapping[str, Any]) -> Figure:
-    """Mixtures of two recipes: KL against size, with intervals, and the budget."""
+    """Mixtures of two recipes: KL against size or what else the budget is of, with intervals, and the budget."""
     made = figure(f"{found['model']}: mixed precision under a budget")
-    mixtures = found["search"]["mixtures"]
+    mixtures, stored = found["search"]["mixtures"], "budget_bytes" in found["search"]
     for number, mixture in enumerate(mixtures):
         low, high = mixture["kl_ci"] or (mixture["kl"], mixture["kl"])
         colour = COLOURS[number % len(COLOURS)]
         made.add_scatter(
-            x=[mixture["bytes"] / 1e6],
+            x=[mixture["bytes"] / 1e6 if stored else mixture["price"]],
             y=[mixture["kl"]],
             name=mixture["name"],
             mode="markers",
@@ -125,8 +125,9 @@ def search(found: Mapping[str, Any]) -> Figure:
             error_y={"type": "data", "array": [high - mixture["kl"]], "arrayminus": [mixture["kl"] - low]},
             hovertext="<br>".join(mixture["upgraded"][:20]) or "nothing upgraded",
         )
-    upright(made, found["search"]["budget_bytes"] / 1e6, "budget", FAINT)
-    made.update_xaxes(title="stored size, MB")
+    budget = found["search"]["budget_bytes"] / 1e6 if stored else found["search"]["budget"]
+    upright(made, budget, "budget", FAINT)
+    made.update_xaxes(title="stored size, MB" if stored else found["search"]["unit"])
     made.update_yaxes(title="KL to float, nats a token")
     return made
 

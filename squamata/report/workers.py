@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -95,6 +96,7 @@ def _on_ray(plans: Sequence[RowPlan], verbs: Verbs, address: str, device: str) -
     import ray
 
     try:
+        _reach(address)
         ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise SquamataError(f"--ray {address}: no cluster answers there ({str(error).splitlines()[0]})") from None
@@ -108,6 +110,13 @@ def _on_ray(plans: Sequence[RowPlan], verbs: Verbs, address: str, device: str) -
         raise SquamataError(f"--ray {address}: {str(error).splitlines()[0]}; run again to go on") from None
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """OSError if nothing listens at HOST:PORT; ray itself would try for minutes."""
+    host, colon, port = address.rpartition("//")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _measure_on_node(plan: RowPlan, verbs: Verbs, device: str) -> Outcome:

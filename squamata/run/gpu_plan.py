@@ -25,6 +25,7 @@ from squamata.kernels.decode.triton import (
 from squamata.kernels.gpu_gemv import Landing, Shape, choose_shape
 from squamata.kernels.gpu_math import ROUNDINGS
 from squamata.kernels.gpu_norm import RowSite, plan_rotation
+from squamata.kernels.gpu_parts import PartNorms
 from squamata.kernels.gpu_rows import RowRotation, plan_row_rotation
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan
 from squamata.kernels.gpu_tiles import tile_linear, weight_format
@@ -112,8 +113,6 @@ class Planner:
 
     def mamba1(self, block: Mamba1) -> Mamba1Layer:
         sites, config, scan = block.sites, block.config, block.scan
-        if scan.bcdt_norm_epsilon is not None:
-            raise SquamataError("the GPU kernels have no norm on dt, B and C yet: run FalconMamba on the CPU")
         inner = config.d_inner
         entry = InputStage(
             self.floats(block.norm),
@@ -129,7 +128,12 @@ class Planner:
             raise SquamataError("the GPU kernels let x_proj read u, which this recipe represents apart from 'u_proj'")
         inputs = {name: self.read(sites[name]) for name in ("z", "dt")}
         inputs["BC"] = InputPlan(both[0].codes, torch.cat([part.scale for part in both]))
-        x_proj = self.projection(scan.x_proj, sites["u"], (sites["dt_low"], sites["B"], sites["C"]))
+        low = (sites["dt_low"], sites["B"], sites["C"])
+        norms = None
+        if scan.bcdt_norm_epsilon is not None:
+            width, parts = int(scan.x_proj.weight.shape[0]), (config.dt_rank, config.d_state, config.d_state)
+            norms = PartNorms(scan.bcdt_norm_epsilon, parts, self.landing(scan.x_proj, low, width, (0, 0), 1))
+        x_proj = self.projection(scan.x_proj, sites["u"], low if norms is None else (None,))
         shape = (self.batch, inner, config.d_state)
         inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
         return Mamba1Layer(
@@ -142,6 +146,7 @@ class Planner:
             state=self.state(inner, config.d_conv, entry.projection, sites["state"], shape),
             z_start=inner,
             low_rank=config.dt_rank,
+            norms=norms,
         )
 
     def exit(self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int) -> OutputStage:

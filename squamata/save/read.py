@@ -22,6 +22,7 @@ from squamata.models.lm import KINDS, model_layouts, model_sites
 from squamata.save.format import CONFIG, INDEX, VERSION, data_signature, scale_signature
 from squamata.spec.quant import SITE_PARTS, QuantSpec
 from squamata.spec.recipe import Recipe
+from squamata.spec.yaml_file import said
 
 _DTYPES = {
     "I8": torch.int8,
@@ -96,8 +97,8 @@ def parse(description: dict[str, Any], folder: Path) -> tuple[ModelConfig, Recip
         raise SquamataError(f"{folder}/{CONFIG}: has no {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        problem = ".".join(["model", *map(str, first["loc"])]) + f": {first['msg']}"
-        raise SquamataError(f"{folder}/{CONFIG}: {problem}") from None
+        where = ".".join(["model", *map(str, first["loc"])])
+        raise SquamataError(f"{folder}/{CONFIG}: {where}: {said(first)}") from None
     except (TypeError, ValueError) as error:
         raise SquamataError(f"{folder}/{CONFIG}: {str(error).splitlines()[0]}") from None
 

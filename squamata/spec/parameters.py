@@ -26,7 +26,7 @@ def checked_parameters(method: Callable[..., Any], given: Mapping[str, Any], own
         try:
             checked[key] = TypeAdapter(types.get(key, Any)).validate_python(value)
         except ValidationError as error:
-            raise SquamataError(f"{where}: {key} {said(error.errors()[0])}") from None
+            raise SquamataError(f"{where}: {key}: {said(error.errors()[0])}") from None
     for key, parameter in known.items():
         if key not in given and parameter.default is inspect.Parameter.empty:
             raise SquamataError(f"{where}: parameter '{key}' is missing")

@@ -176,6 +176,11 @@ class Recipe(Data):
         """The resolved recipe as plain data: what a checkpoint stores."""
         return self.model_dump(mode="json", exclude_defaults=True) | {"name": self.name}
 
+    def check_architectures(self, blocks: tuple[str, ...]) -> None:
+        """Refuse a model with a layer of a kind that the recipe is not for."""
+        for kind in sorted(set(blocks) - set(self.architectures)):
+            raise SquamataError(f"recipe {self.name} is for {', '.join(self.architectures)}, not {kind}")
+
     def resolve(self, blocks: tuple[str, ...]) -> dict[str, QuantSpec]:
         """Site name -> spec for a model whose layers are of these kinds; sites left in float are absent.
 
@@ -287,7 +292,8 @@ def _read_yaml(name_or_path: str | Path) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix not in SUFFIXES:
         if str(name_or_path) not in recipe_names():
-            raise SquamataError(f"no recipe named '{name_or_path}'{nearest(str(name_or_path), recipe_names())}")
+            known = nearest(str(name_or_path), recipe_names())
+            raise SquamataError(f"no recipe named '{name_or_path}'{known}; a file of your own ends in .yaml")
         path = recipe_folder() / f"{name_or_path}.yaml"
     return _checked(read_yaml(path, "recipe"), str(path))
 

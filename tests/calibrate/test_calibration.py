@@ -234,12 +234,39 @@ def test_watching_goes_no_further_than_the_last_observer(kind: str) -> None:
     assert block.sites["u"].observer == seen["u"].append  # as it was
 
 
-def test_batches_of_one_length_are_joined_in_their_order() -> None:
+def test_batches_are_joined_in_their_order() -> None:
+    """Those of one length; or all, filled up, with their lengths."""
     batches = [torch.arange(rows * length).reshape(rows, length) for rows, length in ((2, 4), (3, 4), (2, 4), (1, 6))]
-    found = joined(batches, 20)
-    assert [tuple(ids.shape) for ids in found] == [(5, 4), (2, 4), (1, 6)]
+    found, lengths = joined(batches, 20, unequal=False)
+    assert [tuple(ids.shape) for ids in found] == [(5, 4), (2, 4), (1, 6)] and lengths == [None] * 3
     assert torch.equal(torch.cat([ids.flatten() for ids in found]), torch.cat([ids.flatten() for ids in batches]))
-    assert [len(ids) for ids in joined(batches, 1)] == [2, 3, 2, 1]
+    assert [len(ids) for ids in joined(batches, 1, unequal=True)[0]] == [2, 3, 2, 1]
+    found, lengths = joined(batches, 20, unequal=True)
+    assert [tuple(ids.shape) for ids in found] == [(5, 4), (3, 6)] and lengths == [None, [4, 4, 6]]
+    assert torch.equal(found[1][:2, :4], batches[2]) and torch.equal(found[1][2], batches[3][0])
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_observers_see_of_a_filled_up_batch_what_they_see_of_its_documents(kind: str) -> None:
+    config = config_of(kind)
+    block = float_model(config, perturbed_tensors(config)).blocks[0]
+    apart = [torch.randn(1, length, 32) for length in (3, 9, 5)]
+    filled = [torch.cat([torch.nn.functional.pad(h, (0, 0, 0, 9 - h.shape[1])) for h in apart])]
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for name in ("in", "u", "out"):
+        block.sites[name].observer = seen[name].append
+    with use_backend("ref"):
+        run_layer(block, apart)
+        for watch in (run_layer, watch_layer):
+            alone = {name: list(tensors) for name, tensors in seen.items()}
+            seen["in"].clear(), seen["u"].clear(), seen["out"].clear()
+            watch(block, list(filled), [[3, 9, 5]])
+            for name, tensors in alone.items():
+                for one, other in zip(seen[name], tensors, strict=True):
+                    torch.testing.assert_close(one, other)
+        run_layer(block, filled, [[3, 9, 5]])
+    for row, h in enumerate(apart):
+        torch.testing.assert_close(filled[0][row, : h.shape[1]], h[0])
 
 
 def test_scales_are_taken_after_the_transform() -> None:

@@ -84,3 +84,6 @@ def test_other_bad_input(refuse: Callable[..., str], text: Path, tmp_path: Path,
     assert "no such folder" in refuse("evaluate", "bundled", "--against", "./nothing", "--text", text)
     assert "window" in refuse("evaluate", "bundled", "--text", text, "--window", 0)
     assert "no such file" in refuse("evaluate", "bundled", "--tasks", "piqa", "--data", tmp_path)
+    judged = ("evaluate", "bundled", "--text", text)  # refused before the text is judged, whose figures would be lost
+    assert "no field 'context'" in refuse(*judged, "--lambada", text)
+    assert "did you mean 'piqa'" in refuse(*judged, "--tasks", "pica", "--data", tmp_path)

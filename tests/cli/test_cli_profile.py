@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import config_of
 
 from squamata.cli import demo
+from squamata.cli.gpu_profile import spread
 from squamata.evaluate import profile as profile_module
 from squamata.models import lm
 from squamata.models.config import SHAPES, parameter_shapes
@@ -129,4 +130,12 @@ def test_demo_tells_the_story(command: Callable[..., Any], tmp_path: Path, monke
         stored = load_file(out / name / "model.safetensors")
         assert by_name[name]["bytes"]["total"] == sum(tensor.nbytes for tensor in stored.values())
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    (out / demo.NOTE).unlink()
+    again = command("demo", "--out", out)
+    assert again.status == 2 and "choose another --out" in again.err  # what a user keeps there is not replaced
     assert all(name in outcome.out for name in by_name) and "demo.png" in outcome.out
+
+
+def test_the_spread_of_times() -> None:
+    assert spread([float(time) for time in range(1, 22)]) == {"median": 11, "min": 1, "max": 21, "p10": 3, "p90": 19}
+    assert set(spread([2.0]).values()) == {2.0}

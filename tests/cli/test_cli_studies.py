@@ -83,3 +83,15 @@ def test_what_is_refused(refuse: Callable[..., str], study: Path, tmp_path: Path
     too_little = ("--recipe", "w4a16", "--budget-bits", 1)
     assert "raise it" in refuse("sensitivity", "bundled", "--text", EXCERPT, *too_little)  # and nothing measured
     assert "no such file" in refuse("outliers", "bundled", "--text", tmp_path / "none.txt")
+
+
+def test_study_alone_shows_what_it_can_do(command: Callable[..., Any]) -> None:
+    outcome = command("study")
+    assert (outcome.status, outcome.err) == (0, "") and "run" in outcome.out
+
+
+def test_a_ray_cluster_that_is_not_there_is_one_line(command: Callable[..., Any], study: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the library 'ray' is not installed")
+    options = ("--data", EXCERPT.parent, "--out", tmp_path / "out", "--ray", "localhost:1")
+    outcome = command("study", "run", study, *options)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and "no cluster answers there" in outcome.err

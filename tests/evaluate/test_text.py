@@ -41,7 +41,7 @@ def test_blank_documents_are_left_out_and_a_byte_order_mark_is_not_text(tmp_path
         ("a.jsonl", '{"text": "a"}\n\n"b"', "line 3: a JSON str, not an object with 'text'"),
         ("a.jsonl", '{"texts": "a"}', r"line 1: no field 'text' \(did you mean 'texts'\?\)"),
         ("a.jsonl", "{}", "line 1: no field 'text' in an empty object"),
-        ("a.jsonl", '{"text": 3}', "line 1: field 'text' must be a str, not a int"),
+        ("a.jsonl", '{"text": 3}', "line 1: field 'text' must be of type str, not int"),
         ("a.jsonl", '{"text": "\\ud800"}', "line 1: half of a"),
     ],
 )

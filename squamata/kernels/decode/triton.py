@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from squamata.kernels.gpu_gemv import Landing, Shape, gemv
 from squamata.kernels.gpu_norm import RotationPlan, RowSite, embed, greedy, greedy_scratch, norm, rotate
+from squamata.kernels.gpu_parts import PartNorms, norm_parts
 from squamata.kernels.gpu_rows import RowRotation
 from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, conv_step, selective_step, ssd_step
 from squamata.kernels.gpu_tiles import Format, TiledLinear
@@ -128,7 +130,9 @@ class Mamba2Layer:
 
 @dataclass(frozen=True)
 class Mamba1Layer:
-    """Plan of a Mamba-1 layer. ``z_start``: row of in_proj where z begins; ``low_rank``: rows of x_proj before B."""
+    """Plan of a Mamba-1 layer. ``z_start``: row of in_proj where z begins; ``low_rank``: rows of x_proj before B.
+    ``norms``: of what x_proj leaves, in FalconMamba.
+    """
 
     entry: InputStage
     conv: ConvolutionPlan
@@ -139,13 +143,15 @@ class Mamba1Layer:
     state: LayerState
     z_start: int
     low_rank: int
+    norms: PartNorms | None = None
 
     def kernels(self, buffers: Buffers, first: bool) -> Iterator[Kernel]:
         """What the layer launches, in order."""
         inner = self.exit.projection.linear.columns
         entered = buffers.outputs("entered", self.entry.projection)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
-        low, dt = buffers.outputs("low", self.x_proj), buffers.outputs("dt", self.dt_proj)
+        raw = buffers.outputs("low", self.x_proj)
+        low, dt = raw if self.norms is None else self._normed(buffers), buffers.outputs("dt", self.dt_proj)
         dt_low = low.codes if self.dt_proj.linear.format.integer_activations else low.values
         assert dt_low is not None
         gated = buffers.get("gated", inner)
@@ -154,7 +160,10 @@ class Mamba1Layer:
             "conv",
             lambda: conv_step(self.state.ring, self.conv, buffers.position, u, u.dtype == torch.int8, buffers.pdl),
         )
-        yield "x_proj", lambda: self.x_proj.run(u, low, None, buffers)
+        yield "x_proj", lambda: self.x_proj.run(u, raw, None, buffers)
+        if self.norms is not None:
+            assert raw.values is not None
+            yield "part_norms", partial(norm_parts, raw.values, self.norms, low.codes, low.values)
         yield "dt_proj", lambda: self.dt_proj.run(dt_low[:, : self.low_rank], dt, None, buffers)
         yield "scan", lambda: selective_step(
             u, buffers.both(entered), buffers.both(dt), buffers.both(low), self.scan.inputs, self.scan.dt_bias,
@@ -162,6 +171,13 @@ class Mamba1Layer:
             buffers.pdl,
         )  # fmt: skip
         yield from leave(self.exit, gated, buffers)
+
+    def _normed(self, buffers: Buffers) -> Outputs:
+        """Memory for what the norms leave."""
+        assert self.norms is not None
+        landing, width = self.norms.landing, sum(self.norms.sizes)
+        codes = buffers.get("low_normed", width, True) if landing.any_codes else None
+        return Outputs(codes, buffers.get("low_normed", width) if landing.any_values else None)
 
 
 def enter(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from squamata.kernels.gpu_expand import (
 )
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
 from squamata.kernels.gpu_norm import embed, greedy
+from squamata.kernels.gpu_parts import norm_parts_apart
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import (
@@ -249,8 +251,14 @@ class SequencePlan:
                 taken, 0, layer.state.ring, layer.conv, inner, self.sequences, u, u.dtype == torch.int8, order
             ),
         )
-        low = Finish(SPLIT, dt_low, bc, split_at=low_rank, split_format=int(layer.dt_proj.linear.format))
-        yield from self._product("x_proj", layer.x_proj, u, low)
+        low_order = int(layer.dt_proj.linear.format)
+        if layer.norms is None:
+            low = Finish(SPLIT, dt_low, bc, split_at=low_rank, split_format=low_order)
+            yield from self._product("x_proj", layer.x_proj, u, low)
+        else:
+            raw = work.get("low", layer.x_proj.linear.rows, torch.float32)
+            yield from self._product("x_proj", layer.x_proj, u, Finish(PLAIN, values=raw))
+            yield "part_norms", partial(norm_parts_apart, raw, layer.norms, dt_low, bc, low_order)
         softplus = Finish(SOFTPLUS, values=dt, shift=scan.dt_bias)
         yield from self._product("dt_proj", layer.dt_proj, dt_low, softplus)
         yield (
