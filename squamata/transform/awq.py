@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,12 +16,12 @@ from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import encode
 from squamata.models.config import ModelConfig
 from squamata.spec.quant import QuantSpec
-from squamata.transform.folds import folds
+from squamata.transform.folds import Product, folds
 from squamata.transform.observed import Observed
 
 SMALLEST = 1e-4  # of a factor before it is normalized, as in AWQ's code
 SHRINKS = 20  # clipping tries a range of 1, 19/20, ... 11/20 of the largest weight, as AWQ's code
-INPUTS = {"in_proj": "in", "x_proj": "u", "out_proj": "out"}  # projections, and the site that each reads
+INPUTS: dict[Product | Literal["x_proj"], str] = {"in_proj": "in", "x_proj": "u", "out_proj": "out"}  # the sites read
 
 
 def awq(
