@@ -6,20 +6,23 @@
 First, in ``--jobs`` processes at once and for ``--prepare`` seconds at most, what needs no quiet machine: every row of
 the table on two layers against the reference on the same device (``squamata.cli.gpu_profile``), which compiles its
 kernels; every single product against an exact one; greedy tokens and logits of the bundled model and of ``--models``
-against simulation on the CPU. Then, alone on the GPU, what is timed; a row that was not checked is checked then. A
-check that fails ends the run. TTFT and TPOT: medians of graph replays in milliseconds with the 10th and 90th
-percentile. *share*: bytes that a step must move (weights, scales, state) over the bandwidth of a device copy, over
-TPOT. ``--json`` holds every result as soon as it is known, the most important rows first.
+against simulation on the CPU. Then, alone on the GPU, what is timed; a row that was not checked is checked then. What
+fails its check is not timed, and the exit status is 1. TTFT and TPOT: medians of graph replays in milliseconds with
+the 10th and 90th percentile. *share*: bytes that a step must move (weights, scales, state) over the bandwidth of a
+device copy, over TPOT. ``--json`` holds every result as soon as it is known, the most important rows first.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product as every
 from multiprocessing import get_context
 from multiprocessing.pool import AsyncResult
@@ -33,6 +36,7 @@ from gpu_products import show as show_product
 
 from squamata.cli.gpu_profile import LAYERS_CHECKED, GpuAgreement, check_agreement, copy_bandwidth, profile_gpu
 from squamata.cli.random_codes import random_checkpoint
+from squamata.errors import SquamataError
 from squamata.load.hub import bundled
 from squamata.models.config import shape
 from squamata.models.lm import LanguageModel
@@ -97,8 +101,30 @@ class Results:
         if self.path:
             self.path.write_text(json.dumps(self.found, indent=1))
 
+    @contextmanager
+    def failing(self, what: Any) -> Iterator[None]:
+        """Within the block an error is a result: a check that fails, or a GPU that has no room for it now."""
+        try:
+            yield
+        except Exception as error:  # of another process, of any kind
+            kind = "failed" if isinstance(error, SquamataError) else "broken_off"
+            self.add(kind, {"what": str(what), "error": str(error)})
+            print(f"{what}: {kind}: {error}", flush=True)
+
+    def failed(self, what: Any) -> bool:
+        return any(entry["what"] == str(what) for entry in self.found.get("failed", ()))
+
     def phase(self, what: str) -> None:
         print(f"--- {what} ({time.perf_counter() - self.started:.0f} s)", flush=True)
+
+
+def freed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """In another process: what it gives, and the GPU's memory back."""
+    try:
+        return function(*arguments)
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def prepare(rows: list[Row], arguments: argparse.Namespace, results: Results) -> dict[Row, GpuAgreement]:
@@ -110,29 +136,26 @@ def prepare(rows: list[Row], arguments: argparse.Namespace, results: Results) ->
         waiting: dict[Any, AsyncResult[Any]] = {}
         first = [row for row in rows if row.recipe in LONGEST and row.batch == 1]
         for row in first:
-            waiting[row] = pool.apply_async(row.checked)
+            waiting[row] = pool.apply_async(freed, (row.checked,))
         for source, name in () if arguments.no_greedy else every((bundled(), *arguments.models), arguments.recipes):
-            task = pool.apply_async(greedy_check, (RECIPES[name], Path(folder), source))
+            task = pool.apply_async(freed, (greedy_check, RECIPES[name], Path(folder), source))
             waiting[f"{source.name}, {name}"] = task
         for row in (row for row in rows if row not in first):
-            waiting[row] = pool.apply_async(row.checked)
+            waiting[row] = pool.apply_async(freed, (row.checked,))
         for size in () if arguments.no_products else every(SIZES, ROWS):
-            waiting[size] = pool.apply_async(compiled_product, (*size[0], size[1]))
+            waiting[size] = pool.apply_async(freed, (compiled_product, *size[0], size[1]))
         until = time.perf_counter() + arguments.prepare
         while waiting and time.perf_counter() < until:
             time.sleep(0.1)
             for what in [what for what, task in waiting.items() if task.ready()]:
-                try:
+                with results.failing(what):
                     found = waiting.pop(what).get()
-                except torch.OutOfMemoryError:
-                    print(f"{what}: not enough memory beside the others", flush=True)
-                    continue
-                if isinstance(found, GpuAgreement):
-                    agreements[what] = found
-                results.phase(f"{what}: checked")
-                if isinstance(found, dict):
-                    results.add("greedy", found)
-                    show_greedy(found)
+                    results.phase(f"{what}: checked")
+                    if isinstance(found, GpuAgreement):
+                        agreements[what] = found
+                    elif isinstance(found, dict):
+                        results.add("greedy", found)
+                        show_greedy(found)
         if waiting:
             results.add("not_prepared", [str(what) for what in waiting], to_list=False)
             print("not checked or compiled in time:", *waiting, sep="\n   ", flush=True)
@@ -163,14 +186,16 @@ def show(row: dict[str, Any], seconds: float) -> None:
 def time_rows(rows: list[Row], agreements: dict[Row, GpuAgreement], results: Results) -> None:
     print("shape        recipe    state    batch   TTFT ms  p10-p90          TPOT ms p10-p90          tokens/s  TB/s "
           " floor  share    error     fast")  # fmt: skip
-    for row in rows:
+    for row in (row for row in rows if not results.failed(row)):
         started = time.perf_counter()
-        found = row.measured(agreements.get(row))
-        results.add("rows", found)
-        show(found, time.perf_counter() - started)
+        with results.failing(row):
+            found = row.measured(agreements.get(row))
+            results.add("rows", found)
+            show(found, time.perf_counter() - started)
+        gc.collect()
         torch.cuda.empty_cache()
     speed = {(row["shape"], row["batch"], row["state"]): row["decode_tokens_per_s"]
-             for row in results.found["rows"] if row["recipe"] == "w8a8"}  # fmt: skip
+             for row in results.found.get("rows", ()) if row["recipe"] == "w8a8"}  # fmt: skip
     for (name, batch, state), fast in speed.items():
         if state == "recipe" and (slow := speed.get((name, batch, "float16"))):
             results.add("state", {"shape": name, "batch": batch, "gain": fast / slow})
@@ -210,10 +235,13 @@ def main() -> None:
         print("mamba_ssm is not importable: no float16 rows of its own")
     time_rows(rows, agreements, results)
     for size, count in () if arguments.no_products else every(SIZES, ROWS):
-        for found in product(*size, count):
-            results.add("products", found)
-            show_product(found)
+        with results.failing(f"products of {count} rows, {size}"):
+            for found in product(*size, count):
+                results.add("products", found)
+                show_product(found)
     results.phase("done")
+    if results.found.get("failed"):
+        raise SystemExit("not all checks passed")
 
 
 if __name__ == "__main__":

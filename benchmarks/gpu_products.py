@@ -14,6 +14,7 @@ from squamata.errors import SquamataError
 from squamata.kernels.gpu_expand import as_rows, expand, rows_of, scratch_bytes
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, Finish, gemm
 from squamata.kernels.gpu_gemv import Landing, choose_shape, gemv
+from squamata.kernels.gpu_gemv import product as vector_product
 from squamata.kernels.gpu_tiles import Format, TiledLinear, tile_linear
 from squamata.kernels.linear import Linear
 from squamata.kernels.packing import pack_int4
@@ -63,8 +64,10 @@ def our_vector(weight: QTensor, tiled: TiledLinear, x: Tensor) -> Launch:
     out = torch.full((len(x), tiled.rows), float("nan"), device="cuda")
     position = torch.zeros(1, dtype=torch.int32, device="cuda")
 
+    made = vector_product(x, None, tiled, tiled.factor, None, (None, out), None, shape)
+
     def launch() -> None:
-        gemv(x, None, tiled, tiled.factor, None, None, out, None, position, shape, False)
+        gemv(made, position, False)
 
     launch()
     check("our product", out, x, weight, PRODUCT_TOLERANCE)

@@ -76,7 +76,7 @@ def run_layer(block: Block, stream: Stream, lengths: Lengths | None = None) -> S
     observers of the state, which goes on to the end of the batch.
     """
     for number, h in enumerate(stream):
-        with _within(block.sites.values(), lengths and lengths[number]):
+        with _within(block.sites.values(), lengths[number] if lengths else None):
             written, residual = block.forward(h, None, block.new_cache(h.shape[0]))
         stream[number] = residual + written
     return stream
@@ -88,7 +88,7 @@ def watch_head(
 ) -> None:
     """Send the stream after the last block through the final norm, for the observer at the head's input."""
     for number, h in enumerate(stream if site.observer is not None else ()):
-        with _within([site], lengths and lengths[number]):
+        with _within([site], lengths[number] if lengths else None):
             ops.rms_norm(h, None, final_norm.float(), config.norm_epsilon, site)
 
 

@@ -197,7 +197,7 @@ def _price(budget: Budget) -> Price | None:
     def dram_ms(config: ModelConfig, recipe: Recipe) -> float:
         return estimate(config, recipe, devices=(device,)).roofline[device.name].memory_ms
 
-    return Price(f"ms a token, {device.name}", dram_ms)
+    return Price(f"ms a token on {device.name}", dram_ms)
 
 
 def _limit(mixer: Mixer, budget: Budget) -> float:
@@ -239,7 +239,7 @@ def _show_search(found: Search, budget: Budget, units: int) -> None:
         )
         for mixture in found.mixtures
     ]
-    paid = [] if stored else [found.unit.partition(",")[0]]
+    paid = [] if stored else [found.unit.partition(" on ")[0]]
     columns = ("<", "bytes", "bits", *paid, "upgraded", "runs", "KL", "95 %", "perplexity", "95 %")
     limit = size(int(found.budget)) if stored else f"{found.budget:g} {found.unit}"
     table(f"upgraded to {budget.upgrade} within {limit}", columns, rows)

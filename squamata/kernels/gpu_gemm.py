@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from squamata.kernels.gpu_gemv import INTERPRETED, Landing
 from squamata.kernels.gpu_math import dot_float, small_to_float, softplus, to_codes
@@ -42,7 +43,6 @@ _INT8 = [
     (256, Config(128, 64, 128, 4, 4)),
     (2**31, Config(128, 128, 128, 4, 3)),
 ]
-_GROUPED = [(64, Config(64, 64, 128, 4, 4)), (2**31, Config(128, 64, 128, 4, 3))]
 _INT4 = [(32, Config(32, 64, 128, 4, 4)), (2**31, Config(64, 128, 128, 4, 4))]
 _FLOAT = [
     (64, Config(64, 64, 64, 4, 5)),
@@ -61,21 +61,42 @@ CONFIGS = {
 _PROGRAMS = 128  # fewer than that leave multiprocessors idle
 _NARROW = Config(64, 32, 128, 4, 5)
 _SHALLOW = Config(128, 64, 64, 4, 3)
+# Weights by rows, which are a product's left operand: 64 outputs or more
+_ROWS = [
+    (32, Config(32, 64, 256, 4, 4)),
+    (128, Config(64, 64, 128, 4, 4)),
+    (256, Config(64, 128, 128, 4, 3)),
+    (2**31, Config(128, 128, 128, 4, 3)),
+]
+_ROWS_GROUPED = [
+    (32, Config(32, 64, 128, 4, 5)),
+    (128, Config(64, 64, 128, 4, 4)),
+    (2**31, Config(128, 64, 128, 4, 3)),
+]
+
+
+def by_rows(linear: TiledLinear) -> bool:
+    """True if every tile is one row of int8 weights."""
+    return linear.tile_rows == 1 and linear.format == Format.INT8_INT8
 
 
 def choose_config(linear: TiledLinear, rows: int) -> Config:
     """The committed configuration for a product; nothing is tuned at run time."""
+    if by_rows(linear):
+        return _filling(_ROWS if linear.group_scale is None else _ROWS_GROUPED, linear.rows, rows)
     if linear.format == Format.INT8_INT8 and linear.columns < 512 and rows > 64:
         return _SHALLOW
-    grouped = linear.format == Format.INT8_INT8 and linear.group_scale is not None
-    table = _GROUPED if grouped else CONFIGS[linear.format]
-    at = next(index for index, (limit, _) in enumerate(table) if rows <= limit)
-    few = _PROGRAMS * (4 if grouped else 1)
-    while at > 0 and triton.cdiv(rows, table[at][1].rows) * triton.cdiv(linear.rows, table[at][1].outputs) < few:
-        at -= 1
-    found = table[at][1]
+    found = _filling(CONFIGS[linear.format], linear.rows, rows)
     narrow = triton.cdiv(rows, found.rows) * triton.cdiv(linear.rows, found.outputs) < _PROGRAMS // 2
     return _NARROW if narrow and linear.format == Format.INT8_INT8 and rows > 64 else found
+
+
+def _filling(table: list[tuple[int, Config]], outputs: int, rows: int) -> Config:
+    """The table's configuration for so many rows, or an earlier one where that leaves too few programs."""
+    at = next(index for index, (limit, _) in enumerate(table) if rows <= limit)
+    while at > 0 and triton.cdiv(rows, table[at][1].rows) * triton.cdiv(outputs, table[at][1].outputs) < _PROGRAMS:
+        at -= 1
+    return table[at][1]
 
 
 @triton.jit
@@ -91,6 +112,21 @@ def permuted(k, FORMAT: tl.constexpr):
         inside = k % 16
         k = k - inside + inside % 4 * 4 + inside // 4
     return k
+
+
+@triton.jit
+def unpermuted(place, FORMAT: tl.constexpr):
+    """Which ``k`` belongs there: the inverse of ``permuted``."""
+    if FORMAT == 2:
+        inside = place % 32
+        place = place - inside + inside % 4 * 8 + inside // 16 * 4 + inside // 4 % 4
+    if FORMAT == 3:
+        inside = place % 8
+        place = place - inside + inside % 2 * 4 + inside // 2
+    if FORMAT == 5:
+        inside = place % 16
+        place = place - inside + inside % 4 * 4 + inside // 4
+    return place
 
 
 @triton.jit
@@ -153,6 +189,13 @@ def _finish(y, m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shi
 
 
 @triton.jit
+def _scales_of(group_scale, n, N, GROUPS: tl.constexpr, SCALE_ROWS: tl.constexpr):
+    """Where the first group's scale of the outputs n lies; the next group's is SCALE_ROWS further."""
+    n = tl.minimum(n, (N + SCALE_ROWS - 1) // SCALE_ROWS * SCALE_ROWS - 1)
+    return group_scale + n // SCALE_ROWS * (GROUPS * SCALE_ROWS) + n % SCALE_ROWS
+
+
+@triton.jit
 def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, low, high, shift, first, values,
                   residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
                   CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -160,66 +203,65 @@ def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale,
                   MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
                   ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """Weights that the tensor cores take as they are, or after one conversion (int8 to the activations' type)."""
+    """Tiles that the tensor cores take as they are, or after one conversion (int8 to the activations' type)."""
     first_m, first_n = _program(M, N, BM, BN, BAND)
     m, n, k = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
     row, tile_row = tl.minimum(m, M - 1).to(tl.int64), tl.minimum(n, (N + TR - 1) // TR * TR - 1)
     x_at = x + row[:, None] * X_STRIDE + k[None, :]
     start = (tile_row // TR).to(tl.int64) * (K * TR) + tile_row % TR * QUAD
     w_at = weight + start[None, :] + (k // QUAD * (TR * QUAD) + k % QUAD)[:, None]
-    integer: tl.constexpr = FORMAT == 0
-    if GROUPED:
-        total = tl.zeros((BM, BN), tl.float32)
-        scale_at = group_scale + tile_row // SCALE_ROWS * (K // CHUNK * SCALE_ROWS) + tile_row % SCALE_ROWS
-        for _ in range(0, K // CHUNK):
-            sums = tl.dot(tl.load(x_at), tl.load(w_at), out_dtype=tl.int32)
-            total += small_to_float(sums) * tl.load(scale_at).to(tl.float32)[None, :]
-            x_at += BK
-            w_at += BK * TR
+    scale_at = _scales_of(group_scale, n, N, K // CHUNK, SCALE_ROWS)
+    kind: tl.constexpr = tl.int32 if FORMAT == 0 else tl.float32
+    total = tl.zeros((BM, BN), tl.float32 if GROUPED else kind)
+    for step in range(0, tl.cdiv(K, BK)):
+        if K % BK == 0:
+            a, b = tl.load(x_at), tl.load(w_at)
+        else:
+            inside = k < K - step * BK
+            a, b = tl.load(x_at, mask=inside[None, :], other=0), tl.load(w_at, mask=inside[:, None], other=0)
+        sums = tl.zeros((BM, BN), kind) if GROUPED else total
+        if FORMAT == 0:  # noqa: SIM108
+            sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        else:
+            sums = dot_float(a, b.to(a.dtype), sums, NATIVE)
+        if GROUPED:
+            total += sums.to(tl.float32) * tl.load(scale_at).to(tl.float32)[None, :]
             scale_at += SCALE_ROWS
-    else:
-        total = tl.zeros((BM, BN), tl.int32 if integer else tl.float32)
-        for step in range(0, tl.cdiv(K, BK)):
-            if K % BK == 0:
-                a, b = tl.load(x_at), tl.load(w_at)
-            else:
-                inside = k < K - step * BK
-                a, b = tl.load(x_at, mask=inside[None, :], other=0), tl.load(w_at, mask=inside[:, None], other=0)
-            if integer:  # noqa: SIM108
-                total = tl.dot(a, b, total, out_dtype=tl.int32)
-            else:
-                total = dot_float(a, b.to(a.dtype), total, NATIVE)
-            x_at += BK
-            w_at += BK * TR
+        else:
+            total = sums
+        x_at += BK
+        w_at += BK * TR
     _finish(total.to(tl.float32), m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shift, first, values,
             residual, MODE, DYNAMIC, HAS_BIAS, ROUNDING, ANY_CODES, ANY_VALUES, SPLIT_AT, SPLIT_FORMAT)  # fmt: skip
 
 
 @triton.jit
-def _grouped_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, low, high, shift, first, values,
-                    residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
-                    CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                    BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
-                    MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
-                    ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
-                    SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """int8 weights with a scale a row and BK columns: the left operand, so that a thread needs two scales a step."""
+def _rows_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, low, high, shift, first, values,
+                 residual, M, N, X_STRIDE: tl.constexpr, K: tl.constexpr, QUAD: tl.constexpr, TR: tl.constexpr,
+                 CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
+                 MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
+                 ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
+                 SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """int8 weights by rows. ``x`` and ``weight`` are descriptors: the chip's copy engine needs no registers.
+
+    The weights are the left operand, so that a thread needs two scales a step.
+    """
     first_m, first_n = _program(M, N, BM, BN, BAND)
-    m, n, k = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
-    row, tile_row = tl.minimum(m, M - 1).to(tl.int64), tl.minimum(n, (N + TR - 1) // TR * TR - 1)
-    x_at = x + row[None, :] * X_STRIDE + k[:, None]
-    start = (tile_row // TR).to(tl.int64) * (K * TR) + tile_row % TR * QUAD
-    w_at = weight + start[:, None] + (k // QUAD * (TR * QUAD) + k % QUAD)[None, :]
-    scale_at = group_scale + tile_row // SCALE_ROWS * (K // CHUNK * SCALE_ROWS) + tile_row % SCALE_ROWS
-    total = tl.zeros((BN, BM), tl.float32)
-    for _ in range(0, K // CHUNK):
-        sums = tl.dot(tl.load(w_at), tl.load(x_at), out_dtype=tl.int32)
-        total += sums.to(tl.float32) * tl.load(scale_at).to(tl.float32)[:, None]
-        x_at += BK
-        w_at += BK * TR
-        scale_at += SCALE_ROWS
-    _finish(tl.trans(total), m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shift, first, values,
-            residual, MODE, DYNAMIC, HAS_BIAS, ROUNDING, ANY_CODES, ANY_VALUES, SPLIT_AT, SPLIT_FORMAT)  # fmt: skip
+    m, n = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN)
+    scale_at = _scales_of(group_scale, n, N, K // CHUNK, SCALE_ROWS)
+    total = tl.zeros((BN, BM), tl.float32 if GROUPED else tl.int32)
+    for start in range(0, K, BK):
+        a, b = weight.load([first_n, start]), tl.trans(x.load([first_m, start]))
+        if GROUPED:
+            sums = tl.dot(a, b, out_dtype=tl.int32)
+            total += sums.to(tl.float32) * tl.load(scale_at).to(tl.float32)[:, None]
+            scale_at += SCALE_ROWS
+        else:
+            total = tl.dot(a, b, total, out_dtype=tl.int32)
+    _finish(tl.trans(total).to(tl.float32), m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shift, first,
+            values, residual, MODE, DYNAMIC, HAS_BIAS, ROUNDING, ANY_CODES, ANY_VALUES, SPLIT_AT,
+            SPLIT_FORMAT)  # fmt: skip
 
 
 @triton.jit
@@ -255,7 +297,7 @@ def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale
     x_at = x + row[None, :] * X_STRIDE + (j // 16 * 32 + j % 16)[:, None]
     start = (tile_row // TR).to(tl.int64) * (K // 2 * TR) + tile_row % TR * 16
     w_at = weight + start[:, None] + (j // 16 * (TR * 16) + j % 16)[None, :]
-    scale_at = group_scale + tile_row // SCALE_ROWS * (K // CHUNK * SCALE_ROWS) + tile_row % SCALE_ROWS
+    scale_at = _scales_of(group_scale, n, N, K // CHUNK, SCALE_ROWS)
     total = tl.zeros((BN, BM), tl.float32)
     for _ in range(0, K // CHUNK):
         sums = tl.zeros((BN, BM), tl.int32 if FORMAT == 1 else tl.float32)
@@ -282,6 +324,9 @@ def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale
             residual, MODE, DYNAMIC, HAS_BIAS, ROUNDING, ANY_CODES, ANY_VALUES, SPLIT_AT, SPLIT_FORMAT)  # fmt: skip
 
 
+_KERNELS = {format: _packed_kernel if format in PACKED else _whole_kernel for format in Format}
+
+
 @dataclass(frozen=True)
 class Finish:
     """What becomes of a product's outputs.
@@ -300,14 +345,13 @@ class Finish:
     split_format: int = 0
 
 
-def _depth(linear: TiledLinear, config: Config, grouped: bool) -> tuple[int, int]:
-    """Weights of a row that a step takes, and (packed formats) that are summed before a scale is applied."""
-    if linear.format == Format.INT8_INT8 and grouped:
-        return linear.quads_per_scale * 16, linear.quads_per_scale * 16
-    if linear.format not in PACKED:
-        return min(config.depth, max(32, triton.next_power_of_2(linear.columns))), linear.columns
-    chunk = linear.quads_per_scale * 32 if grouped else gcd(linear.columns, 128)
-    return gcd(chunk, config.depth), chunk
+def _depth(linear: TiledLinear, config: Config) -> tuple[int, int]:
+    """Weights of a row that a step takes, and that are summed before a scale is applied."""
+    grouped, chunk = linear.group_scale is not None, linear.quads_per_scale * linear.format.quad
+    if linear.format in PACKED:
+        chunk = chunk if grouped else gcd(linear.columns, 128)  # integer sums stay small
+        return gcd(chunk, config.depth), chunk
+    return (chunk if grouped else min(config.depth, max(32, triton.next_power_of_2(linear.columns)))), chunk
 
 
 def choose_outputs(x_scale: Tensor | None, linear: TiledLinear, factor: Tensor, landing: Landing | None,
@@ -335,26 +379,21 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     outputs (``gpu_gemv.Landing``), or None.
     """
     config = config or choose_config(linear, x.shape[0])
-    packed = linear.format in PACKED
-    grouped = linear.group_scale is not None
-    depth, chunk = _depth(linear, config, grouped)
-    scale_rows = int(linear.group_scale.shape[2]) if linear.group_scale is not None else 1
+    depth, chunk = _depth(linear, config)
     (scale, *pointers), flags = choose_outputs(x_scale, linear, factor, landing, finish)
     kinds = {Format.BFLOAT16_FLOAT: torch.bfloat16, Format.FLOAT32_FLOAT: torch.float32}
     words = linear.words.view(kinds.get(linear.format, torch.int8))
-    rows = x.shape[0]
-    grid = (triton.cdiv(rows, config.rows) * triton.cdiv(linear.rows, config.outputs),)
-    kernel = (
-        _packed_kernel
-        if packed
-        else _grouped_kernel
-        if grouped and linear.format == Format.INT8_INT8
-        else _whole_kernel
-    )
-    kernel[grid](
-        x, scale, words, linear.group_scale if grouped else factor, *pointers, rows, linear.rows, X_STRIDE=x.stride(0),
-        K=linear.columns, QUAD=linear.format.quad, TR=linear.tile_rows, CHUNK=chunk, SCALE_ROWS=scale_rows,
-        BM=config.rows,
-        BN=config.outputs, BK=depth, BAND=8, FORMAT=int(linear.format), GROUPED=grouped, NATIVE=not INTERPRETED,
+    kernel, operands = _KERNELS[linear.format], (x, words)
+    if by_rows(linear):
+        rows = words.view(linear.rows, linear.columns)
+        kernel = _rows_kernel
+        operands = (TensorDescriptor.from_tensor(x, [config.rows, depth]),
+                    TensorDescriptor.from_tensor(rows, [config.outputs, depth]))  # fmt: skip
+    group_scale = factor if linear.group_scale is None else linear.group_scale
+    kernel[(triton.cdiv(len(x), config.rows) * triton.cdiv(linear.rows, config.outputs),)](
+        operands[0], scale, operands[1], group_scale, *pointers, len(x), linear.rows, X_STRIDE=x.stride(0),
+        K=linear.columns, QUAD=linear.format.quad, TR=linear.tile_rows, CHUNK=chunk,
+        SCALE_ROWS=1 if linear.group_scale is None else group_scale.shape[2], BM=config.rows, BN=config.outputs,
+        BK=depth, BAND=8, FORMAT=int(linear.format), GROUPED=linear.group_scale is not None, NATIVE=not INTERPRETED,
         num_warps=config.warps, num_stages=config.stages, **flags,
     )  # fmt: skip

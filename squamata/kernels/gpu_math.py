@@ -10,10 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2}
+ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2, "stochastic": 3}
+STOCHASTIC = tl.constexpr(3)
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, ties to even
 _MAGIC_BITS = tl.constexpr(0x4B400000)
+_TO_TOP = tl.constexpr(tuple(f"prmt.b32 $0, $1, 0, 0x{place}444;" for place in range(3)))  # a byte, zeros below it
 
 
 @triton.jit
@@ -26,6 +28,27 @@ def to_codes(x, inverse, low, high, ROUNDING: tl.constexpr):
         magnitude = tl.floor(tl.abs(scaled) + (0.5 if ROUNDING == 1 else 0.0))
         rounded = tl.where(scaled < 0, -magnitude, magnitude)
     return rounded
+
+
+@triton.jit
+def to_stochastic(x, inverse, low, high, place):
+    """clamp(floor(x * inverse + r), low, high) in float32, r uniform in [0, 1): up with the fraction's probability.
+
+    r is Philox of the bits of x and of its ``place``, so that the same run gives the same codes.
+    """
+    bits = x.to(tl.int32, bitcast=True) ^ (place.to(tl.int32) * -1640531535)  # 2^32 / golden ratio
+    return tl.minimum(tl.maximum(tl.floor(x * inverse + tl.rand(0, bits)), low), high)
+
+
+@triton.jit
+def to_int8(x, inverse, low, high, ROUNDING: tl.constexpr):
+    """The same as int8."""
+    if ROUNDING == 0:
+        scaled = tl.minimum(tl.maximum(x * inverse, low), high)
+        codes = (scaled + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)  # the lowest byte of the rounded sum
+    else:
+        codes = to_codes(x, inverse, low, high, ROUNDING).to(tl.int8)
+    return codes
 
 
 @triton.jit
@@ -80,6 +103,38 @@ def nibble_to_float(words, place: tl.constexpr):
 
 
 @triton.jit
+def byte_to_float(words, place: tl.constexpr, NATIVE: tl.constexpr):
+    """2^24 times the int8 at byte ``place``, as float32: converting bytes themselves runs at an eighth of the rate."""
+    if NATIVE and place < 3:
+        SELECT: tl.constexpr = _TO_TOP[place]
+        top = tl.inline_asm_elementwise(SELECT, "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        top = (words << (24 - 8 * place)) & -0x1000000
+    return top.to(tl.float32)
+
+
+@triton.jit
+def rounded_bits(x):
+    """Bits whose lowest byte is x rounded, ties to even; x an int8 but for its fraction."""
+    return (x + _MAGIC).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def pack_bytes(parts, NATIVE: tl.constexpr):
+    """The lowest bytes of four words in one, the first lowest."""
+    a, b, c, d = parts
+    if NATIVE:
+        word = tl.inline_asm_elementwise(
+            "{.reg .b32 low, high; prmt.b32 low, $1, $2, 0x0040; prmt.b32 high, $3, $4, 0x0040;"
+            " prmt.b32 $0, low, high, 0x5410;}",
+            "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        word = (a & 255) | ((b & 255) << 8) | ((c & 255) << 16) | (d << 24)
+    return word
+
+
+@triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     """Wait until the kernels before this one have finished and their writes are visible."""
     if PDL:
@@ -91,3 +146,23 @@ def let_next_start(PDL: tl.constexpr):
     """Let the next kernel's programs start, so that they can load what does not depend on this one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def signal(counter, PDL: tl.constexpr):
+    """Count this program, after all that it has written."""
+    if PDL:
+        tl.debug_barrier()
+        tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def wait_for_count(counter, wanted, PDL: tl.constexpr):
+    """Wait until ``wanted`` programs of the kernel before this one have counted themselves; what they wrote is visible.
+
+    They run already, all of them: this kernel starts when every program of that one has let it.
+    """
+    if PDL:
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+        while seen < wanted:
+            seen = tl.atomic_add(counter, 0, sem="acquire")

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The row-wise kernels of a decode step: embedding, residual and RMS norm, gate norm and rotation, next token."""
+"""The row-wise kernels of a decode step: residual and RMS norm; gate, gate norm and rotation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from squamata.kernels.gpu_math import let_next_start, to_codes, wait_for_previou
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
 
-GREEDY_PART = 1024  # logits a program
 ROTATE_WARPS = 4
-GATE_PART = 256  # channels a program, without a rotation
+GATE_PART, GATE_WARPS = 256, 16  # channels and warps of a program, without a rotation
 _SMALLEST_SCALE = tl.constexpr(1e-8)  # of a dynamic site, as in site.range_to_scale
 _SPAN_16 = tl.constexpr(32512.0)  # 256 * 127: a 16-bit code is 256 times one int8 plus another
 
@@ -71,21 +70,22 @@ def _land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
 
 
 @triton.jit
-def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, high, span, FIRST: tl.constexpr,
-                 QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, HALVES: tl.constexpr,
-                 BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _norm_kernel(h, residual, weight, out, out_scale, counter, D, epsilon, inverse, low, high, span,
+                 FIRST: tl.constexpr, QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
+                 HALVES: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     column = tl.arange(0, BD)
     mask = column < D
     gain = tl.load(weight + column, mask=mask, other=0.0)
     let_next_start(PDL)
     wait_for_previous(PDL)
+    tl.store(counter, 0)
     offsets = row * D + column
     x = tl.load(h + offsets, mask=mask, other=0.0)
     if not FIRST:
         x += tl.load(residual + offsets, mask=mask, other=0.0)
     tl.store(residual + offsets, x, mask=mask)
-    length = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon))
+    length = tl.rsqrt(tl.sum(x * x, axis=0) / D + epsilon)
     y = x * length * gain
     if HALVES:
         largest = tl.max(tl.abs(x * gain), axis=0) * length  # both sums over the row at once
@@ -95,15 +95,15 @@ def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, 
 
 
 def norm(h: Tensor, residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor,
-         out_scale: Tensor | None, first: bool, pdl: bool) -> None:  # fmt: skip
+         out_scale: Tensor | None, counter: Tensor, first: bool, pdl: bool) -> None:  # fmt: skip
     """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D).
 
-    An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
+    ``counter``, int32 (1,), is set to zero. An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
     """
     rows, width = h.shape
     _norm_kernel[(rows,)](
-        h, residual, weight, out, out_scale if out_scale is not None else residual, width, epsilon, site.inverse,
-        site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
+        h, residual, weight, out, out_scale if out_scale is not None else residual, counter, width, epsilon,
+        site.inverse, site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
         ROUNDING=site.rounding, HALVES=out.shape[1] == 2 * width, BD=triton.next_power_of_2(width), PDL=pdl,
         num_warps=16 if width > 2048 else 8,
         **_launch(pdl),
@@ -157,8 +157,14 @@ def _square(part: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _mix_whole(row, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr, AB: tl.constexpr,
-               NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _gated(y, gate, place, mask, GATED: tl.constexpr):
+    value = tl.load(y + place, mask=mask, other=0.0)
+    return value * tl.load(gate + place, mask=mask, other=0.0) if GATED else value
+
+
+@triton.jit
+def _mix_whole(row, gate, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr, AB: tl.constexpr,
+               GATED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One row of the mixing matrix times the parts of a whole row, normed: a part after the other, none padded.
 
     The norm is one number, so the sum need not wait for it.
@@ -171,20 +177,21 @@ def _mix_whole(row, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.con
     wait_for_previous(PDL)
     parts = ()
     for j in tl.static_range(PARTS):
-        parts = parts + (tl.load(row + j * AB + within),)  # type: ignore[assignment]  # noqa: RUF005
+        part = _gated(row, gate, j * AB + within, within >= 0, GATED)
+        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
     mixed, squares = tl.zeros((AB,), tl.float32), tl.zeros((AB,), tl.float32)
     for j in tl.static_range(PARTS):
         mixed += parts[j] * factors[j]
         squares += parts[j] * parts[j]
     if NORM:
-        mixed = mixed * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / E + epsilon))
+        mixed = mixed * tl.rsqrt(tl.sum(squares, axis=0) / E + epsilon)
     return mixed
 
 
 @triton.jit
-def _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low, middle_high,
+def _mix_tile(y_rows, gate, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low, middle_high,
               E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
-              AB: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
+              AB: tl.constexpr, BE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
               MIDDLE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The same for any number of blocks and groups, and with a site in the middle."""
     block = at // PARTS
@@ -195,21 +202,21 @@ def _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle
     weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
     let_next_start(PDL)
     wait_for_previous(PDL)
-    y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
+    y = _gated(y_rows, gate, row * E + channel, mask, GATED)
     if NORM:
         width: tl.constexpr = E // GROUPS
         if GROUPS == 1 and PARTS * AB == E:  # the tile is the whole row
-            y = y * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(tl.sum(y * y, axis=1), axis=0) / width + epsilon))
+            y = y * tl.rsqrt(tl.sum(tl.sum(y * y, axis=1), axis=0) / width + epsilon)
         elif PARTS * AB == E and PARTS_PADDED % GROUPS == 0 and PARTS == PARTS_PADDED:
             squares = tl.reshape(tl.sum(y * y, axis=1), (GROUPS, PARTS // GROUPS))
-            scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) / width + epsilon))
+            scale = tl.rsqrt(tl.sum(squares, axis=1) / width + epsilon)
             spread = tl.broadcast_to(scale[:, None], (GROUPS, PARTS // GROUPS))
             y = y * tl.reshape(spread, (PARTS,))[:, None]
         else:
             for group in tl.static_range(GROUPS):
                 lane = tl.arange(0, BE)
-                member = tl.load(gated + row * E + group * width + lane, mask=lane < width, other=0.0)
-                scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(member * member, axis=0) / width + epsilon))
+                member = _gated(y_rows, gate, row * E + group * width + lane, lane < width, GATED)
+                scale = tl.rsqrt(tl.sum(member * member, axis=0) / width + epsilon)
                 y = tl.where(channel // width == group, y * scale, y)
         y = y * weight
     if MIDDLE:
@@ -218,25 +225,26 @@ def _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle
 
 
 @triton.jit
-def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
+def _rotate_kernel(y, gate, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
                    middle_inverse, middle_scale, middle_low, middle_high,
                    E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
                    A: tl.constexpr,
-                   B: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
+                   B: tl.constexpr, BE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
                    MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
                    QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One part (A * B outputs) of one row: out = H (norm(gated) * gain) * factor, landed."""
+    """One part (A * B outputs) of one row: out = H (norm(y gate) * gain) * factor, landed."""
     at = tl.program_id(0)
     row = tl.program_id(1)
     within = tl.arange(0, A * B)
     H_left = tl.load(left + tl.arange(0, A)[:, None] * A + tl.arange(0, A)[None, :])
     H_right = tl.load(right + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
     if PARTS * A * B == E and GROUPS == 1 and PARTS < PARTS_PADDED and not MIDDLE:
-        mixed = _mix_whole(gated + row * E, gain, mix + at * PARTS, within, epsilon, E, PARTS, A * B, NORM, PDL)
+        mixed = _mix_whole(y + row * E, gate + row * E, gain, mix + at * PARTS, within, epsilon, E, PARTS, A * B,
+                           GATED, NORM, PDL)  # fmt: skip
     else:
-        mixed = _mix_tile(gated, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
-                          middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, NORM, MIDDLE, MIDDLE_ROUNDING,
-                          PDL)  # fmt: skip
+        mixed = _mix_tile(y, gate, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
+                          middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, GATED, NORM, MIDDLE,
+                          MIDDLE_ROUNDING, PDL)  # fmt: skip
     if ROTATED:
         if A == 16:
             square = tl.reshape(mixed, (A, B))
@@ -250,148 +258,81 @@ def _rotate_kernel(gated, gain, mix, left, right, out, out_scale, factor, epsilo
 
 
 @triton.jit
-def _gate_norm_kernel(gated, gain, out, out_scale, epsilon, inverse, low, high, span, middle_inverse, middle_scale,
+def _gate_norm_kernel(rows, gate, gain, out, out_scale, epsilon, inverse, low, high, span, middle_inverse, middle_scale,
                       middle_low, middle_high, E: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
-                      TAKEN: tl.constexpr, BW: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
-                      MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, HALVES: tl.constexpr,
-                      ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      TAKEN: tl.constexpr, BW: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+                      MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr,
+                      HALVES: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """PART channels of one row, from the group of WIDTH that they lie in, or (HALVES: for its maximum) from all."""
     first = tl.program_id(0) * PART
     row = tl.program_id(1)
-    group = tl.arange(0, TAKEN) + (0 if HALVES else first // WIDTH)
+    own = first + tl.arange(0, PART)
+    own_group = first // WIDTH
+    group = tl.arange(0, TAKEN) + (0 if HALVES else own_group)
     lane = tl.arange(0, BW)
     channel = group[:, None] * WIDTH + lane[None, :]
     mask = (channel < E) & (lane < WIDTH)[None, :]
-    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
+    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM and HALVES else 1.0
+    own_weight = tl.load(gain + own) if NORM else 1.0
     let_next_start(PDL)
     wait_for_previous(PDL)
-    y = tl.load(gated + row * E + channel, mask=mask, other=0.0)
-    largest = tl.max(tl.abs(y * weight), axis=1) if HALVES else 0.0
-    if NORM:
-        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, axis=1) / WIDTH + epsilon))
-        largest = largest * scale
-        y = y * scale[:, None] * weight
+    part = _gated(rows, gate, row * E + own, own < E, GATED)
+    largest = 0.0
+    if NORM or HALVES:
+        y = _gated(rows, gate, row * E + channel, mask, GATED)
+        scale = tl.rsqrt(tl.sum(y * y, axis=1) / WIDTH + epsilon) if NORM else tl.full((TAKEN,), 1.0, tl.float32)
+        if HALVES:
+            y = y * scale[:, None] * weight
+            if MIDDLE:
+                y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
+            largest = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
+        part = part * tl.sum(tl.where(group == own_group, scale, 0.0), axis=0) * own_weight
     if MIDDLE:
-        y = to_codes(y, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
-        largest = tl.max(tl.abs(y), axis=1) if HALVES else 0.0
-    own = mask & (channel >= first) & (channel < first + PART)
+        part = to_codes(part, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
     if HALVES:
-        largest = tl.max(largest, axis=0)
-        _land_halves(y, largest, out, out_scale, row, row * (2 * E) + channel, own, E)
+        _land_halves(part, largest, out, out_scale, row, row * (2 * E) + own, own < E, E)
     else:
-        _land_row(y, out, out_scale, row, row * E + channel, own, inverse, low, high, span, QUANTIZED, False, ROUNDING)
+        _land_row(part, out, out_scale, row, row * E + own, own < E, inverse, low, high, span, QUANTIZED, False,
+                  ROUNDING)  # fmt: skip
 
 
-def _gate_norm(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, middle: RowSite, site: RowSite,
-               out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
-    rows, width = gated.shape
+def _gate_norm(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: float, groups: int,
+               middle: RowSite, site: RowSite, out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
+    rows, width = y.shape
     halves = out.shape[1] == 2 * width
     part = gcd(width // groups, GATE_PART)
     group = width // groups if gain is not None else width if halves else part
     _gate_norm_kernel[(width // part, rows)](
-        gated, gain if gain is not None else gated, out, out_scale, epsilon, site.inverse, site.low, site.high,
-        site.span, middle.inverse, middle.scale, middle.low, middle.high, E=width, WIDTH=group, PART=part,
-        TAKEN=triton.next_power_of_2(width // group) if halves else 1, BW=triton.next_power_of_2(group),
-        NORM=gain is not None, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized,
-        HALVES=halves, ROUNDING=site.rounding, PDL=pdl, num_warps=8 if halves else ROTATE_WARPS, **_launch(pdl),
+        y, gate if gate is not None else y, gain if gain is not None else y, out, out_scale, epsilon, site.inverse,
+        site.low, site.high, site.span, middle.inverse, middle.scale, middle.low, middle.high, E=width, WIDTH=group,
+        PART=part, TAKEN=triton.next_power_of_2(width // group) if halves else 1, BW=triton.next_power_of_2(group),
+        GATED=gate is not None, NORM=gain is not None, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding,
+        QUANTIZED=site.quantized, HALVES=halves, ROUNDING=site.rounding, PDL=pdl, num_warps=GATE_WARPS, **_launch(pdl),
     )  # fmt: skip
 
 
-def rotate(gated: Tensor, gain: Tensor | None, epsilon: float, groups: int, plan: RotationPlan, middle: RowSite,
-           site: RowSite, out: Tensor, out_scale: Tensor, pdl: bool) -> None:  # fmt: skip
-    """RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site`` (not dynamic).
+def rotate(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: float, groups: int,
+           plan: RotationPlan, middle: RowSite, site: RowSite, out: Tensor, out_scale: Tensor,
+           pdl: bool) -> None:  # fmt: skip
+    """y gate, RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site``.
+
+    ``site`` is not dynamic.
 
     Without a rotation, an ``out`` of 2 E columns takes it in 16 bits, its scale in ``out_scale`` (rows,).
     """
-    rows, width = gated.shape
+    rows, width = y.shape
     if not plan.rotated:
-        _gate_norm(gated, gain, epsilon, groups, middle, site, out, out_scale, pdl)
+        _gate_norm(y, gate, gain, epsilon, groups, middle, site, out, out_scale, pdl)
         return
     a, b = plan.left.shape[0], plan.right.shape[0]
     _rotate_kernel[(plan.blocks * plan.parts, rows)](
-        gated, gain if gain is not None else gated, plan.mix, plan.left, plan.right, out, gated, plan.factor,
-        epsilon, site.inverse, site.low, site.high, site.span, middle.inverse, middle.scale, middle.low, middle.high,
-        E=width, GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a, B=b,
-        BE=triton.next_power_of_2(width // groups), NORM=gain is not None, ROTATED=plan.rotated,
-        MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
-        PDL=pdl, num_warps=ROTATE_WARPS, **_launch(pdl),
+        y, gate if gate is not None else y, gain if gain is not None else y, plan.mix, plan.left, plan.right, out, y,
+        plan.factor, epsilon, site.inverse, site.low, site.high, site.span, middle.inverse, middle.scale, middle.low,
+        middle.high, E=width, GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a,
+        B=b, BE=triton.next_power_of_2(width // groups), GATED=gate is not None, NORM=gain is not None,
+        ROTATED=plan.rotated, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized,
+        ROUNDING=site.rounding, PDL=pdl, num_warps=ROTATE_WARPS, **_launch(pdl),
     )  # fmt: skip
-
-
-@triton.jit
-def _embed_kernel(ids, table, scale, out, D, CODES: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
-    """CODES: 0 float table, 8 int8, 4 int4 (canonical nibbles); ``scale``: float32, one a row of the table."""
-    row = tl.program_id(0)
-    let_next_start(PDL)
-    wait_for_previous(PDL)
-    token = tl.load(ids + row).to(tl.int64)
-    column = tl.arange(0, BD)
-    mask = column < D
-    if CODES == 4:
-        packed = tl.load(table + token * (D // 2) + column // 2, mask=mask, other=0).to(tl.int32)
-        value = (((packed >> (4 * (column % 2))) & 15) ^ 8) - 8
-    else:
-        value = tl.load(table + token * D + column, mask=mask, other=0)
-    value = value.to(tl.float32)
-    if CODES > 0:
-        value = value * tl.load(scale + token)
-    tl.store(out + row * D + column, value, mask=mask)
-
-
-def embed(ids: Tensor, table: Tensor, scale: Tensor | None, out: Tensor, pdl: bool) -> None:
-    """Rows of the embedding, dequantized: ids int64 (rows,) -> float32 (rows, D)."""
-    rows, width = out.shape
-    kinds = {torch.int8: 8, torch.uint8: 4}
-    _embed_kernel[(rows,)](
-        ids, table, scale if scale is not None else out, out, width, CODES=kinds.get(table.dtype, 0),
-        BD=triton.next_power_of_2(width), PDL=pdl, num_warps=4, **_launch(pdl),
-    )  # fmt: skip
-
-
-@triton.jit
-def _best_kernel(logits, best, where, V, PARTS: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr):
-    part = tl.program_id(0)
-    row = tl.program_id(1)
-    let_next_start(PDL)
-    wait_for_previous(PDL)
-    column = part * BV + tl.arange(0, BV)
-    value = tl.load(logits + row * V + column, mask=column < V, other=-float("inf"))
-    tl.store(best + row * PARTS + part, tl.max(value, axis=0))
-    # of logits that are not numbers any index may come out: one beyond the table would be read as memory
-    tl.store(where + row * PARTS + part, tl.minimum(part * BV + tl.argmax(value, axis=0), V - 1))
-
-
-@triton.jit
-def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
-    row = tl.program_id(0)
-    let_next_start(PDL)
-    wait_for_previous(PDL)
-    part = tl.arange(0, BP)
-    value = tl.load(best + row * PARTS + part, mask=part < PARTS, other=-float("inf"))
-    winner = tl.minimum(tl.argmax(value, axis=0), PARTS - 1)
-    tl.store(ids + row, tl.load(where + row * PARTS + winner).to(tl.int64))
-    if row == 0:
-        tl.store(position, tl.load(position) + advance)
-
-
-def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position: Tensor, pdl: bool,
-           advance: int = 1) -> None:  # fmt: skip
-    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32, int32 (rows, parts)."""
-    rows, vocabulary = logits.shape
-    parts = scratch[0].shape[1]
-    _best_kernel[(parts, rows)](
-        logits, *scratch, vocabulary, PARTS=parts, BV=GREEDY_PART, PDL=pdl, num_warps=4, **_launch(pdl)
-    )
-    _pick_kernel[(rows,)](
-        *scratch, ids, position, advance, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1,
-        **_launch(pdl),
-    )  # fmt: skip
-
-
-def greedy_scratch(rows: int, vocabulary: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Memory for ``greedy``."""
-    shape = (rows, triton.cdiv(vocabulary, GREEDY_PART))
-    return torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def _launch(pdl: bool) -> dict[str, bool]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from squamata.kernels.gpu_gemm import permuted
 from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_math import small_to_float
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
 from squamata.kernels.gpu_sequence import Sequences
 
@@ -17,12 +18,34 @@ SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; c
 
 
 @triton.jit
+def _tokens(u_at, dt_at, bc_at, at, start, last, channel, E: tl.constexpr, N: tl.constexpr, T: tl.constexpr):
+    """u, dt (channels) and B, C (N) of tokens at ... at + T - 1; dt, which moves the state, of start ... last - 1."""
+    loaded = ()
+    for i in tl.static_range(T):
+        time = channel * 0 + (at + i)
+        moves = (channel < E) & (time >= start) & (time < last)
+        u = tl.load(u_at + at * E + i * E, mask=channel < E, other=0)
+        delta = tl.load(dt_at + at * E + i * E, mask=moves, other=0.0)
+        bc = bc_at + at * (2 * N) + i * (2 * N)
+        loaded = loaded + ((u, delta, tl.load(bc), tl.load(bc + N)),)  # type: ignore[assignment]  # noqa: RUF005
+    return loaded
+
+
+@triton.jit
+def _as_float(x, NATIVE: tl.constexpr):
+    """int8 codes or floats as float32. Conversions of integers would share a unit with the exponential."""
+    if x.dtype == tl.int8 and NATIVE:
+        x = small_to_float(x.to(tl.int32))
+    return x.to(tl.float32)
+
+
+@triton.jit
 def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inverse, state_low, state_high,
                       state_span, lengths, out, L, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr,
-                      T: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr,
-                      QUANTIZED: tl.constexpr, ALONG: tl.constexpr, DYNAMIC: tl.constexpr,
-                      STATE_ROUNDING: tl.constexpr):  # fmt: skip
-    """BE channels of one sequence, token by token, T tokens loaded ahead (Gu and Dao 2023, algorithm 2)."""
+                      T: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr,
+                      ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr,
+                      NATIVE: tl.constexpr):  # fmt: skip
+    """BE channels of one sequence, token by token, T loaded together (Gu and Dao 2023, algorithm 2)."""
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
     row = tl.program_id(1)
     n = tl.arange(0, N)
@@ -40,27 +63,20 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
     last = tl.load(lengths + row)
     base = row.to(tl.int64) * L
     u_at, dt_at = u + base * E + permuted(channel, FORMAT), dt + base * E + channel
-    bc_at, out_at = bc + base * (2 * N) + n, out + base * E + channel
+    bc_at, out_at = bc + base * (2 * N) + n, out + base * E + channel[:, None]
     for start in range(0, L, T):
-        us, dts, Bs, Cs = (), (), (), ()
+        at = tl.minimum(start, L - T)  # the last tokens once more, instead of places that do not exist
+        given = _tokens(u_at, dt_at, bc_at, at, start, last, channel, E, N, T)
+        y = tl.zeros((BE, N), tl.float32)  # of T tokens, whose places are the states'
         for i in tl.static_range(T):
-            t = channel * 0 + (start + i)
-            inside = live if EVEN else live & (t < L)
-            us = us + (tl.load(u_at + t * E, mask=inside, other=0),)  # type: ignore[assignment]  # noqa: RUF005
-            dts = dts + (tl.load(dt_at + t * E, mask=live & (t < last), other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-            given = (n >= 0) if EVEN else n * 0 + (start + i) < L
-            b_at = bc_at + (start + i) * (2 * N)
-            Bs = Bs + (tl.load(b_at, mask=given, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-            Cs = Cs + (tl.load(b_at + N, mask=given, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-        for i in tl.static_range(T):
-            x = us[i].to(tl.float32) * unit
-            delta = dts[i].to(tl.float32)
-            s = tl.exp2(delta[:, None] * rate) * s + (delta * x)[:, None] * Bs[i][None, :]
-            y = tl.sum(s * Cs[i][None, :], axis=1) + through * x
-            if out.dtype.element_ty == tl.float16:
-                y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
-            inside = live if EVEN else live & (channel * 0 + (start + i) < L)
-            tl.store(out_at + (start + i) * E, y.to(out.dtype.element_ty), mask=inside)
+            x, delta = _as_float(given[i][0], NATIVE) * unit, given[i][1].to(tl.float32)
+            s = tl.exp2(delta[:, None] * rate) * s + (delta * x)[:, None] * given[i][2][None, :]
+            out_i = tl.sum(s * given[i][3][None, :], axis=1) + through * x
+            y = tl.where(n[None, :] == i, out_i[:, None], y)
+        if out.dtype.element_ty == tl.float16:
+            y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+        written = mask & ((n < T) & (at + n >= start))[None, :]
+        tl.store(out_at + (at + n)[None, :] * E, y.to(out.dtype.element_ty), mask=written)
     _store_state(state, place, mask, s, state_scale, state_inverse, scale_place, live[:, None], state_low, state_high,
                  state_span, QUANTIZED, DYNAMIC, STATE_ROUNDING)  # fmt: skip
 
@@ -73,13 +89,13 @@ def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Ten
     float32 (B L, 2 N).
     """
     rows, channels, states = state.shape
-    tokens = min(SCAN_TOKENS, sequences.length)
     filler = skip
     grids = (grid.scale, grid.inverse, grid.low, grid.high, grid.span) if grid else (filler, filler, 0.0, 0.0, 0.0)
     _selective_kernel[(triton.cdiv(channels, SCAN_CHANNELS), rows)](
         u, u_input.scale, dt, bc, A, skip, state, *grids, sequences.lengths, out, sequences.length, E=channels,
-        N=states, BE=SCAN_CHANNELS, T=tokens, EVEN=sequences.length % tokens == 0, FORMAT=format,
-        CODES=u.dtype == torch.int8,
-        QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
-        DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0, num_warps=1,
+        N=states, BE=SCAN_CHANNELS, T=min(SCAN_TOKENS, states, sequences.length), FORMAT=format,
+        CODES=u.dtype == torch.int8, QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
+        DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0,
+        NATIVE=not INTERPRETED, num_warps=1,
+        maxnreg=255,  # with fewer registers the assembler moves every load to its use, each with the whole latency
     )  # fmt: skip

@@ -10,7 +10,7 @@ activations that meet it must be neighbours too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -79,6 +79,19 @@ class TiledLinear:
         """Bytes that one product streams."""
         parts = (self.words, self.factor, self.group_scale, self.bias)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def part(self, start: int, stop: int) -> TiledLinear:
+        """Rows ``start`` to ``stop``, in the same memory; tiles are not cut, so ``start`` begins one."""
+        tiles = slice(start // self.tile_rows, -(-stop // self.tile_rows))
+        rows = slice(tiles.start * self.tile_rows, tiles.stop * self.tile_rows)
+        return replace(
+            self,
+            rows=stop - start,
+            words=self.words[tiles],
+            factor=self.factor[rows],
+            group_scale=None if self.group_scale is None else self.group_scale[tiles],
+            bias=None if self.bias is None else self.bias[rows],
+        )
 
 
 def weight_format(layer: Linear, integer_activations: bool, bfloat16: bool, halves: bool = False) -> Format:

@@ -22,12 +22,13 @@ from squamata.kernels.decode.triton import (
     Projection,
     ScanParameters,
 )
+from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import Landing, Shape, choose_shape
 from squamata.kernels.gpu_math import ROUNDINGS
 from squamata.kernels.gpu_norm import RowSite, plan_rotation
 from squamata.kernels.gpu_parts import PartNorms
 from squamata.kernels.gpu_rows import RowRotation, plan_row_rotation
-from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan
+from squamata.kernels.gpu_scan import InputPlan, StatePlan
 from squamata.kernels.gpu_tiles import tile_linear, weight_format
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.linear import Linear
@@ -94,7 +95,7 @@ class Planner:
         entry = InputStage(
             self.floats(block.norm),
             config.norm_epsilon,
-            self.projection(block.in_proj, sites["in"], outputs, ring, config.d_conv, halves=True),
+            self.projection(block.in_proj, sites["in"], outputs, ring, halves=True, apart=inner),
         )
         landed = [sites[name] for name in ("u", "B_conv", "C_conv")]
         conv = self.convolution(scan, list(outputs[1:4]), landed)
@@ -102,6 +103,8 @@ class Planner:
         inputs = {"z": self.read(sites["z"]), "dt": self.read(sites["dt"])}
         return Mamba2Layer(
             entry=entry,
+            z_proj=entry.projection.part(0, inner),
+            scan_proj=entry.projection.part(inner, entry.projection.linear.rows),
             conv=conv,
             scan=self.scan(scan, sites["state"], inputs),
             exit=self.exit(block, block.gate_norm.weight, config.gate_norm_epsilon, config.n_groups),
@@ -117,9 +120,7 @@ class Planner:
         entry = InputStage(
             self.floats(block.norm),
             config.norm_epsilon,
-            self.projection(
-                block.in_proj, sites["in"], (sites["x"], sites["z"]), (0, inner), config.d_conv, halves=True
-            ),
+            self.projection(block.in_proj, sites["in"], (sites["x"], sites["z"]), (0, inner), halves=True, apart=inner),
         )
         both = [self.read(sites[name]) for name in ("B", "C")]
         if both[0].codes != both[1].codes:
@@ -132,12 +133,14 @@ class Planner:
         norms = None
         if scan.bcdt_norm_epsilon is not None:
             width, parts = int(scan.x_proj.weight.shape[0]), (config.dt_rank, config.d_state, config.d_state)
-            norms = PartNorms(scan.bcdt_norm_epsilon, parts, self.landing(scan.x_proj, low, width, (0, 0), 1))
+            norms = PartNorms(scan.bcdt_norm_epsilon, parts, self.landing(scan.x_proj, low, width, (0, 0)))
         x_proj = self.projection(scan.x_proj, sites["u"], low if norms is None else (None,))
         shape = (self.batch, inner, config.d_state)
         inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
         return Mamba1Layer(
             entry=entry,
+            conv_proj=entry.projection.part(0, inner),
+            z_proj=entry.projection.part(inner, 2 * inner),
             conv=self.convolution(scan, [sites["x"]], [sites["u"]]),
             x_proj=x_proj,
             dt_proj=self.projection(scan.dt_proj, sites["dt_low"], (sites["dt"],)),
@@ -181,10 +184,11 @@ class Planner:
         into: Site,
         out: tuple[Site | None, ...],
         ring: tuple[int, int] = (0, 0),
-        slots: int = 1,
         halves: bool = False,
+        apart: int = 0,
     ) -> Projection:
-        """A product's plan: packed weight, scale of the input, and where its rows land.
+        """A product's plan: packed weight, scale of the input, and where its rows land. ``apart``: its first rows,
+        which are also a product of their own.
 
         ``halves``: what writes its input can leave it in 16 bits, which is fast where few sequences meet 4-bit weights.
         """
@@ -196,17 +200,15 @@ class Planner:
             )
         halves = halves and self.bfloat16 and self.batch <= FEW_SEQUENCES
         format = weight_format(layer, site.quantized, self.bfloat16, halves)
-        shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format)
+        shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format, apart)
         if self.batch > FEW_SEQUENCES:
             shape = Shape(1, shape.slices)  # whole rows, as the products of many rows want them
         linear = tile_linear(layer, format, shape.tile_rows, self.device)
         factor = linear.factor * site.scale if site.quantized and site.span == 0 else linear.factor
-        landing = None if out == (None,) else self.landing(layer, out, len(linear.factor), ring, slots)
+        landing = None if out == (None,) else self.landing(layer, out, len(linear.factor), ring)
         return Projection(linear, factor, landing, site, shape)
 
-    def landing(
-        self, layer: Linear, out: tuple[Site | None, ...], padded: int, ring: tuple[int, int], slots: int
-    ) -> Landing:
+    def landing(self, layer: Linear, out: tuple[Site | None, ...], padded: int, ring: tuple[int, int]) -> Landing:
         grids = [self.grid(site, rows) for site, rows in zip(out, layer.rows, strict=True)]
         columns = [torch.cat([grid[i] for grid in grids]) for i in range(4)]
         inverse, scale, low, high = (torch.nn.functional.pad(part, (0, padded - len(part))) for part in columns)
@@ -219,7 +221,6 @@ class Planner:
             rounding=common_rounding(out),
             ring_start=ring[0],
             ring_stop=ring[1],
-            slots=slots,
             any_codes=bool((inverse != 0).any()),
             any_values=bool((outside == 0).any()),
             ring_codes=bool((inverse_rows[ring[0] : ring[1]] != 0).any()),
@@ -264,6 +265,7 @@ class Planner:
             rounding_bc=landing_rounding(outputs[1:]),
             all_codes=bool((inverse != 0).all()),
             uniform=all(bool((grid[1] == grid[1][0]).all()) for grid in grids[1:]),
+            split=len(grids[0][0]),
         )  # fmt: skip
 
     def state_grid(self, site: Site) -> StatePlan | None:
@@ -310,8 +312,6 @@ def check_site(site: Site) -> None:
         raise SquamataError(f"{site.name} is simulated; the GPU kernels run integers: load the model in that mode")
     if not (spec.linear_grid and spec.symmetric):
         raise SquamataError(f"{site.name}: the GPU kernels take symmetric int8 sites only, not {spec.describe()}")
-    if spec.rounding == "stochastic":
-        raise SquamataError(f"{site.name}: the GPU kernels do not round stochastically: use the CPU")
     if not spec.dynamic and site.scale is None:
         raise SquamataError(f"{site.name} has no scale: calibrate first")
 

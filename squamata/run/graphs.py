@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,8 +73,16 @@ class CapturedDecoder:
         return max((size for size in LENGTHS if size * self.batch <= MOST_TOKENS), default=LENGTHS[0])
 
     def kernels(self) -> Iterator[Kernel]:
-        """Every launch of a step, in order, with the name of what it does."""
-        return (self._many or self.plan).kernels()
+        """Every launch of a step, in order, with the name of what it does; each may be repeated without the others."""
+        for name, launch in (self._many or self.plan).kernels():
+            yield name, partial(self._alone, launch)
+
+    def _alone(self, launch: Callable[[], None]) -> None:
+        """Launch a kernel that starts when the one before has finished, rather than waits for a part of it."""
+        buffers = self.plan.buffers
+        pdl, buffers.pdl = buffers.pdl, False
+        launch()
+        buffers.pdl = pdl
 
     def launch(self) -> None:
         """The kernels of a step, uncaptured."""

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from squamata.kernels.gpu_formats import read_flagged
-from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_gemv import INTERPRETED, Shape, product
 from squamata.kernels.gpu_scan import InputPlan, selective_step
+from squamata.kernels.gpu_tiles import Format, tile_linear
+from squamata.kernels.linear import Linear
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import Site
@@ -66,9 +68,10 @@ def test_the_scan_step_reads_packed_rows(batch: int, channels: int, states: int)
     value = landed(2 * random(batch, 1, channels))
     assert value.second is not None
     one = torch.ones(max(channels, 2 * states), device=DEVICE)
-    z, dt, low = (random(batch, size, seed=size).to(DEVICE) for size in (channels, channels + 1, 2 * states))
-    parameters = [part.to(DEVICE) for part in (random(channels, seed=3), -random(channels, states, seed=4).exp())]
-    skip = random(channels, seed=5).to(DEVICE)
+    gate, low = (random(batch, size, seed=size).to(DEVICE) for size in (channels, 4 + 2 * states))
+    tables = [random(channels, seed=3), -random(channels, states, seed=4).exp(), random(channels, seed=5)]
+    linear = tile_linear(Linear(random(channels, 4, seed=7)), Format.FLOAT32_FLOAT, 8, DEVICE)
+    dt = product(low[:, :4], None, linear, linear.factor, None, (None, gate), None, Shape(8, 1))
     plain = InputPlan(False, one)
     found = []
     for u, plan in (
@@ -77,11 +80,9 @@ def test_the_scan_step_reads_packed_rows(batch: int, channels: int, states: int)
     ):
         state = random(batch, channels, states, seed=6).to(DEVICE)
         out = torch.full((batch, channels), float("nan"), device=DEVICE)
-        inputs = {"u": plan, "z": plain, "dt": plain, "BC": plain}
-        buffers = [(part, part) for part in (z, dt[:, :channels].contiguous(), low)]
         selective_step(
-            u.contiguous().to(DEVICE), buffers[0], buffers[1], buffers[2], inputs, *parameters, skip, state, None, out,
-            (0, 0), pdl=False,
+            u.contiguous().to(DEVICE), gate, dt, (low, low), {"u": plan, "BC": plain},
+            tuple(table.to(DEVICE) for table in tables), state, None, out, 4, pdl=False,
         )  # fmt: skip
         assert not out.isnan().any()
         found.append((out.cpu(), state.cpu()))

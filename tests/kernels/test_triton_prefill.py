@@ -61,10 +61,12 @@ def product(
 
 FORMATS = [
     (Format.INT8_INT8, 8, None),
+    (Format.INT8_INT8, 8, 64),
     (Format.INT4_INT8, 4, 64),
     (Format.INT4_INT8, 4, None),
     (Format.INT4_FLOAT, 4, 32),
     (Format.INT8_FLOAT, 8, None),
+    (Format.INT8_FLOAT, 8, 32),
     (Format.FLOAT32_FLOAT, 0, None),
 ]
 
@@ -215,7 +217,10 @@ def test_a_large_batch_steps_as_the_reference(kind: str) -> None:
             assert torch.equal(decoder.ids.cpu(), got.argmax(-1))
 
 
-@pytest.mark.parametrize(("format", "bits", "group"), [(Format.INT8_INT8, 8, None), (Format.INT4_INT8, 4, 64)])
+@pytest.mark.parametrize(
+    ("format", "bits", "group"),
+    [(Format.INT8_INT8, 8, None), (Format.INT8_INT8, 8, 32), (Format.INT4_INT8, 4, None), (Format.INT4_INT8, 4, 64)],
+)
 def test_integer_products_of_weights_laid_out_by_rows_are_exact(format: Format, bits: int, group: int | None) -> None:
     torch.manual_seed(5)
     tiled, x, exact = product(format, bits, group)

@@ -1,6 +1,6 @@
 """A decode step on a GPU, layer by layer: what each kernel reads and writes, planned once, launched in order.
 
-A Mamba-2 layer is five kernels, a Mamba-1 layer eight, a handful of microseconds each; weights do not depend on what
+A Mamba-2 layer is five kernels, a Mamba-1 layer six, a handful of microseconds each; weights do not depend on what
 comes before, so with programmatic dependent launch a kernel streams its first weights while its predecessors run.
 All buffers are static, so a step can be captured in a CUDA graph.
 """
@@ -8,20 +8,25 @@ All buffers are static, so a step can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from squamata.kernels.gpu_gemv import Landing, Shape, gemv
-from squamata.kernels.gpu_norm import RotationPlan, RowSite, embed, greedy, greedy_scratch, norm, rotate
+from squamata.kernels.gpu_conv import ConvolutionPlan
+from squamata.kernels.gpu_gemv import Convolution, Landing, Product, Shape, gemv, gemv_pair, product
+from squamata.kernels.gpu_norm import RotationPlan, RowSite, norm, rotate
 from squamata.kernels.gpu_parts import PartNorms, norm_parts
 from squamata.kernels.gpu_rows import RowRotation
-from squamata.kernels.gpu_scan import ConvolutionPlan, InputPlan, StatePlan, conv_step, selective_step, ssd_step
+from squamata.kernels.gpu_scan import InputPlan, StatePlan, selective_step, ssd_step
 from squamata.kernels.gpu_tiles import Format, TiledLinear
+from squamata.kernels.gpu_vocabulary import embed, greedy, greedy_scratch
 
-SSD_CHANNELS = 32  # of a head, a program
+SSD_CHANNELS = 16  # of a head, a program
+# Bytes of Mamba-1's rows of z up to which they are made beside x_proj; larger ones follow the rows of x at once, while
+# x_proj runs. Microseconds a layer, beside / at once, mamba-2.8b on an H200: W4A8 13.9 / 14.6, W8A8 17.4 / 16.9.
+SMALL_BYTES = 2**23
 
 Kernel = tuple[str, Callable[[], None]]  # name, launch
 
@@ -46,10 +51,25 @@ class Projection:
         columns = self.linear.columns * (2 if self.halves else 1)
         return buffers.get(name, columns, self.site.quantized or self.halves)
 
-    def run(self, x: Tensor, out: Outputs, ring: Tensor | None, buffers: Buffers) -> None:
+    def part(self, start: int, stop: int) -> Projection:
+        """Its rows ``start`` to ``stop``, in the same memory; ``start`` begins a tile."""
+        assert self.landing is not None
+        linear = self.linear.part(start, stop)
+        factor = self.factor[start : start + len(linear.factor)]
+        return replace(self, linear=linear, factor=factor, landing=self.landing.part(start, stop))
+
+    def product(
+        self, x: Tensor, out: Outputs, buffers: Buffers, convolution: Convolution | None = None, gate: bool = False
+    ) -> Product:
+        """The product for these rows, to be launched."""
         scale = buffers.row_scale if self.site.span > 0 or self.halves else None
-        gemv(x, scale, self.linear, self.factor, self.landing, out.codes, out.values, ring, buffers.position,
-             self.shape, buffers.pdl)  # fmt: skip
+        return product(
+            x, scale, self.linear, self.factor, self.landing, (out.codes, out.values), convolution, self.shape, gate
+        )
+
+    def run(self, x: Tensor, out: Outputs, buffers: Buffers) -> None:
+        """Launch the product."""
+        gemv(self.product(x, out, buffers), buffers.position, buffers.pdl)
 
 
 @dataclass(frozen=True)
@@ -92,6 +112,11 @@ class ScanParameters:
     grid: StatePlan | None
     inputs: dict[str, InputPlan]
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As the kernels take them."""
+        return self.dt_bias, self.A, self.skip
+
 
 @dataclass(frozen=True)
 class LayerState:
@@ -103,9 +128,14 @@ class LayerState:
 
 @dataclass(frozen=True)
 class Mamba2Layer:
-    """Plan of a Mamba-2 layer. ``starts``: rows of in_proj where z and dt begin."""
+    """Plan of a Mamba-2 layer. ``starts``: rows of in_proj where z and dt begin.
+
+    ``z_proj`` and ``scan_proj``: in_proj's rows of z, which come first, and the others, which the scan waits for.
+    """
 
     entry: InputStage
+    z_proj: Projection
+    scan_proj: Projection
     conv: ConvolutionPlan
     scan: ScanParameters
     exit: OutputStage
@@ -116,25 +146,34 @@ class Mamba2Layer:
 
     def kernels(self, buffers: Buffers, first: bool) -> Iterator[Kernel]:
         """What the layer launches, in order."""
-        out = buffers.outputs("entered", self.entry.projection)
-        gated = buffers.get("gated", self.exit.projection.linear.columns)
+        inner, ring = self.exit.projection.linear.columns, self.state.ring
+        x = self.entry.projection.input("normed", buffers)
+        out, mixed = buffers.outputs("entered", self.scan_proj), buffers.get("mixed", ring.shape[2])
+        scanned, gate = buffers.get("scanned", inner), buffers.get("gate", inner)
+        entering = self.scan_proj.product(x, out, buffers, Convolution(self.conv, ring, mixed))
+        gating = self.z_proj.product(x, Outputs(None, gate), buffers, gate=True)
         channels = min(SSD_CHANNELS, self.state.state.shape[2])
-        yield from enter(self.entry, out, self.state.ring, buffers, first, "in_proj")
-        yield "conv_scan", lambda: ssd_step(
-            self.state.ring, *buffers.both(out), self.conv, self.scan.inputs["dt"], self.scan.inputs["z"],
-            self.scan.dt_bias, self.scan.A, self.scan.skip, self.state.state, self.scan.grid, buffers.position,
-            gated, self.starts, self.groups, self.limit, channels, buffers.pdl,
+        yield "norm", lambda: enter(self.entry, x, buffers, first)
+        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.counter, buffers.pdl)
+        yield "scan", lambda: ssd_step(
+            mixed, buffers.both(out), self.scan.inputs["dt"], self.scan.tables, self.state.state, self.scan.grid,
+            buffers.counter, entering.programs, scanned, self.starts[1] - inner, self.groups, self.limit, channels,
+            buffers.pdl,
         )  # fmt: skip
-        yield from leave(self.exit, gated, buffers)
+        yield from leave(self.exit, scanned, gate, buffers)
 
 
 @dataclass(frozen=True)
 class Mamba1Layer:
     """Plan of a Mamba-1 layer. ``z_start``: row of in_proj where z begins; ``low_rank``: rows of x_proj before B.
+
+    ``conv_proj`` and ``z_proj``: in_proj's rows of x, which come first, and those of z.
     ``norms``: of what x_proj leaves, in FalconMamba.
     """
 
     entry: InputStage
+    conv_proj: Projection
+    z_proj: Projection
     conv: ConvolutionPlan
     x_proj: Projection
     dt_proj: Projection
@@ -148,29 +187,33 @@ class Mamba1Layer:
     def kernels(self, buffers: Buffers, first: bool) -> Iterator[Kernel]:
         """What the layer launches, in order."""
         inner = self.exit.projection.linear.columns
-        entered = buffers.outputs("entered", self.entry.projection)
+        x = self.entry.projection.input("normed", buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
-        raw = buffers.outputs("low", self.x_proj)
-        low, dt = raw if self.norms is None else self._normed(buffers), buffers.outputs("dt", self.dt_proj)
+        gate, gated = buffers.get("gate", inner), buffers.get("gated", inner)
+        raw, nothing = buffers.outputs("low", self.x_proj), Outputs(None, gate)
+        low = raw if self.norms is None else self._normed(buffers)
         dt_low = low.codes if self.dt_proj.linear.format.integer_activations else low.values
         assert dt_low is not None
-        gated = buffers.get("gated", inner)
-        yield from enter(self.entry, entered, self.state.ring, buffers, first, "in_proj")
-        yield (
-            "conv",
-            lambda: conv_step(self.state.ring, self.conv, buffers.position, u, u.dtype == torch.int8, buffers.pdl),
-        )
-        yield "x_proj", lambda: self.x_proj.run(u, raw, None, buffers)
+        entering = self.conv_proj.product(x, nothing, buffers, Convolution(self.conv, self.state.ring, u))
+        gating = self.z_proj.product(x, nothing, buffers, gate=True)
+        mixing = self.x_proj.product(u, raw, buffers)
+        dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
+        yield "norm", lambda: enter(self.entry, x, buffers, first)
+        if self.z_proj.linear.nbytes <= SMALL_BYTES:
+            yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
+            yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.counter, buffers.pdl)
+        else:
+            after = (buffers.counter, entering.programs)
+            yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.counter, buffers.pdl)
+            yield "x_proj", lambda: gemv(mixing, buffers.position, buffers.pdl, after)
         if self.norms is not None:
             assert raw.values is not None
             yield "part_norms", partial(norm_parts, raw.values, self.norms, low.codes, low.values)
-        yield "dt_proj", lambda: self.dt_proj.run(dt_low[:, : self.low_rank], dt, None, buffers)
         yield "scan", lambda: selective_step(
-            u, buffers.both(entered), buffers.both(dt), buffers.both(low), self.scan.inputs, self.scan.dt_bias,
-            self.scan.A, self.scan.skip, self.state.state, self.scan.grid, gated, (self.z_start, self.low_rank),
-            buffers.pdl,
+            u, gate, dt, buffers.both(low), self.scan.inputs, self.scan.tables, self.state.state, self.scan.grid,
+            gated, self.low_rank, buffers.pdl,
         )  # fmt: skip
-        yield from leave(self.exit, gated, buffers)
+        yield from leave(self.exit, gated, None, buffers)
 
     def _normed(self, buffers: Buffers) -> Outputs:
         """Memory for what the norms leave."""
@@ -180,49 +223,29 @@ class Mamba1Layer:
         return Outputs(codes, buffers.get("low_normed", width) if landing.any_values else None)
 
 
-def enter(
-    stage: InputStage, out: Outputs, ring: Tensor | None, buffers: Buffers, first: bool, name: str
-) -> Iterator[Kernel]:
-    """residual += h and norm, then the product called ``name``."""
-    projection = stage.projection
-    x = projection.input("normed", buffers)
-    yield (
-        "norm",
-        lambda: norm(
-            buffers.h,
-            buffers.residual,
-            stage.gain,
-            stage.epsilon,
-            projection.site,
-            x,
-            buffers.row_scale,
-            first,
-            buffers.pdl,
-        ),
-    )
-    yield name, lambda: projection.run(x, out, ring, buffers)
+def enter(stage: InputStage, x: Tensor, buffers: Buffers, first: bool) -> None:
+    """residual += h and norm, to ``x``, where the stage's product takes it."""
+    site = stage.projection.site
+    norm(buffers.h, buffers.residual, stage.gain, stage.epsilon, site, x, buffers.row_scale, buffers.counter, first,
+         buffers.pdl)  # fmt: skip
 
 
-def leave(stage: OutputStage, gated: Tensor, buffers: Buffers) -> Iterator[Kernel]:
-    """Gate norm and rotation, then the product: the new h."""
+def finish(head: InputStage, logits: Tensor, buffers: Buffers, first: bool) -> Iterator[Kernel]:
+    """Final norm and head."""
+    x = head.projection.input("normed", buffers)
+    yield "norm", lambda: enter(head, x, buffers, first)
+    yield "head", lambda: head.projection.run(x, Outputs(None, logits), buffers)
+
+
+def leave(stage: OutputStage, y: Tensor, gate: Tensor | None, buffers: Buffers) -> Iterator[Kernel]:
+    """Gate (unless the scan has done it), norm and rotation, then the product: the new h."""
     projection = stage.projection
     x = projection.input("rotated", buffers)
-    yield (
-        "rotate",
-        lambda: rotate(
-            gated,
-            stage.gain,
-            stage.epsilon,
-            stage.groups,
-            stage.rotation,
-            stage.middle,
-            projection.site,
-            x,
-            buffers.row_scale,
-            buffers.pdl,
-        ),
-    )
-    yield "out_proj", lambda: projection.run(x, Outputs(None, buffers.h), None, buffers)
+    yield "rotate", lambda: rotate(
+        y, gate, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle, projection.site, x,
+        buffers.row_scale, buffers.pdl,
+    )  # fmt: skip
+    yield "out_proj", lambda: projection.run(x, Outputs(None, buffers.h), buffers)
 
 
 @dataclass
@@ -240,6 +263,7 @@ class Buffers:
         self.residual = torch.zeros_like(self.h)
         self.row_scale = torch.ones(self.rows, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.counter = torch.zeros_like(self.position)
         self.ids = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
 
     def get(self, name: str, features: int, integer: bool = False) -> Tensor:
@@ -286,7 +310,7 @@ class DecodePlan:
         yield "embedding", lambda: embed(buffers.ids, self.table, self.table_scale, buffers.h, pdl=False)
         for index, layer in enumerate(self.layers):
             yield from layer.kernels(buffers, first=index == 0)
-        yield from enter(self.head, Outputs(None, self.logits), None, buffers, first=not self.layers, name="head")
+        yield from finish(self.head, self.logits, buffers, first=not self.layers)
         yield "greedy", lambda: greedy(self.logits, self.scratch, buffers.ids, buffers.position, buffers.pdl)
 
     def step(self) -> None:

@@ -20,10 +20,9 @@ from squamata.kernels.decode.triton import (
     Kernel,
     Mamba1Layer,
     Mamba2Layer,
-    Outputs,
     OutputStage,
     Projection,
-    enter,
+    finish,
 )
 from squamata.kernels.gpu_expand import (
     OPERAND,
@@ -36,21 +35,17 @@ from squamata.kernels.gpu_expand import (
     scratch_bytes,
 )
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
-from squamata.kernels.gpu_norm import embed, greedy
 from squamata.kernels.gpu_parts import norm_parts_apart
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
 from squamata.kernels.gpu_selective import selective_rows
-from squamata.kernels.gpu_sequence import (
-    ScanScratch,
-    Sequences,
-    conv_rows,
-    scan_scratch,
-    ssd_rows,
-)
+from squamata.kernels.gpu_sequence import Sequences, conv_rows
+from squamata.kernels.gpu_ssd import ScanScratch, scan_scratch, ssd_rows
 from squamata.kernels.gpu_tiles import TiledLinear
+from squamata.kernels.gpu_vocabulary import embed, greedy
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
-ROWS_FROM, NARROW = 128, 1024  # rows of activations, and of a weight, from which its layout by rows pays
+# Rows of activations, and outputs and columns of a weight, from which its layout by rows pays
+ROWS_FROM, OUTPUTS_FROM, COLUMNS_FROM = 128, 64, 512
 
 
 @dataclass
@@ -94,12 +89,12 @@ class Workspace:
     def scan(self, state: Tensor) -> ScanScratch:
         """Scratch of Mamba-2's scan for a state of this shape."""
         if state.shape not in self.of_states:
-            self.of_states[state.shape] = scan_scratch(self.batch, self.length, state)
+            self.of_states[state.shape] = scan_scratch(self.batch, self.length, state, self.float)
         return self.of_states[state.shape]
 
     def by_rows(self, linear: TiledLinear) -> bool:
         """True if the product wants its weight laid out by rows (``gpu_expand``)."""
-        large = self.rows >= ROWS_FROM and linear.rows > NARROW and linear.columns > NARROW // 2
+        large = self.rows >= ROWS_FROM and linear.rows >= OUTPUTS_FROM and linear.columns >= COLUMNS_FROM
         return large and linear.format in OPERAND and (linear.format.integer_activations or not self.exact)
 
     def input_of(self, name: str, projection: Projection) -> Tensor:
@@ -274,7 +269,7 @@ class SequencePlan:
         work = self.work
         yield "last", self._take_last
         if work.batch <= FEW_SEQUENCES:
-            yield from enter(head, Outputs(None, self.plan.logits), None, buffers, first=True, name="head")
+            yield from finish(head, self.plan.logits, buffers, first=True)
             return
         site, linear = head.projection.site, head.projection.linear
         dtype = torch.int8 if linear.format.integer_activations else work.float
