@@ -1,7 +1,7 @@
 """The whole story: load -> transform -> observe -> quantize, a layer at a time.
 
-Memory is bounded by the embedding table, one layer, the calibration stream (samples x length x d_model x 8 bytes) and
-one shard, however many layers the model has.
+Memory is bounded by the embedding table, one layer, the calibration stream (samples x length x d_model x 8 bytes, 12
+where transforms observe) and one shard, however many layers the model has.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ Grams = Mapping[str, Gram] | None
 class QuantizedParts:
     """The quantized model in parts, made in order: the embedding, every layer, then final norm and head.
 
-    ``seen``: the calibration stream through the float model, which gives the sites' scales. ``rounded``: the same
-    through the layers as they are quantized, which a weight quantizer that sees its inputs works with. Both, and one
-    layer at a time, are on ``device``. ``progress`` is told of every part, and of the steps of a second pass.
+    ``seen``: the calibration stream through the transformed float model, which gives the sites' scales. ``plain``: the
+    same through the model as it came, where transforms observe it: its weights cannot read a rotated stream.
+    ``rounded``: through the layers as they are quantized, which a weight quantizer that sees its inputs works with.
+    All, and one layer at a time, are on ``device``. ``progress`` is told of every part, and of the steps of a second
+    pass.
     """
 
     def __init__(
@@ -87,9 +89,11 @@ class QuantizedParts:
         self.config = source.config.model_copy(update={"tie_embeddings": tied})
         self.working = self.config if on_host else self.config.model_copy(update={"chunk_size": CHUNK})
         self.layouts = model_layouts(source.config)
-        self.ends = partial(transform.apply_ends, recipe, self.config)
+        self.known: dict[str, transform.Basis] = {}  # of the residual stream, if a transform must know it
+        self.ends = partial(transform.apply_ends, recipe, self.config, self.known)
         self.bytes_read = 0
         self.seen: Stream = []
+        self.plain: Stream = []
         self.rounded: Stream = []
         self.choices: whole.Choices = {}
         self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
@@ -121,7 +125,7 @@ class QuantizedParts:
             for one in range(self.count):
                 parts.append(self._part(one))
                 self.tell(one + 1)
-            self.seen, self.rounded = [], []
+            self.seen, self.plain, self.rounded = [], [], []
             original = LanguageModel(Checkpoint(self.source.config, self._read("", again=True), FLOAT), "float")
             self.refined = whole.refined(
                 self.recipe, original, self.config, parts, self.batches, self.choices, self.progress
@@ -146,22 +150,35 @@ class QuantizedParts:
 
     def streams(self) -> dict[str, Tensor]:
         """What the next part needs of those before it."""
-        named = {"seen": self.seen, "rounded": self.rounded}
-        return {f"{name}.{batch}": h for name, stream in named.items() for batch, h in enumerate(stream)}
+        named = {"seen": self.seen, "plain": self.plain, "rounded": self.rounded}
+        streams = {f"{name}.{batch}": h for name, stream in named.items() for batch, h in enumerate(stream)}
+        return streams | {f"known.{name}": basis.vectors for name, basis in self.known.items()}
 
     def restore(self, finished: int, streams: Tensors) -> None:
         """Go on after ``finished`` parts, with the streams that they left."""
-        for name, stream in (("seen", self.seen), ("rounded", self.rounded)):
+        for name, stream in (("seen", self.seen), ("plain", self.plain), ("rounded", self.rounded)):
             inside = under(f"{name}.", streams) if finished else {}
             stream += [inside[str(batch)].to(self.device) for batch in range(len(inside))]
+        known = under("known.", streams) if finished else {}
+        self.known |= {name: transform.Basis(vectors.to(self.device)) for name, vectors in known.items()}
+
+    def _sequences(self) -> Iterator[Tensor]:
+        """Token ids (L,) of every calibration sequence, as far as it goes."""
+        for number, ids in enumerate(self.batches):
+            lengths = (self.lengths and self.lengths[number]) or [ids.shape[1]] * len(ids)
+            yield from (row[:length] for row, length in zip(ids, lengths, strict=True))
 
     def _embedding(self) -> Values:
         name = "embedding.weight"
         table = self._read(name)[name]
+        if transform.needs_stream(self.recipe):
+            self.known["stream"] = transform.stream_basis(self.config, (table[ids] for ids in self._sequences()))
         quantized = self._quantize_ends({name: table}, name)
         if calibrated_sites(self.recipe, self.config):
             rows = [self.ends({name: table[ids.flatten()]})[name] for ids in self.batches]
             self.seen = [part.float().reshape(*ids.shape, -1) for part, ids in zip(rows, self.batches, strict=True)]
+        if any(transform.needs(self.recipe, kind) for kind in self.config.blocks):
+            self.plain = [table[ids].float() for ids in self.batches]
         if needs_inputs(self.recipe):
             self.rounded = [ops.embedding(ids, quantized[name], torch.float32) for ids in self.batches]
         return quantized
@@ -170,7 +187,7 @@ class QuantizedParts:
         prefix = f"layers.{layer}."
         kind, read = self.config.blocks[layer], under(prefix, self._read(prefix))
         observed = self._observed(layer, read)
-        tensors = transform.apply(self.recipe, self.config, kind, read, observed)
+        tensors = transform.apply(self.recipe, self.config, kind, read, {**observed, **self.known})
         maps = self._take_maps(prefix, tensors)
         scales_found: dict[str, Tensor] = {}
         tuned = self.recipe.tune is not None and not learn.aims_at_logits(self.recipe)
@@ -226,15 +243,15 @@ class QuantizedParts:
         return scales_of(statistics, self.specs)
 
     def _observed(self, layer: int, tensors: Tensors) -> dict[str, Statistics]:
-        """What the recipe's transforms need to know of a layer as it is, by site (``mixer.u``)."""
+        """What the recipe's transforms need to know of a layer as it came, by site (``mixer.u``)."""
         prefix = f"layers.{layer}."
         needed = transform.needs(self.recipe, self.config.blocks[layer])
-        if not needed:
+        if not self.plain:
             return {}
         block = build_block(self.working, layer, tensors)
         wanted = {prefix + site: spec for site, spec in needed.items()}
-        statistics = attach(block.sites.values(), wanted, transform.Observed)
-        watch_layer(block, self.seen, self.lengths)
+        statistics = attach(block.sites.values(), wanted, transform.observer(self.recipe))
+        run_layer(block, self.plain, self.lengths)
         return under(prefix, statistics)
 
     def _grams(self, layer: int, tensors: Tensors) -> dict[str, Gram]:
@@ -279,4 +296,5 @@ def calibrated_sites(recipe: Recipe, config: ModelConfig) -> list[str]:
     looked_at = [
         f"layers.{layer}.{site}" for layer, kind in enumerate(config.blocks) for site in transform.needs(recipe, kind)
     ]
-    return [*recipe.static_sites(config.blocks), *looked_at]
+    stream = ["layers.0.mixer.in"] if transform.needs_stream(recipe) else []
+    return [*recipe.static_sites(config.blocks), *stream, *looked_at]

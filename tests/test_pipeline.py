@@ -322,7 +322,7 @@ def run_until(stop: int, source: Path, recipe: str, out: Path, text: Path, resum
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-@pytest.mark.parametrize("recipe", ["quamba-w4a8", "w8a8"])
+@pytest.mark.parametrize("recipe", ["quamba-w4a8", "w8a8", "klt-w8a8"])
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     kind: str, recipe: str, tmp_path: Path, bundled_calibration: Path
 ) -> None:

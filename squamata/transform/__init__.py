@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from squamata.errors import SquamataError, nearest
+from squamata.kernels.partition import Partition
 from squamata.models.config import ModelConfig
 from squamata.scales.statistics import Statistics
 from squamata.spec.granularity import Granularity
@@ -20,10 +22,16 @@ from squamata.spec.parameters import checked_parameters
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Named, Recipe
 from squamata.spec.sites import BLOCKS
+from squamata.transform.awq import awq
+from squamata.transform.folds import SITES
 from squamata.transform.hadamard import rotate_output
+from squamata.transform.klt import klt, klt_ends
+from squamata.transform.klt import stream_basis as stream_basis
+from squamata.transform.observed import Basis as Basis
 from squamata.transform.observed import Observed as Observed
 from squamata.transform.reorder import reorder
 from squamata.transform.residual import fold_final_norm, fold_norm, rotate_ends, rotate_residual
+from squamata.transform.smooth import smooth
 
 Tensors = dict[str, Tensor]
 
@@ -35,23 +43,30 @@ class Transform:
     """``function(config, kind, tensors, statistics, **parameters) -> tensors`` of one layer of a kind.
 
     ``needs``: sites (``mixer.u``) it wants observed before it runs; ``statistics`` holds those that the kind has,
-    each an ``Observed`` with a number a feature. A transform returns a kind that it does not know as it came.
-    ``ends``: ``(config, tensors) -> tensors`` of the model's two ends: ``embedding.weight``, and ``final_norm.weight``
-    with ``head.weight``. Either table may come some of its rows at a time, so each row must change by itself.
+    each an ``Observed`` with a number a feature, and second moments if it says ``pairs``. A transform returns a kind
+    that it does not know as it came.
+    Among them may be ``stream``, the ``Basis`` of the residual stream as the first layer reads it.
+    ``ends``: ``(config, tensors, statistics) -> tensors`` of the model's two ends: ``embedding.weight``, and
+    ``final_norm.weight`` with ``head.weight``; of the statistics there is ``stream`` alone. Either table may come some
+    of its rows at a time, so each row must change by itself.
     ``unties``: the head is no longer the embedding afterwards.
     """
 
     function: Callable[..., Tensors]
     needs: tuple[str, ...] = ()
-    ends: Callable[[ModelConfig, Mapping[str, Tensor]], Tensors] | None = None
+    pairs: bool = False
+    ends: Callable[..., Tensors] | None = None
     unties: bool = False
 
 
 TRANSFORMS: dict[str, Transform] = {
     "reorder": Transform(reorder, needs=("mixer.u",)),
+    "smooth": Transform(smooth, needs=SITES),
+    "awq": Transform(awq, needs=("mixer.in", "mixer.u", "mixer.out"), pairs=True),
     "fold_norm": Transform(fold_norm, ends=fold_final_norm, unties=True),
     "rotate_residual": Transform(rotate_residual, ends=rotate_ends),
     "hadamard": Transform(rotate_output),
+    "klt": Transform(klt, needs=("stream", "mixer.dt_low"), pairs=True, ends=klt_ends),
 }
 
 
@@ -75,12 +90,22 @@ def needs(recipe: Recipe, kind: str) -> dict[str, QuantSpec]:
     }
 
 
+def needs_stream(recipe: Recipe) -> bool:
+    """True if a transform must know the residual stream before anything is changed."""
+    return any("stream" in TRANSFORMS[named.name].needs for named in recipe.transforms)
+
+
+def observer(recipe: Recipe) -> Callable[[Partition, QuantSpec], Observed]:
+    """What makes the statistics of the sites that ``needs`` names."""
+    return partial(Observed, pairs=any(TRANSFORMS[named.name].pairs for named in recipe.transforms))
+
+
 def apply(
     recipe: Recipe,
     config: ModelConfig,
     kind: str,
     tensors: Mapping[str, Tensor],
-    statistics: Mapping[str, Statistics],
+    statistics: Mapping[str, Statistics | Basis],
 ) -> Tensors:
     """All transforms of a recipe, in order, on one layer's tensors; the given mapping is not changed.
 
@@ -94,12 +119,14 @@ def apply(
     return changed
 
 
-def apply_ends(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensors:
+def apply_ends(
+    recipe: Recipe, config: ModelConfig, statistics: Mapping[str, Basis], tensors: Mapping[str, Tensor]
+) -> Tensors:
     """What the recipe's transforms make of the model's two ends, in order; the given mapping is not changed."""
     changed = dict(tensors)
     for named in recipe.transforms:
         ends = TRANSFORMS[named.name].ends
-        changed = changed if ends is None else ends(config, changed)
+        changed = changed if ends is None else ends(config, changed, statistics)
     return changed
 
 

@@ -7,7 +7,7 @@ section 3; Quamba, section 4.3). Nothing is left to do at run time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from squamata.kernels.hadamard import Rotation
 from squamata.models.config import ModelConfig
 from squamata.scales.statistics import Statistics
 from squamata.transform.hadamard import BLOCK, rotate_weight
+
+Turn = Callable[[Tensor], Tensor]
 
 
 def fold_norm(
@@ -33,7 +35,9 @@ def fold_norm(
     }
 
 
-def fold_final_norm(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fold_final_norm(
+    config: ModelConfig, tensors: Mapping[str, Tensor], statistics: Mapping[str, object]
+) -> dict[str, Tensor]:
     """The same for the final norm and the head, which is untied by that."""
     if "head.weight" not in tensors:
         return dict(tensors)
@@ -52,32 +56,43 @@ def rotate_residual(
     SquamataError unless the norm's weight is folded. Where d_model has no Hadamard matrix the rotation is
     block-diagonal.
     """
+    rotation = Rotation.of_size(config.d_model)
+    return turn_layer(tensors, lambda weight: rotate_weight(weight, rotation))
+
+
+def rotate_ends(
+    config: ModelConfig, tensors: Mapping[str, Tensor], statistics: Mapping[str, object]
+) -> dict[str, Tensor]:
+    """The embedding's rows, which write the stream first, and the head's, which read it last."""
+    rotation = Rotation.of_size(config.d_model)
+    return turn_ends(tensors, lambda table: rotate_weight(table, rotation))
+
+
+def turn_layer(tensors: Mapping[str, Tensor], turn: Turn) -> dict[str, Tensor]:
+    """A layer whose stream is turned as ``turn`` turns the rows of a matrix (n, D); one without projections stays."""
     if "mixer.in_proj.weight" not in tensors or "mixer.out_proj.weight" not in tensors:
         return dict(tensors)
     _require_folded(tensors["norm.weight"])
-    rotation = Rotation.of_size(config.d_model)
-    out = tensors["mixer.out_proj.weight"]
     changed = {
-        "mixer.in_proj.weight": rotate_weight(tensors["mixer.in_proj.weight"], rotation),
-        "mixer.out_proj.weight": rotate_weight(out.T, rotation).T.contiguous(),
+        "mixer.in_proj.weight": turn(tensors["mixer.in_proj.weight"]),
+        "mixer.out_proj.weight": turn(tensors["mixer.out_proj.weight"].T).T.contiguous(),
     }
     if "mixer.out_proj.bias" in tensors:
-        changed["mixer.out_proj.bias"] = rotate_weight(tensors["mixer.out_proj.bias"][None], rotation)[0]
+        changed["mixer.out_proj.bias"] = turn(tensors["mixer.out_proj.bias"][None])[0]
     return dict(tensors) | changed
 
 
-def rotate_ends(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The embedding's rows, which write the stream first, and the head's, which read it last."""
+def turn_ends(tensors: Mapping[str, Tensor], turn: Turn) -> dict[str, Tensor]:
+    """Embedding and head of a model whose stream is turned so."""
     if "final_norm.weight" in tensors:
         _require_folded(tensors["final_norm.weight"])
-    rotation = Rotation.of_size(config.d_model)
     tables = {name: tensors[name] for name in ("embedding.weight", "head.weight") if name in tensors}
-    return dict(tensors) | {name: rotate_weight(table, rotation) for name, table in tables.items()}
+    return dict(tensors) | {name: turn(table) for name, table in tables.items()}
 
 
 def _require_folded(gamma: Tensor) -> None:
     if not bool((gamma == 1).all()):
-        raise SquamataError("transform rotate_residual: norm weights are in its way; put fold_norm before it")
+        raise SquamataError("transform rotate_residual or klt: norm weights are in its way; put fold_norm before it")
 
 
 def _scale_columns(weight: Tensor, gamma: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of
+from tiny import MemorySource, config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of
 from torch import Tensor
 
 from squamata.errors import SquamataError
@@ -16,6 +16,7 @@ from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.site import observing
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
+from squamata.parts import QuantizedParts
 from squamata.spec.granularity import Granularity
 from squamata.transform import apply, check
 from squamata.transform.observed import Observed
@@ -235,3 +236,17 @@ def test_what_cannot_be_is_refused() -> None:
     for wrong in ({"head_groups": 0}, {"statistic": "median"}, {"heads": 4}):
         with pytest.raises(SquamataError, match="transform reorder: "):
             check(recipe_of(transforms=[{"reorder": wrong}]))
+
+
+@torch.no_grad()
+def test_what_sorts_is_what_the_model_as_it_came_has_at_u() -> None:
+    """Also where a later transform rotates the stream: its layers, as they came, cannot read that one."""
+    config = config_of("mamba2")
+    source, ids = MemorySource(config, perturbed_tensors(config)), random_ids(config, 4, 40)
+    found = []
+    for transforms in (["reorder"], ["reorder", "fold_norm", "rotate_residual", "hadamard"]):
+        parts = QuantizedParts(source, recipe_of(transforms=transforms), [ids])
+        found.append({name: value for part in parts.each() for name, value in part.items()})
+    for layer in range(config.n_layers):
+        for name in ("mixer.A_log", "mixer.D", "mixer.conv.weight"):
+            assert torch.equal(found[1][f"layers.{layer}.{name}"], found[0][f"layers.{layer}.{name}"])  # type: ignore[arg-type]
