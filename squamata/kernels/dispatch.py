@@ -1,4 +1,4 @@
-"""Which sibling computes an op: an explicit ``backend=``, else the context, else the first that accepts the call."""
+"""Which sibling computes an op: an explicit ``backend=``, else the context, else cpu or ref, the first to accept it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 from squamata.errors import SquamataError, nearest
 from squamata.kernels.site import observed
 
-BACKENDS = ("triton", "cpu", "ref")  # in order of preference; ref accepts every call
+BACKENDS = ("triton", "cpu", "ref")
+UNASKED = ("cpu", "ref")  # in order of preference; ref accepts every call. Triton's are for who asks for them
 _NEEDS = {"triton": "triton", "cpu": "numba"}
 _chosen: ContextVar[str | None] = ContextVar("backend", default=None)
 
@@ -91,7 +92,7 @@ def _dispatched(contract: Callable[P, R], coarse: bool) -> Callable[P, R]:
         wanted = backend or _chosen.get()
         if coarse and observed((*args, *kwargs.values())):
             wanted = "ref"
-        for name in BACKENDS if wanted is None else (wanted, "ref"):
+        for name in UNASKED if wanted is None else (wanted, "ref"):
             module = sibling(package, name)
             if module is not None and (name == "ref" or module.accepts(*args, **kwargs)):
                 return module.run(*args, **kwargs)
