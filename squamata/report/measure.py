@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from squamata import __version__
 from squamata.errors import SquamataError, about
 from squamata.evaluate.size import bytes_by_part
+from squamata.kernels.dispatch import use_backend
+from squamata.kernels.site import Mode
 from squamata.memory import peak_rss_bytes
 from squamata.models.lm import LanguageModel
 from squamata.report.distributions import observe_distributions
@@ -18,9 +22,11 @@ from squamata.report.plan import RowPlan
 from squamata.report.reference import References, beginning, parameter_count
 from squamata.report.rows import Arrays, pack_sums
 from squamata.report.verbs import Verbs
+from squamata.run.model import Model
 from squamata.run.simulated import described, placed
 
 DISTRIBUTION_TOKENS = 2048
+COMPARED_TOKENS = 128  # of the first text, in simulation and by integers
 
 _references = References()  # of this process
 
@@ -65,6 +71,7 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outc
         )
     row = {"id": plan.id} | plan.labels | {"seed": plan.seed, "architecture": model.config.architecture}
     row |= {name: evaluations[0][name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
+    row["simulation"] = _simulation_beside_integers(model, next(iter(plan.texts.values())))
     row |= {"bytes": bytes_by_part(model), "parameters": parameter_count(plan.model), "evaluations": evaluations}
     if verbs.hardware is not None:
         row["hardware"] = dict(verbs.hardware(model.config, plan.recipe))
@@ -78,6 +85,21 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outc
         "peak_rss_bytes": peak_rss_bytes(),
     }
     return Outcome(plan, row, details)
+
+
+@torch.no_grad()
+def _simulation_beside_integers(model: Model, text: str) -> dict[str, float]:
+    """How far the logits of mode *simulate* are from mode *integer*'s, both by the reference kernels: nothing at all,
+    by construction; a study says so of every row."""
+    assert model.tokenizer is not None
+    ids = torch.tensor([model.tokenizer.encode(beginning(text, COMPARED_TOKENS)[0])[:COMPARED_TOKENS]])
+    logits = []
+    with use_backend("ref"):
+        modes: tuple[Mode, ...] = ("simulate", "integer")
+        for mode in modes:
+            model.set_mode(mode)
+            logits.append(model.forward(ids, model.new_cache()))
+    return {"tokens": ids.shape[1], "largest_difference": float((logits[0] - logits[1]).abs().max())}
 
 
 def _judge(plan: RowPlan, verbs: Verbs, model: LanguageModel, device: str) -> tuple[list[dict[str, Any]], Arrays]:

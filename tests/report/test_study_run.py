@@ -59,6 +59,7 @@ def test_rows_hold_what_the_verbs_give(write_study: Write, verbs: Verbs, tmp_pat
     assert row["provenance"]["squamata_version"] == squamata.__version__
     assert row["resolved_recipe"]["calibration"] == {"samples": 4, "length": 48}
     assert row["measured_on"] == {"device": "cpu", "arithmetic": "integer"}
+    assert row["simulation"]["largest_difference"] == 0 and 16 < row["simulation"]["tokens"] <= 128
     assert row["bytes"] == bytes_by_part(model) and row["quantize_seconds"] > 0 and row["peak_rss_bytes"] > 1e7
     assert str(tmp_path) not in json.dumps(row) and str(PACKAGE) not in json.dumps(row)
     sums = unpack_sums(read_details(tmp_path / "out", row["id"]))
