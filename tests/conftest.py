@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when the first of the GPU kernels is imported, by whatever test
 
 TESTS = Path(__file__).parent
 sys.path += [str(TESTS), str(TESTS / "load")]  # helper modules: fakes, tiny, layout_writers
