@@ -69,7 +69,8 @@ def run(
     for line in done.notes:
         note(line)
     show_rows(study.model_dump(mode="json"), done.rows, out)
-    note(simulation_line(done.rows))
+    if any("simulation" in row for row in done.rows):
+        note(simulation_line(done.rows))
     note(f"{done.measured} rows measured now, {len(done.rows)} in {out}; next: squamata report {out} --out report.html")
     write_json(
         json_file,

@@ -71,7 +71,7 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outc
         )
     row = {"id": plan.id} | plan.labels | {"seed": plan.seed, "architecture": model.config.architecture}
     row |= {name: evaluations[0][name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
-    row["simulation"] = _simulation_beside_integers(model, next(iter(plan.texts.values())))
+    row["simulation"] = _simulation_beside_integers(plan, model)
     row |= {"bytes": bytes_by_part(model), "parameters": parameter_count(plan.model), "evaluations": evaluations}
     if verbs.hardware is not None:
         row["hardware"] = dict(verbs.hardware(model.config, plan.recipe))
@@ -88,11 +88,13 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outc
 
 
 @torch.no_grad()
-def _simulation_beside_integers(model: Model, text: str) -> dict[str, float]:
+def _simulation_beside_integers(plan: RowPlan, model: Model) -> dict[str, float]:
     """How far the logits of mode *simulate* are from mode *integer*'s, both by the reference kernels: nothing at all,
     by construction; a study says so of every row."""
-    assert model.tokenizer is not None
-    ids = torch.tensor([model.tokenizer.encode(beginning(text, COMPARED_TOKENS)[0])[:COMPARED_TOKENS]])
+    corpus = _references.corpus(
+        next(iter(plan.texts.values())), plan.description["window"], plan.description["max_tokens"]
+    )
+    ids = torch.tensor([corpus.windows[0].ids[:COMPARED_TOKENS]])
     logits = []
     with use_backend("ref"):
         modes: tuple[Mode, ...] = ("simulate", "integer")
