@@ -42,6 +42,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4 run-time (head, channel)": {"bits": 4, "granularity": "channel", "dynamic": True},
     "int4 run-time, stochastic": {"bits": 4, "granularity": "channel", "dynamic": True, "rounding": "stochastic"},
     "int8 static, percentile 0.9995": {"bits": 8, "rounding": "half-away", "scale": PERCENTILE},
+    "int8 static 0.9995, stochastic": {"bits": 8, "rounding": "stochastic", "scale": PERCENTILE},
     "int8 static, maximum": {"bits": 8, "rounding": "half-away"},
 }
 HALVES = {"float16": False, "float16, stochastic": True}  # the float model, whose state is rounded after every token
