@@ -12,6 +12,7 @@ from squamata.spec.recipe import Recipe
 from squamata.spec.sites import SiteInfo, all_sites
 
 ZERO_BITS = 8  # of the zero point beside every scale of an asymmetric format
+SPARSE_BITS = 32  # of an element in a sparse part: float16 and its column, row pointers left out
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Count:
 
     @property
     def data_bytes(self) -> float:
-        return self.elements * self.bits / 8
+        sparse = self.spec.sparse if self.spec else 0.0
+        return self.elements * (self.bits + sparse * SPARSE_BITS) / 8
 
 
 def ragged_groups(
@@ -122,7 +124,7 @@ def scale_count(spec: QuantSpec, axes: tuple[str, ...], sizes: tuple[int, ...], 
     if group:
         return prod(sizes[:-1]) * -(-sizes[-1] // group)
     if axes[0] == "out":
-        return sizes[0] if {"out", "channel"} & set(words) else 1
+        return sizes[0] * spec.numbers if {"out", "channel"} & set(words) else 1
     every = "channel" in words
     kept = [axis in words or (every and axis not in ("state", "tap")) for axis in axes]
     return prod(size for size, keep in zip(sizes, kept, strict=True) if keep)
