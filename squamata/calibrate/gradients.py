@@ -27,10 +27,10 @@ def squared_gradients(
 ) -> dict[str, Tensor]:
     """Mean over the sequences of (d loss / d weight)^2, float32 of the weight's shape, for the named tensors of layers.
 
-    That is the diagonal of the empirical Fisher information (SqueezeLLM, arXiv 2306.07629, equations 3 and 4). The loss
-    is the mean cross-entropy of the next token in one sequence, int64 (L,), of the float model, without its first token.
-    ``progress``: sequences done. Memory: the model in float32, two tensors a named weight, the stream that enters every
-    layer (layers x L x D), and one layer's graph. Deterministic on a CPU.
+    That is the diagonal of the empirical Fisher information (SqueezeLLM, arXiv 2306.07629, section 4.1). The loss is
+    the float model's mean cross-entropy of the next token in one sequence, int64 (L,). ``progress``: sequences done.
+    Memory: the model in float32, two tensors a named weight, the stream that enters every layer (layers x L x D), and
+    one layer's graph. Deterministic on a CPU.
     """
     held = {name: tensor.detach().float() for name, tensor in tensors.items()}
     leaves = {name: held[name].clone().requires_grad_() for name in names}

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 def row_centres(values: NDArray[np.float32], weights: NDArray[np.float32], count: int) -> NDArray[np.float64]:
     """Centres (N, count), rising, with the least sum_k w_k (x_k - nearest centre)^2 of every row of values (N, K).
 
-    ``weights``: (N, K), at least 0; NaN takes an element out. A row whose weights are all 0 counts its elements equally;
+    ``weights``: (N, K), at least 0; NaN takes an element out. A row whose weights are all 0 counts all elements alike;
     one with fewer elements than centres repeats its last, one without elements has zeros. Dynamic programming over the
-    sorted row, whose best last cuts never move back (Wu 1991; Gronlund et al. 2017, arXiv 1701.07204): the optimum of
-    what Lloyd's iterations only approach. Time N count K log K.
+    sorted row, whose best last cuts never move back (Gronlund et al. 2017, arXiv 1701.07204): the optimum that Lloyd's
+    iterations only approach. Time: N count K log K.
     """
     centres = np.zeros((len(values), count))
     _rows(np.ascontiguousarray(values), np.ascontiguousarray(weights), centres)

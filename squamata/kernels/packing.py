@@ -3,8 +3,8 @@
 **Canonical** (on disk): int8 is row-major ``(N, K)``; int4 is ``uint8 (N, ceil(K / 2))``, even k in the low nibble,
 each value in two's complement.
 
-**Stream** (on disk, of tables): codes 0 .. 2^b - 1 of b bits, uint8 ``(N, b ceil(K / 8))``: eight codes make b bytes, bit i
-of code k being bit b k + i from the lowest of the first byte on; a last group is filled with zeros.
+**Stream** (on disk, of tables): codes 0 .. 2^b - 1 of b bits, uint8 ``(N, b ceil(K / 8))``: eight codes make b bytes,
+bit i of code k is bit b k + i, counted from the lowest of the first byte; a last group is filled up with zeros.
 
 **Flagged** (in memory): the 5 bits of a dual-scale code, uint8 ``(..., ceil(K / 2) + ceil(K / 8))``: the values of a
 row as int4 bytes, then its flags, element k in bit k % 8 of byte k // 8.

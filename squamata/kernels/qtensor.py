@@ -23,8 +23,8 @@ class QTensor:
     given: see ``packing``; or, in simulation, the same integers carried in floating point so that gradients pass.
     ``scale``: float32, broadcasts against data, or (out, in / group) for grouped weights. ``second``: like scale, the
     codec's second number a group (the zero point of an asymmetric uniform grid), for specs that have one; of a
-    ``second_level`` spec the channel scale (out, 1), beside ratios as ``scale``. With codec ``table`` the ``scale`` is the
-    rows' tables, (out, 2^bits), and ``sparse`` what is added to what they say.
+    ``second_level`` spec the channel scale (out, 1), beside ratios as ``scale``. With codec ``table`` the ``scale`` is
+    the rows' tables, (out, 2^bits), and ``sparse`` what is added to what they say.
     """
 
     data: Tensor

@@ -78,7 +78,7 @@ def of_whole(
     specs: Mapping[str, QuantSpec],
     squares: Mapping[str, Tensor] | None,
 ) -> dict[str, Sensitivity]:
-    """What must be known of all these weights with tables before the first is quantized. ``squares``: their mean squared
+    """What must be known of all these weights with tables before the first is quantized. ``squares``: mean squared
     gradients, if the recipe needs them.
     """
     return sensitivities(weights, specs, squares, **_parameters(recipe))  # type: ignore[arg-type]

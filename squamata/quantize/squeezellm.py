@@ -28,7 +28,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What must be known of a weight (N, K) beforehand. ``squares``: mean squared gradients of the loss, (N, K), or None
+    """What must be known of a weight (N, K) beforehand. ``squares``: mean squared gradients of the loss, (N, K); None
     where all elements count alike. ``fence``: the magnitude above which an element is an outlier.
     """
 
@@ -44,14 +44,14 @@ def squeezellm(
     sensitive: Share = 0.1,
     fisher: bool = True,
 ) -> QTensor:
-    """2^bits values a row that minimise sum_k F_k (w_k - value)^2, F the mean squared gradient (equation 4, section 4.1).
+    """2^bits values a row that minimise sum_k F_k (w_k - value)^2, F the mean squared gradient (section 4.1).
 
     First ``spec.sparse`` of the elements go to the sparse part (section 4.2): the share ``sensitive`` of these are the
-    weight's elements of largest F, the others those outside the fence. They take no part in the k-means; there the dense
-    part says what is nearest to 0, and the sparse part the difference. ``fisher`` off: F = 1, and outliers alone. A spec
-    without table is rounded to nearest. k-means is solved exactly (``kernels.clusters``), and codes are the nearest values
-    of the table as it is stored. Deterministic. Memory: eight float32 copies of the weight. SquamataError without
-    statistics.
+    weight's elements of largest F, the others those outside the fence. They take no part in the k-means; there the
+    dense part says what is nearest to 0, and the sparse part the difference. ``fisher`` off: F = 1, outliers alone. A
+    spec without table is rounded to nearest. k-means is solved exactly (``kernels.clusters``); codes are the nearest
+    values of the table as it is stored. Deterministic. Memory: some ten float32 copies of the weight. SquamataError
+    without statistics.
     """
     if not spec.tabulated:
         return round_to_nearest(weight, spec, layout)
