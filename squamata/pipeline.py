@@ -78,7 +78,7 @@ def quantize(
     ``source``: a folder, a hub name or ``bundled``. ``calibration``: a .txt or .jsonl file, needed if the recipe has
     static activation scales or a weight quantizer that sees inputs or gradients; ``samples`` documents of ``length``
     tokens (the recipe's numbers unless given). ``resume``: go on after the last layer that a killed call with the same
-    arguments finished. ``embedding``, ``head``: float, int8 or int4 for these two tables instead of what the recipe says.
+    arguments finished. ``embedding``, ``head``: float, int8 or int4 for these two tables, not what the recipe says.
     ``device``: where it is computed, ``cpu`` or ``cuda``. ``recoverable``: leave what ``resume`` needs after a layer.
     Raises SquamataError for anything the caller can put right; then nothing is written.
     """

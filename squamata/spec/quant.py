@@ -64,9 +64,9 @@ class QuantSpec(Data):
     """How one tensor is represented.
 
     ``bits``: what an element takes in storage. ``codec``: ``uniform``, a format of ``spec.formats``, or ``table``: a
-    weight every row of which has 2^bits values of its own (in ``scale_dtype``, instead of a scale). ``sparse``: share of
-    the elements that a table leaves to a sparse float16 matrix, which is added to it. ``full_range``
-    uses all 2^bits codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
+    weight every row of which has 2^bits values of its own (in ``scale_dtype``, instead of a scale); ``sparse`` of its
+    elements are left to a sparse float16 matrix, which is added to what the tables say. ``full_range`` uses all 2^bits
+    codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
     are -Q..Q with Q = 2^(bits-1) - 1. ``dynamic`` takes the scale at run time instead of from calibration.
     ``rounding`` *stochastic*: up with a probability equal to the fraction, so that the mean stays, by torch's
     generator; for states, which are rounded again at every token.
