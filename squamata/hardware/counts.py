@@ -12,7 +12,7 @@ from squamata.spec.recipe import Recipe
 from squamata.spec.sites import SiteInfo, all_sites
 
 ZERO_BITS = 8  # of the zero point beside every scale of an asymmetric format
-SPARSE_BITS = 32  # of an element in a sparse part: float16 and its column, row pointers left out
+SPARSE_BITS, POINTER_BITS = 32, 32  # of an element in a sparse part (float16 and its column), and of where a row begins
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,13 @@ class Count:
 
     @property
     def data_bytes(self) -> float:
-        sparse = self.spec.sparse if self.spec else 0.0
-        return self.elements * (self.bits + sparse * SPARSE_BITS) / 8
+        return self.elements * self.bits / 8 + self.sparse_bytes
+
+    @property
+    def sparse_bytes(self) -> float:
+        """Of a weight's sparse part, of about as many elements as the spec says."""
+        share = self.spec.sparse if self.spec else 0.0
+        return (self.elements * share * SPARSE_BITS + (self.sizes[0] + 1) * POINTER_BITS) / 8 if share else 0.0
 
 
 def ragged_groups(
