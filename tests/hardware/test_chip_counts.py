@@ -97,9 +97,9 @@ def test_bytes_are_those_of_a_quantized_model(kind: str, recipe: str) -> None:
     found = estimate(config, recipe, FLOAT32)
     parts = bytes_by_part(model)
     sparse = any(spec.sparse for spec in model.specs.values())  # how many elements it has is known only about
-    weights, stored = found.traffic["weights"], found.model_bytes
+    figures = found.traffic["weights"], found.model_bytes
     exact = bytes_read_per_token(model) - rotations // 2, parts["total"] - parts["sites"] - rotations
-    assert (weights, stored) == (pytest.approx(exact, rel=2e-3) if sparse else exact)  # read as int64, dtype float32
+    assert figures == (pytest.approx(exact, rel=2e-3) if sparse else exact)  # read as int64, dtype float32
     taps = config.d_conv
     assert found.traffic["state"] / 2 + found.traffic["conv"] * (taps - 1) / taps == cache_bytes(model)
     kept = {name: tensor for name, tensor in checkpoint.site_tensors.items() if not name.endswith("index")}
