@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from squamata.kernels.codec import CODECS, Grid
+from squamata.kernels.linear import Linear, linear, table
 from squamata.kernels.packing import pack_int4, pack_stream, unpack_stream
 from squamata.kernels.qtensor import QTensor, join_rows
 from squamata.kernels.sparse import SparseRows, column_type
@@ -72,3 +73,29 @@ def test_wide_matrices_number_their_columns_in_32_bits() -> None:
     chosen[0, -1] = True
     ones = torch.ones(1, 2**15)
     assert torch.equal(SparseRows.of(ones, chosen).added_to(torch.zeros_like(ones)), chosen.float())
+
+
+def weight_of(bits: int, rows: int, columns: int, share: float) -> QTensor:
+    spec = QuantSpec(bits=bits, codec="table", granularity="channel", sparse=share)
+    codes = torch.randint(2**bits, (rows, columns), generator=torch.Generator().manual_seed(bits)).to(torch.int8)
+    chosen = torch.rand(rows, columns, generator=torch.Generator().manual_seed(columns)) < share
+    sparse = SparseRows.of(drawn(rows, columns, seed=3), chosen) if share else None
+    return QTensor(pack_stream(codes, bits), drawn(rows, 2**bits), spec, None, columns, sparse)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 7), (16, 8), (37, 133)])
+def test_the_cpus_rows_are_the_references_and_so_are_its_products(
+    rows: int, columns: int, bits: int, share: float
+) -> None:
+    weight = weight_of(bits, rows, columns, share)
+    assert torch.equal(table.expanded(weight), weight.dequantize())
+    for tokens in (1, 3, table.FEW, table.FEW + 1):
+        x, bias = drawn(1, tokens, columns, seed=9), drawn(rows, seed=8)
+        layer = Linear(weight, bias, (rows - rows // 2, rows // 2) if rows > 1 else ())
+        parts = [None] * len(layer.rows)
+        exact = torch.cat([part.double() for part in linear(x.double(), layer, parts, backend="ref")], -1)
+        values = torch.cat(linear(x, layer, parts, backend="cpu"), -1)
+        assert values.shape == (1, tokens, rows)
+        torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-5 * columns**0.5)
