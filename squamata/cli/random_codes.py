@@ -29,7 +29,9 @@ def random_checkpoint(config: ModelConfig, recipe: Recipe, device: str, seed: in
     torch.manual_seed(seed)
     specs = recipe.resolve(config.blocks)
     if any(spec.tabulated for spec in specs.values()):
-        raise SquamataError(f"recipe {recipe.name}: random models have no tables; use a recipe whose weights have scales")
+        raise SquamataError(
+            f"recipe {recipe.name}: random models have no tables; use a recipe whose weights have scales"
+        )
     layouts = model_layouts(config)
     tensors: dict[str, Value] = {}
     for name, size in parameter_shapes(config).items():
