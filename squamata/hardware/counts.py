@@ -13,6 +13,7 @@ from squamata.spec.recipe import Recipe
 from squamata.spec.sites import SiteInfo, all_sites
 
 ZERO_BITS = 8  # of the zero point beside every scale of an asymmetric format
+SPARSE_BITS, POINTER_BITS = 32, 32  # of an element in a sparse part (float16 and its column), and of where a row begins
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ class Count:
 
     @property
     def data_bytes(self) -> float:
-        return self.elements * self.bits / 8
+        return self.elements * self.bits / 8 + self.sparse_bytes
+
+    @property
+    def sparse_bytes(self) -> float:
+        """Of a weight's sparse part, of about as many elements as the spec says."""
+        share = self.spec.sparse if self.spec else 0.0
+        return (self.elements * share * SPARSE_BITS + (self.sizes[0] + 1) * POINTER_BITS) / 8 if share else 0.0
 
 
 def ragged_groups(
@@ -127,7 +134,7 @@ def scale_count(spec: QuantSpec, axes: tuple[str, ...], sizes: tuple[int, ...], 
     if group:
         return prod(sizes[:-1]) * -(-sizes[-1] // group)
     if axes[0] == "out":
-        return sizes[0] if {"out", "channel"} & set(words) else 1
+        return sizes[0] * spec.numbers if {"out", "channel"} & set(words) else 1
     every = "channel" in words
     kept = [axis in words or (every and axis not in ("state", "tap")) for axis in axes]
     return prod(size for size, keep in zip(sizes, kept, strict=True) if keep)
