@@ -6,6 +6,10 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from squamata.kernels.compilation import announce_compilation
+
+announce_compilation()
+
 
 def row_centres(values: NDArray[np.float32], weights: NDArray[np.float32], count: int) -> NDArray[np.float64]:
     """Centres (N, count), rising, with the least sum_k w_k (x_k - nearest centre)^2 of every row of values (N, K).
