@@ -22,7 +22,8 @@ class QTensor:
     given: see ``packing``; or, in simulation, the same integers carried in floating point so that gradients pass.
     ``scale``: float32, broadcasts against data, or (out, in / group) for grouped weights. ``second``: like scale, the
     codec's second number a group (the zero point of an asymmetric uniform grid), for specs that have one; of a
-    ``second_level`` spec the channel scale (out, 1), beside ratios as ``scale``.
+    ``second_level`` spec the channel scale (out, 1), beside ratios as ``scale``. ``kept``: float32, like the unpacked
+    data: values of the channels that ``spec.keep`` keeps in float; zero elsewhere, as the codes are there.
     """
 
     data: Tensor
@@ -30,6 +31,7 @@ class QTensor:
     spec: QuantSpec
     second: Tensor | None = None
     length: int | None = None
+    kept: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,12 +77,13 @@ class QTensor:
         if self.spec.second_level:
             return self.as_operand().dequantize(dtype)
         second = None if self.second is None else self._per_element(self.second)
-        return CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), second, self.spec, dtype)
+        values = CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), second, self.spec, dtype)
+        return values if self.kept is None else values + self.kept.to(dtype)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
-        second = None if self.second is None else self.second.to(device)
-        return QTensor(self.data.to(device), self.scale.to(device), self.spec, second, self.length)
+        second, kept = (None if part is None else part.to(device) for part in (self.second, self.kept))
+        return QTensor(self.data.to(device), self.scale.to(device), self.spec, second, self.length, kept)
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ from squamata.kernels.codec import CODECS, Grid, range_to_scale
 from squamata.kernels.packing import pack_flagged
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor, Value
-from squamata.spec.quant import QuantSpec
+from squamata.spec.quant import Keep, QuantSpec
 
 Mode = Literal["float", "observe", "simulate", "integer"]
 
@@ -97,10 +97,24 @@ class Site:
         if not self.quantized:
             return x
         assert self.spec is not None
+        if self.spec.keep is not None:
+            return self._land_beside_kept(x, self.spec.keep)
         stored = encode(x, self.grid(x), self.spec, carry_float=self.mode == "simulate")
         if self.layout.flat and self.spec.flagged and not stored.simulated:
             return replace(stored, data=pack_flagged(stored.data), length=x.shape[-1])
         return stored
+
+    def _land_beside_kept(self, x: Tensor, keep: Keep) -> QTensor:
+        """Channels in which a token reaches ``keep.above`` stay float; a token's scale is that of its smaller values,
+        those of these channels included, as in bitsandbytes.
+        """
+        assert self.spec is not None
+        x = x.float()
+        outlying = x.abs() >= keep.above
+        channels = outlying.flatten(0, -2).any(0)
+        grid = self.grid(x.masked_fill(outlying, 0.0))
+        stored = encode(x.masked_fill(channels, 0.0), grid, self.spec, carry_float=self.mode == "simulate")
+        return replace(stored, kept=x.masked_fill(~channels, 0.0))
 
     def grid(self, x: Tensor) -> Grid:
         """The numbers by which a tensor that lands here is rounded, what is taken from the tensor itself included."""

@@ -58,6 +58,20 @@ def _known_codec(name: str) -> str:
     return name
 
 
+class Keep(Data):
+    """Some channels of a product's input that are kept in more bits than the rest; the weight's columns go with them.
+
+    ``above``: in float32 those in which a token of the call reaches this magnitude, found at run time, times columns
+    that are dequantized (LLM.int8(), arXiv 2208.07339). What is in one call decides together, as in bitsandbytes.
+    """
+
+    above: Annotated[float, Field(gt=0)]
+
+    def describe(self) -> str:
+        """For tables: ``channels that reach 6 in float``."""
+        return f"channels that reach {self.above:g} in float"
+
+
 class QuantSpec(Data):
     """How one tensor is represented.
 
@@ -68,7 +82,8 @@ class QuantSpec(Data):
     generator; for states, which are rounded again at every token.
     ``scale_dtype`` is how scales are stored, and therefore used. ``second_level``: a grouped 4-bit weight as QQQ's
     kernels read it (Quamba's W4A8): value = round(code * ratio) * channel, an int8 weight with one float32 scale a
-    row, whose groups store ratio = scale / channel, channel = max |row| / 127.
+    row, whose groups store ratio = scale / channel, channel = max |row| / 127. ``keep``: channels of a product's input
+    that stay out of this representation (``Keep``).
     """
 
     bits: Annotated[int, Field(ge=2, le=16)]
@@ -81,6 +96,7 @@ class QuantSpec(Data):
     rounding: Literal["half-even", "half-away", "truncate", "stochastic"] = "half-even"
     scale_dtype: Literal["float32", "float16"] = "float32"
     second_level: bool = False
+    keep: Keep | None = None
 
     @model_validator(mode="after")
     def _grouped_if_second_level(self) -> QuantSpec:
@@ -106,10 +122,21 @@ class QuantSpec(Data):
             raise ValueError(f"codec '{self.codec}' needs a calibrated threshold: remove 'dynamic: true'")
         return self
 
+    @model_validator(mode="after")
+    def _plain_beside_what_is_kept(self) -> QuantSpec:
+        if self.keep is not None and not (self.codec == "uniform" and self.symmetric and self.bits <= 8):
+            raise ValueError("'keep' goes with symmetric integers of at most 8 bits")
+        return self
+
+    @property
+    def integer_grid(self) -> bool:
+        """True if codes are int8 on an even grid, so that they can enter a product."""
+        return self.codec == "uniform" and self.bits <= 8
+
     @property
     def linear_grid(self) -> bool:
-        """True if a value is its int8 code (less the zero point) times the scale, so that codes can enter a product."""
-        return self.codec == "uniform" and self.bits <= 8
+        """True if besides a value is its code (less the zero point) times the scale: what fast kernels ask for."""
+        return self.integer_grid and self.keep is None
 
     @property
     def absolute(self) -> bool:
@@ -164,4 +191,5 @@ class QuantSpec(Data):
             how += "(" + ", ".join(f"{key}={value}" for key, value in self.scale.parameters.items()) + ")"
         where = "dynamic" if self.dynamic else how
         zero = "" if self.symmetric else " asymmetric"
-        return f"{self.form}{zero} per {self.granularity}, {where}"
+        kept = "" if self.keep is None else f", {self.keep.describe()}"
+        return f"{self.form}{zero} per {self.granularity}, {where}{kept}"

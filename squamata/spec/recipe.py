@@ -245,6 +245,7 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         raise SquamataError(f"{site}: a second level of scales is for the weight of a product; remove 'second_level'")
     if info.kind == "weight" and "in" in axes:
         raise SquamataError(f"{site}: a scale along 'in' cannot run: the product sums over it; use group(N)")
+    _refuse_to_keep(site, spec, info)
     if "token" in spec.granularity.axes and not spec.dynamic:
         raise SquamataError(f"{site}: a scale per token is known only at run time; add 'dynamic: true'")
     if spec.dynamic and (spec.granularity.ragged or spec.granularity.group):
@@ -270,6 +271,16 @@ def _refuse_in_product(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         raise SquamataError(f"{site}: {problem}; use 'uniform'{instead}")
     if spec.bits > 8:
         raise SquamataError(f"{site}: {spec.bits} bits cannot run: a product takes 8 at most; use fewer{instead}")
+
+
+def _refuse_to_keep(site: str, spec: QuantSpec, info: SiteInfo) -> None:
+    """Channels are kept where a product reads them, beside scales that are taken from every token."""
+    if spec.keep is None:
+        return
+    if not info.summed:
+        raise SquamataError(f"{site}: 'keep' is for the input of a product; remove it here")
+    if not spec.dynamic:
+        raise SquamataError(f"{site}: 'keep' goes with scales a token; add 'granularity: token' and 'dynamic: true'")
 
 
 def _axis_words(info: SiteInfo) -> set[str]:

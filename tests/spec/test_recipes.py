@@ -354,3 +354,23 @@ def test_a_rule_that_can_never_match_is_refused() -> None:
     said = refused({"name": "m", "rules": [{"site": "*.mixer.u", "spec": INT8, "architectures": ["mamba3"]}]})
     assert "mamba3" in said and "mamba" in said.split("mamba3")[1]
     assert "mambo2" in refused({"name": "m", "architectures": ["mambo2"]})
+
+
+KEPT = {"bits": 8, "granularity": "token", "dynamic": True, "keep": {"above": 6.0}}
+
+
+def test_channels_are_kept_where_a_product_reads_them() -> None:
+    specs = recipe({"site": "*.mixer.out", "spec": KEPT}).resolve(("mamba2",))
+    assert specs["layers.0.mixer.out"].describe() == "int8 per token, dynamic, channels that reach 6 in float"
+    assert not specs["layers.0.mixer.out"].linear_grid and specs["layers.0.mixer.out"].integer_grid
+    assert "'keep' is for the input of a product" in illegal({"site": "*.mixer.y", "spec": KEPT})
+    assert "'keep' is for the input of a product" in illegal({"site": "*.in_proj.weight", "spec": KEPT})
+    static = {"bits": 8, "keep": {"above": 6.0}}
+    assert "add 'granularity: token' and 'dynamic: true'" in illegal({"site": "*.mixer.in", "spec": static})
+    for wrong, said in (
+        ({"above": 0}, "keep.above: must be greater than 0"),
+        ({"over": 6.0}, "unknown key"),
+    ):
+        assert said in refused({"name": "a", "rules": [{"site": "*.mixer.in", "spec": KEPT | {"keep": wrong}}]})
+    for other in ({"symmetric": False}, {"bits": 9}):
+        assert "'keep' goes with" in refused({"name": "a", "rules": [{"site": "*.mixer.in", "spec": KEPT | other}]})

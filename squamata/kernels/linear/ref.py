@@ -29,6 +29,12 @@ def product(x: Value, weight: Value) -> Tensor:
         dtype = x.dtype if isinstance(x, Tensor) else torch.float32
         return matmul_transposed(as_float(x, dtype), as_float(weight, dtype).to(dtype))
     assert isinstance(x, QTensor) and isinstance(weight, QTensor)
+    y = integer_sums(x, weight)
+    return y if x.kept is None else y + matmul_transposed(x.kept, weight.dequantize())
+
+
+def integer_sums(x: QTensor, weight: QTensor) -> Tensor:
+    """The codes' part of x W^T, float32."""
     group = weight.spec.granularity.group
     if group is None:
         accumulator = accumulate(x.codes(), weight.codes(), x, weight)
