@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.codec import CODECS
-from squamata.kernels.packing import unpack_flagged, unpack_int4
+from squamata.kernels.packing import unpack_flagged, unpack_int4, unpack_kept
 from squamata.spec.granularity import Granularity
 from squamata.spec.quant import QuantSpec
 
@@ -24,6 +24,8 @@ class QTensor:
     codec's second number a group (the zero point of an asymmetric uniform grid), for specs that have one; of a
     ``second_level`` spec the channel scale (out, 1), beside ratios as ``scale``. ``kept``: float32, like the unpacked
     data: values of the channels that ``spec.keep`` keeps in float; zero elsewhere, as the codes are there.
+    ``order``: int64 (K,), the channel at every place of the data's last axis, where channels stand in the order in
+    which they fill groups (``spec.group_sizes``), of which the last may have more bits.
     """
 
     data: Tensor
@@ -32,6 +34,7 @@ class QTensor:
     second: Tensor | None = None
     length: int | None = None
     kept: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,14 +47,22 @@ class QTensor:
 
     def codes(self) -> Tensor:
         """Integer codes less the zero point: as carried, or the next wider integers when asymmetric."""
-        codes = self.data if self.length is None else self._unpacked(self.length)
+        codes = self.codes_in_order()
+        if self.order is not None:
+            codes = codes[..., self.order.argsort()]
         if self.second is None or self.spec.second != "zero":
             return codes
         zero = self._per_element(self.second)
         wide = torch.int16 if self.data.dtype == torch.int8 else torch.int32
         return codes - zero if self.simulated else codes.to(wide) - zero.to(wide)
 
+    def codes_in_order(self) -> Tensor:
+        """Codes as they are stored, channels where ``order`` has put them."""
+        return self.data if self.length is None else self._unpacked(self.length)
+
     def _unpacked(self, length: int) -> Tensor:
+        if self.spec.kept_channels:
+            return unpack_kept(self.data, length, min(self.spec.kept_channels, length))
         return unpack_flagged(self.data, length) if self.spec.flagged else unpack_int4(self.data, length)
 
     def element_scale(self) -> Tensor:
@@ -60,6 +71,10 @@ class QTensor:
 
     def _per_element(self, part: Tensor) -> Tensor:
         group = self.spec.granularity.group
+        if self.spec.kept_channels:
+            sizes = torch.tensor(self.spec.group_sizes(self.shape[-1]), device=part.device)
+            spread = part.repeat_interleave(sizes, dim=-1)
+            return spread if self.order is None else spread[..., self.order.argsort()]
         if group is None or part.ndim < 2 or part.shape[-1] == self.shape[-1]:
             return part
         return part.repeat_interleave(group, dim=-1)[..., : self.shape[-1]]
@@ -82,8 +97,9 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
-        second, kept = (None if part is None else part.to(device) for part in (self.second, self.kept))
-        return QTensor(self.data.to(device), self.scale.to(device), self.spec, second, self.length, kept)
+        parts = (None if part is None else part.to(device) for part in (self.second, self.kept, self.order))
+        second, kept, order = parts
+        return QTensor(self.data.to(device), self.scale.to(device), self.spec, second, self.length, kept, order)
 
     @property
     def nbytes(self) -> int:

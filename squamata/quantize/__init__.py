@@ -7,7 +7,7 @@ the weight multiplies, for a quantizer that asks for it, else None. Its further 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,17 +28,19 @@ from squamata.spec.recipe import Recipe
 @dataclass(frozen=True)
 class Quantizer:
     """``inputs``: it must see what a weight multiplies. Such a one is for products; all other tensors, and weights
-    whose inputs nobody sees (the embedding), are rounded to nearest.
+    whose inputs nobody sees (the embedding), are rounded to nearest. ``keeps``: it knows specs that keep some columns
+    in more bits, which it is given as the last.
     """
 
     function: Callable[..., QTensor]
     inputs: bool = False
+    keeps: bool = True
 
 
 QUANTIZERS: dict[str, Quantizer] = {
     "rtn": Quantizer(round_to_nearest),
     "gptq": Quantizer(gptq, inputs=True),
-    "adaround": Quantizer(adaround, inputs=True),
+    "adaround": Quantizer(adaround, inputs=True, keeps=False),
 }
 
 OWN_ARGUMENTS = 4  # tensor, spec, layout, statistics: what a recipe does not set
@@ -50,6 +52,8 @@ def check(recipe: Recipe) -> None:
     if name not in QUANTIZERS:
         raise SquamataError(f"recipe {recipe.name}: no weight quantizer named '{name}'{nearest(name, QUANTIZERS)}")
     _parameters(recipe)
+    if not QUANTIZERS[name].keeps and any(rule.spec and rule.spec.kept_channels for rule in recipe.rules):
+        raise SquamataError(f"recipe {recipe.name}: {name} keeps no channels: use rtn or gptq, or leave 'keep' out")
 
 
 def needs_inputs(recipe: Recipe) -> bool:
@@ -68,10 +72,12 @@ def quantize_tensors(
     specs: Mapping[str, QuantSpec],
     layouts: Mapping[str, Layout],
     grams: Mapping[str, Gram] | None = None,
+    orders: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Value]:
     """Every tensor that has a spec becomes a QTensor; the rest stay as they are. SquamataErrors name the tensor.
 
-    ``grams``: by the weight's name, for a quantizer that asks for them.
+    ``grams``: by the weight's name, for a quantizer that asks for them. ``orders``: by the weight's name, how its
+    columns (K,) come to stand in groups of which the last is kept.
     """
     chosen, parameters = QUANTIZERS[recipe.weights.name], _parameters(recipe)
     quantized: dict[str, Value] = {}
@@ -80,12 +86,15 @@ def quantize_tensors(
         if spec is None or not torch.is_floating_point(tensor):
             quantized[name] = tensor
             continue
-        gram = (grams or {}).get(name)
+        gram, order = (grams or {}).get(name), (orders or {}).get(name)
+        if order is not None:
+            tensor, gram = tensor[:, order].contiguous(), None if gram is None else gram.ordered(order)
         one_level = spec.model_copy(update={"second_level": False})
         with about(name):
             if chosen.inputs and gram is None:
                 value = round_to_nearest(tensor, one_level, layouts[name])
             else:
                 value = chosen.function(tensor, one_level, layouts[name], gram, **parameters)
-            quantized[name] = with_second_level(value, spec) if spec.second_level else value
+            value = with_second_level(value, spec) if spec.second_level else value
+            quantized[name] = value if order is None else replace(value, order=order)
     return quantized

@@ -138,7 +138,9 @@ class CheckpointWriter:
             return {name: value.contiguous().cpu()}
         partition = Partition(value.spec.granularity, self.layouts[name])
         stored = {name: value.data.contiguous().cpu()}
-        scale = value.scale.cpu().reshape(-1)[_representatives(partition)].reshape(partition.shape())
+        scale = value.scale.cpu()
+        if not value.spec.kept_channels:
+            scale = scale.reshape(-1)[_representatives(partition)].reshape(partition.shape())
         stored[f"{name}.scale"] = scale.to(getattr(torch, value.spec.scale_dtype)).contiguous()
         if value.second is not None:
             second = value.second.cpu().reshape(-1)
