@@ -38,6 +38,7 @@ from squamata.quantize import needs_inputs, quantize_tensors
 from squamata.run.device import check_device
 from squamata.scales.gram import Gram
 from squamata.scales.statistics import Statistics
+from squamata.spec.groups import ordered_sites
 from squamata.spec.recipe import Recipe
 from squamata.spec.sites import all_sites, input_of
 
@@ -78,6 +79,7 @@ class QuantizedParts:
         self.device = torch.device(device)
         self.specs = recipe.resolve(source.config.blocks)
         self.sites = all_sites(source.config.blocks)
+        self.ordered = ordered_sites(self.specs, self.sites)
         on_host = self.device.type == "cpu"
         self.lengths: Lengths | None = None
         if not on_host:
@@ -279,7 +281,8 @@ class QuantizedParts:
         for name, one in maps.items():
             site, _, part = name.rpartition(".")
             spec = self.specs.get(prefix + site)
-            if spec is not None and (spec.granularity.ragged if part == "index" else spec.kept_channels):
+            ragged = spec is not None and spec.granularity.ragged
+            if ragged if part == "index" else prefix + site in self.ordered:
                 wanted[name] = one
         return wanted
 

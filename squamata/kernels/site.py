@@ -122,7 +122,8 @@ class Site:
         for part, own in zip(x.split(sizes, dim=-1), specs, strict=True):
             scale, second = range_to_scale(part.amin(-1, keepdim=True), part.amax(-1, keepdim=True), own)
             parts.append(encode(part, Grid.of(scale, second), own, carry_float=self.mode == "simulate"))
-        codes, scales = (torch.cat(each, dim=-1) for each in zip(*((part.data, part.scale) for part in parts)))
+        codes = torch.cat([part.data for part in parts], dim=-1)
+        scales = torch.cat([part.scale for part in parts], dim=-1)
         seconds = [part.second for part in parts if part.second is not None]
         return QTensor(codes, scales, spec, torch.cat(seconds, dim=-1) if seconds else None, order=self.order)
 

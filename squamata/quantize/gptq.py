@@ -38,7 +38,7 @@ def gptq(
     ``damping``: fraction of the mean of its diagonal that is added to it. ``block``: columns between two updates of
     all that follow. Scales of groups are found when their first column is due, from the weights as they are then;
     with ``act_order`` (columns by falling diagonal) and at other granularities all are found beforehand. Deterministic.
-    Columns that the spec keeps come last, made up for the errors of all others, and are rounded to nearest (as in Atom).
+    Columns that are kept come last, make up for the errors of all others, and are rounded to nearest (as in Atom).
     Memory: the weight and its codes in float32, and three float64 matrices (K, K).
     """
     if statistics is None or statistics.count == 0:

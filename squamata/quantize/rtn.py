@@ -31,7 +31,9 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics
     """
     if spec.kept_channels:
         parts = zip(columns_apart(weight, spec), (spec.of_rest, spec.of_kept), strict=True)
-        return joined([round_to_nearest(part, own, of_columns(layout, part)) for part, own in parts if part.numel()], spec)
+        return joined(
+            [round_to_nearest(part, own, of_columns(layout, part)) for part, own in parts if part.numel()], spec
+        )
     found = find_scales(weight, spec, layout)
     scale, second = (None if part is None else Partition(spec.granularity, layout).expand(part) for part in found)
     assert scale is not None

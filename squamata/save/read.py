@@ -21,6 +21,7 @@ from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig, parameter_shapes
 from squamata.models.lm import KINDS, model_layouts, model_sites
 from squamata.save.format import CONFIG, INDEX, VERSION, data_signature, scale_signature
+from squamata.spec.groups import ordered_sites
 from squamata.spec.quant import SITE_PARTS, QuantSpec
 from squamata.spec.recipe import Recipe
 from squamata.spec.sites import all_sites, input_of
@@ -156,12 +157,13 @@ def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Sig
         if spec is not None:
             scale = scale_signature(spec, layouts[name])
             expected |= _with_second(name, spec, scale)
+    ordered = ordered_sites(specs, all_sites(config.blocks))
     for site in model_sites(config, specs):
         if site.spec is not None and not site.spec.dynamic:
             ragged = site.spec.granularity.ragged
             expected |= _with_second(site.name, site.spec, (None if ragged else site.partition.shape(), torch.float32))
             expected |= {f"{site.name}.index": (None, torch.int64)} if ragged else {}
-        if site.spec is not None and site.spec.kept_channels:
+        if site.name in ordered:
             expected[f"{site.name}.order"] = (site.layout.sizes, torch.int64)
     return expected
 

@@ -76,6 +76,8 @@ class Keep(Data):
     def _in_one_way(self) -> Keep:
         if (self.above is None) == (self.channels is None):
             raise ValueError("'keep' says either 'above' or 'channels'")
+        if self.above is not None and self.bits != 8:
+            raise ValueError("'keep: above' keeps float32: leave 'bits' out")
         return self
 
     def describe(self) -> str:

@@ -40,7 +40,8 @@ def linear(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, 
 
     ``x``: (..., in). Integers meet integers exactly: accumulators are exact, then
     y = float32(accumulator) * (scale_x * scale_w) + bias, groups of a grouped weight added in increasing order as
-    float32(accumulator_g) * scale_w[g] before scale_x, which enters there if it has the same groups. Channels of ``x`` that are kept in float are a float product of
+    float32(accumulator_g) * scale_w[g] before scale_x; if x has the same groups, as
+    float32(accumulator_g) * (scale_x[g] * scale_w[g]). Channels of ``x`` that are kept in float are a float product of
     their own with the dequantized weight, added before the bias. Anything else is dequantized first (but see
     ``sixteen_bits``).
     """

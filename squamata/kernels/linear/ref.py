@@ -41,9 +41,7 @@ def integer_sums(x: QTensor, weight: QTensor) -> Tensor:
     alike = x.spec.granularity.group is not None  # and then the recipe's checker has seen that the groups are the same
     sizes = weight.spec.group_sizes(weight.shape[-1])
     ordered = weight.spec.kept_channels > 0
-    pieces = (
-        (value.codes_in_order() if ordered else value.codes()).split(sizes, dim=-1) for value in (x, weight)
-    )
+    pieces = ((value.codes_in_order() if ordered else value.codes()).split(sizes, dim=-1) for value in (x, weight))
     total: Tensor | None = None
     for number, (x_group, weight_group) in enumerate(zip(*pieces, strict=True)):
         scale = weight.scale[:, number]
