@@ -6,7 +6,7 @@ the weight multiplies, for a quantizer that asks for it, else None. Its further 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,13 +46,13 @@ QUANTIZERS: dict[str, Quantizer] = {
 OWN_ARGUMENTS = 4  # tensor, spec, layout, statistics: what a recipe does not set
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse an unknown weight quantizer or parameter, naming the nearest."""
+def check(recipe: Recipe, specs: Iterable[QuantSpec] = ()) -> None:
+    """Refuse an unknown weight quantizer or parameter, naming the nearest, and what it cannot do of these specs."""
     name = recipe.weights.name
     if name not in QUANTIZERS:
         raise SquamataError(f"recipe {recipe.name}: no weight quantizer named '{name}'{nearest(name, QUANTIZERS)}")
     _parameters(recipe)
-    if not QUANTIZERS[name].keeps and any(rule.spec and rule.spec.kept_channels for rule in recipe.rules):
+    if not QUANTIZERS[name].keeps and any(spec.kept_channels for spec in specs):
         raise SquamataError(f"recipe {recipe.name}: {name} keeps no channels: use rtn or gptq, or leave 'keep' out")
 
 

@@ -8,7 +8,7 @@ that the layer's block reads (``Block.optional_tensors``), ``mixer.SITE.index``,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,8 +73,10 @@ TRANSFORMS: dict[str, Transform] = {
 }
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse an unknown transform or parameter, naming the nearest, and a parameter of the wrong type."""
+def check(recipe: Recipe, specs: Iterable[QuantSpec] = ()) -> None:
+    """Refuse an unknown transform or parameter, naming the nearest, a parameter of the wrong type, and, of a model with
+    these specs, one that is missing.
+    """
     for named in recipe.transforms:
         if named.name not in TRANSFORMS:
             raise SquamataError(
@@ -85,7 +87,7 @@ def check(recipe: Recipe) -> None:
     if "sort_inputs" in names and len(names) > 1:
         others = ", ".join(sorted(names - {"sort_inputs"}))
         raise SquamataError(f"recipe {recipe.name}: sort_inputs sorts channels as the model came: leave {others} out")
-    if any(rule.spec and rule.spec.kept_channels for rule in recipe.rules) and "sort_inputs" not in names:
+    if any(spec.kept_channels for spec in specs) and "sort_inputs" not in names:
         raise SquamataError(f"recipe {recipe.name}: 'keep' has to know which: add the transform 'sort_inputs'")
 
 
