@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from squamata.errors import SquamataError
 from squamata.models.config import ModelConfig, parameter_shapes, segments, site_sizes
@@ -78,10 +79,14 @@ class Count:
 def ragged_groups(
     config: ModelConfig, recipe: Recipe, ssd: int | None = None, heads: int | None = None, channels: int | None = None
 ) -> Groups:
-    """As given, else as the recipe's ``reorder`` transform asks for, else 4 x 4; never more groups than members."""
-    asked = next((named.parameters for named in recipe.transforms if named.name == "reorder"), {})
-    ssd, heads = ssd or config.n_groups, heads or int(asked.get("head_groups", 4))
-    channels = channels or int(asked.get("channel_groups", 4))
+    """As given, else as the recipe's ``reorder`` transform asks for (``reorder_within``: at most), else 4 x 4; never
+    more groups than members."""
+    asked: dict[str, Any] = {"head_groups": 4, "channel_groups": 4}
+    for named in recipe.transforms:
+        if named.name in ("reorder", "reorder_within"):
+            most = 4 if named.name == "reorder" else 16
+            asked = {"head_groups": most, "channel_groups": most} | named.parameters
+    ssd, heads, channels = ssd or config.n_groups, heads or asked["head_groups"], channels or asked["channel_groups"]
     if min(ssd, heads, channels) < 1:
         raise SquamataError(f"groups {ssd} x {heads} x {channels}: give at least 1 of each")
     members = max(1, config.n_heads // ssd), config.head_dim or config.d_inner
