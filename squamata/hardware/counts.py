@@ -13,6 +13,7 @@ from squamata.spec.recipe import Recipe
 from squamata.spec.sites import SiteInfo, all_sites
 
 ZERO_BITS = 8  # of the zero point beside every scale of an asymmetric format
+SPARSE_BITS, POINTER_BITS = 32, 32  # of an element in a sparse part (float16 and its column), and of where a row begins
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,13 @@ class Count:
         if self.spec is not None and self.spec.kept_channels:
             kept = min(self.spec.kept_channels, self.sizes[-1]) * prod(self.sizes[:-1])
             total += kept * (self.spec.widest - self.bits)
-        return total / 8
+        return total / 8 + self.sparse_bytes
+
+    @property
+    def sparse_bytes(self) -> float:
+        """Of a weight's sparse part, of about as many elements as the spec says."""
+        share = self.spec.sparse if self.spec else 0.0
+        return (self.elements * share * SPARSE_BITS + (self.sizes[0] + 1) * POINTER_BITS) / 8 if share else 0.0
 
 
 def ragged_groups(
@@ -132,7 +139,7 @@ def scale_count(spec: QuantSpec, axes: tuple[str, ...], sizes: tuple[int, ...], 
     if spec.granularity.group:
         return prod(sizes[:-1]) * len(spec.group_sizes(sizes[-1]))
     if axes[0] == "out":
-        return sizes[0] if {"out", "channel"} & set(words) else 1
+        return sizes[0] * spec.numbers if {"out", "channel"} & set(words) else 1
     every = "channel" in words
     kept = [axis in words or (every and axis not in ("state", "tap")) for axis in axes]
     return prod(size for size, keep in zip(sizes, kept, strict=True) if keep)

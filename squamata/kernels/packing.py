@@ -6,6 +6,9 @@ each value in two's complement.
 **Kept** (on disk and in memory): int4 bytes of the columns that are not kept, then those that are as bytes, uint8
 ``(N, ceil((K - kept) / 2) + kept)``.
 
+**Stream** (on disk, of tables): codes 0 .. 2^b - 1 of b bits, uint8 ``(N, b ceil(K / 8))``: eight codes make b bytes,
+bit i of code k is bit b k + i, counted from the lowest of the first byte; a last group is filled up with zeros.
+
 **Flagged** (in memory): the 5 bits of a dual-scale code, uint8 ``(..., ceil(K / 2) + ceil(K / 8))``: the values of a
 row as int4 bytes, then its flags, element k in bit k % 8 of byte k // 8.
 
@@ -123,6 +126,21 @@ def unpack_kept(packed: torch.Tensor, columns: int, kept: int) -> torch.Tensor:
     """Inverse of ``pack_kept``: uint8 -> int8 (..., K)."""
     rest = packed.shape[-1] - kept
     return torch.cat([unpack_int4(packed[..., :rest], columns - kept), packed[..., rest:].view(torch.int8)], dim=-1)
+
+
+def pack_stream(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes 0 .. 2^bits - 1, int8 (..., K) -> uint8 (..., bits ceil(K / 8)), bits at most 7."""
+    eights = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8)).long()
+    words = (eights << bits * torch.arange(8, device=codes.device)).sum(-1, keepdim=True)
+    return ((words >> 8 * torch.arange(bits, device=codes.device)) & 255).to(torch.uint8).flatten(-2)
+
+
+def unpack_stream(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Inverse of ``pack_stream``: int8 (..., K)."""
+    groups = packed.unflatten(-1, (-1, bits)).long()
+    words = (groups << 8 * torch.arange(bits, device=packed.device)).sum(-1, keepdim=True)
+    codes = (words >> bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
+    return codes.to(torch.int8).flatten(-2)[..., :columns]
 
 
 def pack_flagged(codes: torch.Tensor) -> torch.Tensor:

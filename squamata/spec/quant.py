@@ -10,6 +10,8 @@ from squamata.errors import nearest
 from squamata.spec.formats import FORMATS, levels
 from squamata.spec.granularity import Granularity
 
+TABLE = "table"  # the codec whose levels every row of a weight brings with it
+TABLE_BITS = (2, 4)  # fewest and most
 SITE_PARTS = ("scale", "zero", "coarse", "tail", "index", "order")  # what may be stored beside a site: SITE.scale ...
 
 
@@ -53,8 +55,8 @@ class ScaleSpec(Data):
 
 
 def _known_codec(name: str) -> str:
-    if name != "uniform" and name not in FORMATS:
-        raise ValueError(f"no codec named '{name}'{nearest(name, ('uniform', *FORMATS))}")
+    if name not in ("uniform", TABLE, *FORMATS):
+        raise ValueError(f"no codec named '{name}'{nearest(name, ('uniform', TABLE, *FORMATS))}")
     return name
 
 
@@ -90,8 +92,10 @@ class Keep(Data):
 class QuantSpec(Data):
     """How one tensor is represented.
 
-    ``bits``: what an element takes in storage. ``codec``: ``uniform`` or a format of ``spec.formats``. ``full_range``
-    uses all 2^bits codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
+    ``bits``: what an element takes in storage. ``codec``: ``uniform``, a format of ``spec.formats``, or ``table``: a
+    weight every row of which has 2^bits values of its own (in ``scale_dtype``, instead of a scale); ``sparse`` of its
+    elements are left to a sparse float16 matrix, which is added to what the tables say. ``full_range`` uses all 2^bits
+    codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
     are -Q..Q with Q = 2^(bits-1) - 1. ``dynamic`` takes the scale at run time instead of from calibration.
     ``rounding`` *stochastic*: up with a probability equal to the fraction, so that the mean stays, by torch's
     generator; for states, which are rounded again at every token.
@@ -114,6 +118,21 @@ class QuantSpec(Data):
     second_level: bool = False
     clip: Annotated[float, Field(gt=0, le=1)] = 1.0
     keep: Keep | None = None
+    sparse: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+
+    @model_validator(mode="after")
+    def _fits_a_table(self) -> QuantSpec:
+        if self.codec != TABLE:
+            if self.sparse:
+                raise ValueError("'sparse' is for weights with 'codec: table': leave it out")
+            return self
+        if not TABLE_BITS[0] <= self.bits <= TABLE_BITS[1]:
+            raise ValueError(f"codec 'table' takes {TABLE_BITS[0]} to {TABLE_BITS[1]} bits, not {self.bits}")
+        if str(self.granularity) != "channel":
+            raise ValueError(f"codec 'table' has a table a row: use 'granularity: channel', not '{self.granularity}'")
+        if not self.symmetric or self.full_range or self.dynamic or self.rounding != "half-even":
+            raise ValueError("codec 'table' has values: leave 'symmetric', 'full_range', 'dynamic', 'rounding' out")
+        return self
 
     @model_validator(mode="after")
     def _grouped_if_second_level(self) -> QuantSpec:
@@ -161,6 +180,16 @@ class QuantSpec(Data):
         return self.integer_grid and self.keep is None and not groups_of_token
 
     @property
+    def tabulated(self) -> bool:
+        """True if every row of the weight brings its own levels."""
+        return self.codec == TABLE
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a group has where others have a scale: that, or the values of a table."""
+        return 2**self.bits if self.tabulated else 1
+
+    @property
     def absolute(self) -> bool:
         """True if the codec's levels are the values themselves: nothing negative, and no scale but 1."""
         return self.codec in FORMATS and FORMATS[self.codec].absolute
@@ -196,6 +225,8 @@ class QuantSpec(Data):
         if self.codec in FORMATS:
             largest = len(levels(self.codec, self.bits)[0]) - 1
             return 0 if self.absolute else -largest, largest
+        if self.tabulated:
+            return 0, 2**self.bits - 1
         largest = 2 ** (self.bits - 1) - 1
         return (-largest - 1 if self.full_range or not self.symmetric else -largest), largest
 
@@ -247,6 +278,8 @@ class QuantSpec(Data):
         if self.scale.parameters:
             how += "(" + ", ".join(f"{key}={value}" for key, value in self.scale.parameters.items()) + ")"
         where = "dynamic" if self.dynamic else how
+        if self.tabulated:
+            where = f"{self.numbers} values" + (f" + {100 * self.sparse:g} % sparse" if self.sparse else "")
         zero = "" if self.symmetric else " asymmetric"
         clip = "" if self.clip == 1 else f" cut at {self.clip:g}"
         kept = "" if self.keep is None else f", {self.keep.describe()}"

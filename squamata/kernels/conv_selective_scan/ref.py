@@ -64,4 +64,4 @@ def tokens(value: Value, start: int, stop: int) -> Value:
         for part in (value.scale, value.second, value.kept)
     )
     assert scale is not None
-    return QTensor(value.data[:, start:stop], scale, value.spec, second, value.length, kept)
+    return QTensor(value.data[:, start:stop], scale, value.spec, second, value.length, kept=kept)
