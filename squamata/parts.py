@@ -41,8 +41,9 @@ from squamata.quantize import needs_gradients, needs_inputs, of_whole, quantize_
 from squamata.run.device import check_device
 from squamata.scales.gram import Gram
 from squamata.scales.statistics import Statistics
+from squamata.spec.groups import ordered_sites
 from squamata.spec.recipe import Recipe
-from squamata.spec.sites import all_sites
+from squamata.spec.sites import all_sites, input_of
 
 TABLE_BLOCK = 2**27  # elements of the embedding or the head that are in float32 at a time
 # On a GPU: tokens that run together, and of a chunk of the scan, whose work and memory grow with its length. Neither
@@ -81,6 +82,7 @@ class QuantizedParts:
         self.device = torch.device(device)
         self.specs = recipe.resolve(source.config.blocks)
         self.sites = all_sites(source.config.blocks)
+        self.ordered = ordered_sites(self.specs, self.sites)
         on_host = self.device.type == "cpu"
         self.lengths: Lengths | None = None
         if not on_host:
@@ -202,14 +204,15 @@ class QuantizedParts:
             run_layer(block, self.seen, self.lengths)
             scales_found = self._scales_of(statistics)
         known = {**self._grams(layer, tensors), **self._tables(prefix)}
-        quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, known)
+        orders = {prefix + name: order for name, order in maps.items() if name.endswith(".order")}
+        quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, known, orders=orders)
         if self.seen and tuned:
-            specs, start = under(prefix, self.specs), under(prefix, scales_found)
+            specs, start = under(prefix, self.specs), under(prefix, scales_found | orders)
             student = build_block(self.working, layer, under(prefix, quantized), specs, start, "simulate")
             scales_found |= learn.tune(self.recipe, block, student, entering)
         if self.rounded:
             run_layer(build_block(self.working, layer, under(prefix, quantized)), self.rounded)
-        return {**scales_found, **quantized}
+        return {**scales_found, **orders, **quantized}
 
     def _end(self) -> Values:
         tensors = self._read("final_norm.weight")
@@ -285,18 +288,21 @@ class QuantizedParts:
     def _watched_grams(self, sites: Iterable[Site], tensors: Tensors) -> dict[str, Gram]:
         """Observers for the inputs of those of the weights that the recipe quantizes."""
         weights = [name for name in tensors if name in self.specs] if self.rounded else []
-        return attach_grams(sites, {name: self._input_of(name) for name in weights})
-
-    def _input_of(self, weight: str) -> str:
-        """Full name of the site that a weight reads; empty if it reads none."""
-        reads = self.sites[weight].reads
-        return weight[: weight.index("mixer.")] + reads if reads.startswith("mixer.") else reads
+        return attach_grams(sites, {name: input_of(name, self.sites[name]) for name in weights})
 
     def _take_maps(self, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the index maps that transforms left out of the tensors; those of sites that the recipe makes ragged."""
-        maps = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".index")}
-        sites = {name: self.specs.get(prefix + name.removesuffix(".index")) for name in maps}
-        return {name: maps[name] for name, spec in sites.items() if spec is not None and spec.granularity.ragged}
+        """Take what transforms left for sites out of the tensors: the index maps of those that the recipe makes ragged,
+        and the order of channels where it keeps some.
+        """
+        maps = {name: tensors.pop(name) for name in list(tensors) if name.endswith((".index", ".order"))}
+        wanted = {}
+        for name, one in maps.items():
+            site, _, part = name.rpartition(".")
+            spec = self.specs.get(prefix + site)
+            ragged = spec is not None and spec.granularity.ragged
+            if ragged if part == "index" else prefix + site in self.ordered:
+                wanted[name] = one
+        return wanted
 
     def _read(self, prefix: str, again: bool = False) -> dict[str, Tensor]:
         with torch.device("cpu"):
@@ -305,8 +311,17 @@ class QuantizedParts:
         self.bytes_read += 0 if again else sum(tensor.nbytes for tensor in tensors.values())
         return tensors
 
-    def _quantize(self, tensors: Tensors, known: Known = None, rows: dict[str, Layout] | None = None) -> Values:
-        return quantize_tensors(self.recipe, tensors, self.specs, self.layouts | (rows or {}), known)
+    def _quantize(
+        self,
+        tensors: Tensors,
+        known: Known = None,
+        rows: dict[str, Layout] | None = None,
+        orders: Tensors | None = None,
+    ) -> Values:
+        weights = [name for name in tensors if name in self.sites] if orders else []
+        own = {name: (orders or {}).get(f"{input_of(name, self.sites[name])}.order") for name in weights}
+        found = {name: order for name, order in own.items() if order is not None}
+        return quantize_tensors(self.recipe, tensors, self.specs, self.layouts | (rows or {}), known, found)
 
 
 def calibrated_sites(recipe: Recipe, config: ModelConfig) -> list[str]:

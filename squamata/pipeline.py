@@ -150,10 +150,11 @@ def evaluate(
 def check(recipe: Recipe, config: ModelConfig) -> None:
     """Refuse a recipe that cannot be carried out on this model, before any work is done."""
     recipe.check_architectures(config.blocks)
-    for site, spec in recipe.resolve(config.blocks).items():
+    specs = recipe.resolve(config.blocks)
+    for site, spec in specs.items():
         scales.check(spec, site)
-    transform.check(recipe)
-    check_weight_quantizer(recipe)
+    transform.check(recipe, specs.values())
+    check_weight_quantizer(recipe, specs.values())
     whole.check(recipe, config)
 
 

@@ -67,6 +67,8 @@ def _random_tensor(config: ModelConfig, name: str, size: tuple[int, ...]) -> Ten
 
 
 def _random_codes(size: tuple[int, ...], spec: QuantSpec, partition: Partition, device: str) -> QTensor:
+    if spec.kept_channels:
+        raise SquamataError("random models have no sorted channels, the last of which 'keep' names: leave it out")
     low, high = spec.code_range
     codes = torch.randint(low, high + 1, size, dtype=torch.int8, device=device)
     deviation = 3**0.5 / (spec.span * size[-1] ** 0.5)

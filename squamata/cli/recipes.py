@@ -129,6 +129,8 @@ def check(
         specs = recipe.resolve((kind,) * (deepest + 1))
         for site, spec in specs.items():
             scales.check(spec, site)
+        transform.check(recipe, specs.values())
+        check_weight_quantizer(recipe, specs.values())
         found[kind] = dict(Counter(spec.form for spec in specs.values()))
         numbers = ", ".join(f"{count} sites in {name}" for name, count in found[kind].items()) or "everything in float"
         say(f"{recipe.name}, {kind}, {deepest + 1} layer{'s' if deepest else ''}: {numbers}")

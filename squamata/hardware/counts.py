@@ -69,7 +69,12 @@ class Count:
 
     @property
     def data_bytes(self) -> float:
-        return self.elements * self.bits / 8 + self.sparse_bytes
+        """Of the codes; so many channels as the recipe keeps in more bits are counted with these."""
+        total = self.elements * self.bits
+        if self.spec is not None and self.spec.kept_channels:
+            kept = min(self.spec.kept_channels, self.sizes[-1]) * prod(self.sizes[:-1])
+            total += kept * (self.spec.widest - self.bits)
+        return total / 8 + self.sparse_bytes
 
     @property
     def sparse_bytes(self) -> float:
@@ -127,12 +132,12 @@ def scale_count(spec: QuantSpec, axes: tuple[str, ...], sizes: tuple[int, ...], 
 
     ``fused``: segments of a fused tensor; ``ragged``: groups of an index map.
     """
-    words, group = spec.granularity.axes, spec.granularity.group
+    words = spec.granularity.axes
     if "segment" in words or spec.granularity.ragged:
         own = fused if "segment" in words else ragged
         return own * prod(size for axis, size in zip(axes, sizes, strict=True) if axis in words)
-    if group:
-        return prod(sizes[:-1]) * -(-sizes[-1] // group)
+    if spec.granularity.group:
+        return prod(sizes[:-1]) * len(spec.group_sizes(sizes[-1]))
     if axes[0] == "out":
         return sizes[0] * spec.numbers if {"out", "channel"} & set(words) else 1
     every = "channel" in words

@@ -104,7 +104,7 @@ def conv_precision(found: Mapping[str, Count], layer: int, kind: str) -> str:
 
 def precision(*operands: Count) -> str:
     """``int8`` if every operand is an integer times a scale."""
-    return "int8" if all(operand.spec and operand.spec.linear_grid for operand in operands) else "float16"
+    return "int8" if all(operand.spec and operand.spec.integer_grid for operand in operands) else "float16"
 
 
 def _conv_cache(config: ModelConfig, found: Mapping[str, Count], layer: int) -> float:

@@ -3,6 +3,9 @@
 **Canonical** (on disk): int8 is row-major ``(N, K)``; int4 is ``uint8 (N, ceil(K / 2))``, even k in the low nibble,
 each value in two's complement.
 
+**Kept** (on disk and in memory): int4 bytes of the columns that are not kept, then those that are as bytes, uint8
+``(N, ceil((K - kept) / 2) + kept)``.
+
 **Stream** (on disk, of tables): codes 0 .. 2^b - 1 of b bits, uint8 ``(N, b ceil(K / 8))``: eight codes make b bytes,
 bit i of code k is bit b k + i, counted from the lowest of the first byte; a last group is filled up with zeros.
 
@@ -111,6 +114,18 @@ def unpack_int4(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """Inverse of ``pack_int4``: uint8 (..., ceil(K / 2)) -> int8 (..., K)."""
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :columns]
     return (nibbles ^ 8).to(torch.int8) - 8
+
+
+def pack_kept(codes: torch.Tensor, kept: int) -> torch.Tensor:
+    """int8 (..., K), the last ``kept`` columns of any size, the others -8..7 -> uint8, see the module's text."""
+    rest = codes.shape[-1] - kept
+    return torch.cat([pack_int4(codes[..., :rest].contiguous()), codes[..., rest:].view(torch.uint8)], dim=-1)
+
+
+def unpack_kept(packed: torch.Tensor, columns: int, kept: int) -> torch.Tensor:
+    """Inverse of ``pack_kept``: uint8 -> int8 (..., K)."""
+    rest = packed.shape[-1] - kept
+    return torch.cat([unpack_int4(packed[..., :rest], columns - kept), packed[..., rest:].view(torch.int8)], dim=-1)
 
 
 def pack_stream(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.codec import CODECS
-from squamata.kernels.packing import unpack_flagged, unpack_int4, unpack_stream
+from squamata.kernels.packing import unpack_flagged, unpack_int4, unpack_kept, unpack_stream
 from squamata.kernels.sparse import SparseRows
 from squamata.spec.granularity import Granularity
 from squamata.spec.quant import QuantSpec
@@ -24,7 +24,10 @@ class QTensor:
     ``scale``: float32, broadcasts against data, or (out, in / group) for grouped weights. ``second``: like scale, the
     codec's second number a group (the zero point of an asymmetric uniform grid), for specs that have one; of a
     ``second_level`` spec the channel scale (out, 1), beside ratios as ``scale``. With codec ``table`` the ``scale`` is
-    the rows' tables, (out, 2^bits), and ``sparse`` what is added to what they say.
+    the rows' tables, (out, 2^bits), and ``sparse`` what is added to what they say. ``kept``: float32, like the unpacked
+    data: values of the channels that ``spec.keep`` keeps in float; zero elsewhere, as the codes are there.
+    ``order``: int64 (K,), the channel at every place of the data's last axis, where channels stand in the order in
+    which they fill groups (``spec.group_sizes``), of which the last may have more bits.
     """
 
     data: Tensor
@@ -33,6 +36,8 @@ class QTensor:
     second: Tensor | None = None
     length: int | None = None
     sparse: SparseRows | None = None
+    kept: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,14 +50,22 @@ class QTensor:
 
     def codes(self) -> Tensor:
         """Integer codes less the zero point: as carried, or the next wider integers when asymmetric."""
-        codes = self.data if self.length is None else self._unpacked(self.length)
+        codes = self.codes_in_order()
+        if self.order is not None:
+            codes = codes[..., self.order.argsort()]
         if self.second is None or self.spec.second != "zero":
             return codes
         zero = self._per_element(self.second)
         wide = torch.int16 if self.data.dtype == torch.int8 else torch.int32
         return codes - zero if self.simulated else codes.to(wide) - zero.to(wide)
 
+    def codes_in_order(self) -> Tensor:
+        """Codes as they are stored, channels where ``order`` has put them."""
+        return self.data if self.length is None else self._unpacked(self.length)
+
     def _unpacked(self, length: int) -> Tensor:
+        if self.spec.kept_channels:
+            return unpack_kept(self.data, length, min(self.spec.kept_channels, length))
         if self.spec.tabulated:
             return unpack_stream(self.data, self.spec.bits, length)
         return unpack_flagged(self.data, length) if self.spec.flagged else unpack_int4(self.data, length)
@@ -63,6 +76,10 @@ class QTensor:
 
     def _per_element(self, part: Tensor) -> Tensor:
         group = self.spec.granularity.group
+        if self.spec.kept_channels:
+            sizes = torch.tensor(self.spec.group_sizes(self.shape[-1]), device=part.device)
+            spread = part.repeat_interleave(sizes, dim=-1)
+            return spread if self.order is None else spread[..., self.order.argsort()]
         if group is None or part.ndim < 2 or part.shape[-1] == self.shape[-1]:
             return part
         return part.repeat_interleave(group, dim=-1)[..., : self.shape[-1]]
@@ -81,13 +98,17 @@ class QTensor:
             return self.as_operand().dequantize(dtype)
         second = None if self.second is None else self._per_element(self.second)
         values = CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), second, self.spec, dtype)
-        return values if self.sparse is None else self.sparse.added_to(values)
+        values = values if self.sparse is None else self.sparse.added_to(values)
+        return values if self.kept is None else values + self.kept.to(dtype)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
-        second = None if self.second is None else self.second.to(device)
+        second, kept, order = (
+            None if part is None else part.to(device) for part in (self.second, self.kept, self.order)
+        )
         sparse = None if self.sparse is None else self.sparse.to(device)
-        return QTensor(self.data.to(device), self.scale.to(device), self.spec, second, self.length, sparse)
+        data, scale = self.data.to(device), self.scale.to(device)
+        return QTensor(data, scale, self.spec, second, self.length, sparse, kept, order)
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from squamata.errors import SquamataError
 from squamata.kernels.codec import CODECS, Grid, range_to_scale
 from squamata.kernels.packing import pack_flagged
 from squamata.kernels.partition import Layout, Partition
@@ -19,7 +20,7 @@ from squamata.spec.quant import QuantSpec
 
 Mode = Literal["float", "observe", "simulate", "integer"]
 
-_MEANING = frozenset(("layout", "spec", "scale", "second", "index", "mode", "observer"))
+_MEANING = frozenset(("layout", "spec", "scale", "second", "index", "order", "mode", "observer"))
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Site:
     Without a spec every mode is the identity.
     ``observer`` sees the tensor before that, in every mode; while there is one, no kernel lands here by itself.
     ``scale``, ``second`` (the codec's second number a group): stored form (``partition.shape()``), float32.
+    ``order``: int64 (features,), the channels in the order in which they fill the groups of a spec that keeps some.
     ``revision`` grows with every change to one of these.
     """
 
@@ -49,6 +51,7 @@ class Site:
     index: Tensor | None = None
     mode: Mode = "float"
     observer: Callable[[Tensor], None] | None = None
+    order: Tensor | None = None
     _expanded: Grid | None = field(default=None, repr=False)
     revision: Revision = field(default_factory=Revision, repr=False, compare=False)
 
@@ -97,10 +100,44 @@ class Site:
         if not self.quantized:
             return x
         assert self.spec is not None
+        if self.spec.keep is not None and self.spec.keep.above is not None:
+            return self._land_beside_float(x, self.spec.keep.above)
+        if self.layout.flat and self.spec.dynamic and self.spec.granularity.group is not None:
+            return self._land_in_groups(x)
         stored = encode(x, self.grid(x), self.spec, carry_float=self.mode == "simulate")
         if self.layout.flat and self.spec.flagged and not stored.simulated:
             return replace(stored, data=pack_flagged(stored.data), length=x.shape[-1])
         return stored
+
+    def _land_in_groups(self, x: Tensor) -> QTensor:
+        """A scale for every token and group of channels, in ``order`` if the spec keeps some; scales (..., groups)."""
+        assert self.spec is not None
+        spec, kept = self.spec, self.spec.kept_channels
+        if kept and self.order is None:
+            raise SquamataError(f"{self.name} keeps {kept} channels: add the transform 'sort_inputs', which says which")
+        x = x.float() if self.order is None else x.float()[..., self.order]
+        sizes = spec.group_sizes(x.shape[-1])
+        specs = [spec.of_rest] * (len(sizes) - (kept > 0)) + ([spec.of_kept] if kept else [])
+        parts = []
+        for part, own in zip(x.split(sizes, dim=-1), specs, strict=True):
+            scale, second = range_to_scale(part.amin(-1, keepdim=True), part.amax(-1, keepdim=True), own)
+            parts.append(encode(part, Grid.of(scale, second), own, carry_float=self.mode == "simulate"))
+        codes = torch.cat([part.data for part in parts], dim=-1)
+        scales = torch.cat([part.scale for part in parts], dim=-1)
+        seconds = [part.second for part in parts if part.second is not None]
+        return QTensor(codes, scales, spec, torch.cat(seconds, dim=-1) if seconds else None, order=self.order)
+
+    def _land_beside_float(self, x: Tensor, above: float) -> QTensor:
+        """Channels in which a token reaches ``above`` stay float; a token's scale is that of its smaller values, those
+        of these channels included, as in bitsandbytes.
+        """
+        assert self.spec is not None
+        x = x.float()
+        outlying = x.abs() >= above
+        channels = outlying.flatten(0, -2).any(0)
+        grid = self.grid(x.masked_fill(outlying, 0.0))
+        stored = encode(x.masked_fill(channels, 0.0), grid, self.spec, carry_float=self.mode == "simulate")
+        return replace(stored, kept=x.masked_fill(~channels, 0.0))
 
     def grid(self, x: Tensor) -> Grid:
         """The numbers by which a tensor that lands here is rounded, what is taken from the tensor itself included."""

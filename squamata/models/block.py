@@ -176,5 +176,5 @@ def make_sites(
         parts = under(f"{name}.", site_tensors)
         spec = (specs or {}).get(name)
         scale, second, index = (parts.get(part) for part in ("scale", second_name(spec), "index"))
-        sites[name] = Site(prefix + name, layout, spec, scale, second, index, mode)
+        sites[name] = Site(prefix + name, layout, spec, scale, second, index, mode, order=parts.get("order"))
     return sites

@@ -7,8 +7,8 @@ further parameters are what a recipe may set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,20 +30,22 @@ from squamata.spec.recipe import Recipe
 @dataclass(frozen=True)
 class Quantizer:
     """``inputs``: it must see what a weight multiplies. Such a one is for products; all other tensors, and weights
-    whose inputs nobody sees (the embedding), are rounded to nearest. ``tables``: it finds the levels of weights with
-    codec ``table``, as which it must see the whole model first (``of_whole``), and its gradients unless told otherwise.
+    whose inputs nobody sees (the embedding), are rounded to nearest. ``keeps``: it knows specs that keep some columns
+    in more bits, which it is given as the last. ``tables``: it finds the levels of weights with codec ``table``, as
+    which it must see the whole model first (``of_whole``), and its gradients unless told otherwise.
     """
 
     function: Callable[..., QTensor]
     inputs: bool = False
+    keeps: bool = True
     tables: bool = False
 
 
 QUANTIZERS: dict[str, Quantizer] = {
     "rtn": Quantizer(round_to_nearest),
     "gptq": Quantizer(gptq, inputs=True),
-    "adaround": Quantizer(adaround, inputs=True),
-    "squeezellm": Quantizer(squeezellm, tables=True),
+    "adaround": Quantizer(adaround, inputs=True, keeps=False),
+    "squeezellm": Quantizer(squeezellm, keeps=False, tables=True),
 }
 
 OWN_ARGUMENTS = 4  # tensor, spec, layout, statistics: what a recipe does not set
@@ -52,12 +54,16 @@ OWN_ARGUMENTS = 4  # tensor, spec, layout, statistics: what a recipe does not se
 Statistics = Gram | Sensitivity
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse an unknown weight quantizer or parameter, naming the nearest, and a table that nothing can fill."""
+def check(recipe: Recipe, specs: Iterable[QuantSpec] = ()) -> None:
+    """Refuse an unknown weight quantizer or parameter, naming the nearest, a table that nothing can fill, and what it
+    cannot do of these specs.
+    """
     name = recipe.weights.name
     if name not in QUANTIZERS:
         raise SquamataError(f"recipe {recipe.name}: no weight quantizer named '{name}'{nearest(name, QUANTIZERS)}")
     _parameters(recipe)
+    if not QUANTIZERS[name].keeps and any(spec.kept_channels for spec in specs):
+        raise SquamataError(f"recipe {recipe.name}: {name} keeps no channels: use rtn or gptq, or leave 'keep' out")
     if any(rule.spec is not None and rule.spec.tabulated for rule in recipe.rules):
         finders = [finder for finder, quantizer in QUANTIZERS.items() if quantizer.tables]
         if name not in finders:
@@ -100,10 +106,12 @@ def quantize_tensors(
     specs: Mapping[str, QuantSpec],
     layouts: Mapping[str, Layout],
     statistics: Mapping[str, Statistics] | None = None,
+    orders: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Value]:
     """Every tensor that has a spec becomes a QTensor; the rest stay as they are. SquamataErrors name the tensor.
 
-    ``statistics``: by the weight's name, for a quantizer that asks for them.
+    ``statistics``: by the weight's name, for a quantizer that asks for them. ``orders``: by the weight's name, how its
+    columns (K,) come to stand in groups of which the last is kept.
     """
     chosen, parameters = QUANTIZERS[recipe.weights.name], _parameters(recipe)
     quantized: dict[str, Value] = {}
@@ -112,12 +120,15 @@ def quantize_tensors(
         if spec is None or not torch.is_floating_point(tensor):
             quantized[name] = tensor
             continue
-        seen = (statistics or {}).get(name)
+        seen, order = (statistics or {}).get(name), (orders or {}).get(name)
+        if order is not None:
+            tensor, seen = tensor[:, order].contiguous(), seen.ordered(order) if isinstance(seen, Gram) else None
         one_level = spec.model_copy(update={"second_level": False})
         with about(name):
             if chosen.inputs and seen is None:
                 value = round_to_nearest(tensor, one_level, layouts[name])
             else:
                 value = chosen.function(tensor, one_level, layouts[name], seen, **parameters)
-            quantized[name] = with_second_level(value, spec) if spec.second_level else value
+            value = with_second_level(value, spec) if spec.second_level else value
+            quantized[name] = value if order is None else replace(value, order=order)
     return quantized

@@ -14,7 +14,7 @@ from squamata.kernels.grid import Grid
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import encode
-from squamata.quantize.rtn import find_scales, pack
+from squamata.quantize.rtn import columns_apart, find_scales, joined, of_columns, pack, round_to_nearest
 from squamata.scales.gram import Gram
 from squamata.spec.quant import QuantSpec
 
@@ -38,26 +38,34 @@ def gptq(
     ``damping``: fraction of the mean of its diagonal that is added to it. ``block``: columns between two updates of
     all that follow. Scales of groups are found when their first column is due, from the weights as they are then;
     with ``act_order`` (columns by falling diagonal) and at other granularities all are found beforehand. Deterministic.
+    Columns that are kept come last, make up for the errors of all others, and are rounded to nearest (as in Atom).
     Memory: the weight and its codes in float32, and three float64 matrices (K, K).
     """
     if statistics is None or statistics.count == 0:
         raise SquamataError("gptq must see what the weight multiplies: give a text with --calibration FILE")
     columns = weight.float().T.contiguous()  # (K, N): the loop below reads and writes whole columns
     gram = statistics.gram
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(columns))
+    rest, kept = columns_apart(weight, spec)
+    order = torch.arange(len(columns))
+    if act_order:
+        order[: rest.shape[1]] = torch.argsort(gram.diagonal()[: rest.shape[1]], descending=True, stable=True)
     factor = inverse_factor(gram[order][:, order], damping).float()
     group = 0 if act_order else spec.granularity.group or 0
-    grid = _Scales(weight, spec, layout, in_turn=group > 0)
-    codes = torch.empty(columns.shape, dtype=torch.int8)
+    grid = _Scales(rest, spec.of_rest, of_columns(layout, rest), in_turn=group > 0)
+    codes = torch.empty(rest.T.shape, dtype=torch.int8)
     columns = columns[order]
     fused = _fused(weight, spec)
     step = min(group or block, MOST_AT_ONCE) if fused else -(-block // group) * group if group else block
-    for start in range(0, len(columns), step):
-        span = slice(start, min(start + step, len(columns)))
+    for start in range(0, len(codes), step):
+        span = slice(start, min(start + step, len(codes)))
         rounded = _at_once if fused else _one_by_one
         codes[order[span]], errors = rounded(columns[start:], factor[span, span], grid, order[span], start)
         columns[span.stop :].addmm_(factor[span, span.stop :].T, errors, alpha=-1)
-    return pack(QTensor(codes.T.contiguous(), *grid.parts()))
+    found = QTensor(codes.T.contiguous(), *grid.parts())
+    if not spec.kept_channels:
+        return pack(found)
+    made_up = columns[len(codes) :].T.contiguous()
+    return joined([found, round_to_nearest(made_up, spec.of_kept, of_columns(layout, kept))], spec)
 
 
 def _fused(weight: Tensor, spec: QuantSpec) -> bool:
@@ -123,7 +131,7 @@ class _Scales:
         """If a group begins at ``place``, and its turn has come: its scales, from the columns from there on, (C, N)."""
         if not self.in_turn or self.group is None or place % self.group:
             return
-        part, group = columns[: self.group].T, place // self.group
+        part, group = columns[: min(self.group, self.layout.sizes[-1] - place)].T, place // self.group
         layout = replace(self.layout, sizes=tuple(part.shape), segments=())
         scale, second = find_scales(part, self.spec, layout)
         self.scale[:, group] = scale[:, 0]

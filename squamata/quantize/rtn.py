@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from squamata import scales
 from squamata.kernels.codec import Grid
-from squamata.kernels.packing import pack_int4
+from squamata.kernels.packing import pack_int4, pack_kept
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import encode
@@ -23,9 +24,16 @@ BLOCK = 2**24  # elements that are float32 at a time
 def round_to_nearest(weight: Tensor, spec: QuantSpec, layout: Layout, statistics: Gram | None = None) -> QTensor:
     """The nearest code of every element, with the scale that the spec's strategy finds in the tensor itself.
 
+    The columns of a weight whose spec keeps some are in the order in which they fill the groups.
+
     Needs the int8 codes and a few float32 copies of ``BLOCK`` elements beside the weight; of a quantile over more
     than a row, copies of the whole.
     """
+    if spec.kept_channels:
+        parts = zip(columns_apart(weight, spec), (spec.of_rest, spec.of_kept), strict=True)
+        return joined(
+            [round_to_nearest(part, own, of_columns(layout, part)) for part, own in parts if part.numel()], spec
+        )
     found = find_scales(weight, spec, layout)
     scale, second = (None if part is None else Partition(spec.granularity, layout).expand(part) for part in found)
     assert scale is not None
@@ -69,9 +77,29 @@ def _of_rows(part: Tensor, rows: slice, count: int) -> Tensor:
     return part[rows] if part.ndim and part.shape[0] == count else part
 
 
+def columns_apart(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The columns of a weight (N, K) that are not kept, and the last, which are."""
+    rest = weight.shape[1] - min(spec.kept_channels, weight.shape[1])
+    return weight[:, :rest], weight[:, rest:]
+
+
+def of_columns(layout: Layout, part: Tensor) -> Layout:
+    """The layout of some columns of a weight."""
+    return replace(layout, sizes=tuple(part.shape))
+
+
+def joined(parts: Sequence[QTensor], spec: QuantSpec) -> QTensor:
+    """One weight of the columns that are not kept, if any, and of those that are."""
+    codes = torch.cat([part.codes() for part in parts], dim=1)
+    return pack(QTensor(codes, torch.cat([part.scale for part in parts], dim=1), spec))
+
+
 def pack(quantized: QTensor) -> QTensor:
     """Two codes a byte where they fit (4 bits or fewer, symmetric, two axes)."""
     spec = quantized.spec
     if spec.bits > 4 or not spec.symmetric or quantized.data.ndim != 2:
         return quantized
-    return QTensor(pack_int4(quantized.data), quantized.scale, spec, None, quantized.data.shape[-1])
+    columns = quantized.data.shape[-1]
+    kept = min(spec.kept_channels, columns)
+    packed = pack_kept(quantized.data, kept) if kept else pack_int4(quantized.data)
+    return QTensor(packed, quantized.scale, spec, None, columns)

@@ -32,9 +32,14 @@ def describe(config: ModelConfig, recipe: Mapping[str, Any], provenance: Mapping
 
 
 def data_signature(shape: tuple[int, ...], spec: QuantSpec | None) -> tuple[tuple[int, ...], torch.dtype | None]:
-    """Shape and dtype in which a tensor is stored: int8 codes, two 4-bit codes a byte, or any float (None)."""
+    """Shape and dtype in which a tensor is stored: int8 codes, two 4-bit codes a byte, or any float (None); of columns
+    that are kept in more bits a byte each.
+    """
     if spec is None:
         return shape, None
+    if spec.kept_channels and spec.bits <= 4:
+        kept = min(spec.kept_channels, shape[1])
+        return (shape[0], -(-(shape[1] - kept) // 2) + kept), torch.uint8
     if spec.tabulated:
         return (shape[0], spec.bits * -(-shape[1] // 8)), torch.uint8
     if spec.bits <= 4 and spec.symmetric and len(shape) == 2:
@@ -44,8 +49,11 @@ def data_signature(shape: tuple[int, ...], spec: QuantSpec | None) -> tuple[tupl
 
 def scale_signature(spec: QuantSpec, layout: Layout) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype in which the scales of a weight, or the tables of its rows, are stored."""
+    dtype = getattr(torch, spec.scale_dtype)
+    if spec.kept_channels:
+        return (layout.sizes[0], len(spec.group_sizes(layout.sizes[1]))), dtype
     shape = Partition(spec.granularity, layout).shape()
-    return (*shape, spec.numbers) if spec.tabulated else shape, getattr(torch, spec.scale_dtype)
+    return (*shape, spec.numbers) if spec.tabulated else shape, dtype
 
 
 def scale_name(name: str, spec: QuantSpec) -> str:

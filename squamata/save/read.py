@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from squamata.save.format import (
     scale_signature,
     sparse_names,
 )
+from squamata.spec.groups import ordered_sites
 from squamata.spec.quant import SITE_PARTS, QuantSpec
 from squamata.spec.recipe import Recipe
+from squamata.spec.sites import all_sites, input_of
 from squamata.spec.yaml_file import said
 
 _DTYPES = {
@@ -64,16 +67,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     _check_ragged(folder, config, specs, raw)
     _check_sparse(folder, config, specs, raw)
     tensors: dict[str, Value] = {}
-    layouts = model_layouts(config)
+    layouts, infos = model_layouts(config), all_sites(config.blocks)
     for name, shape in parameter_shapes(config).items():
         if name in specs:
             partition = Partition(specs[name].granularity, layouts[name])
-            tensors[name] = _quantized(name, raw, specs[name], partition, shape)
+            quantized = _quantized(name, raw, specs[name], partition, shape)
+            order = raw.get(f"{input_of(name, infos[name])}.order") if specs[name].kept_channels else None
+            tensors[name] = replace(quantized, order=order)
         else:
             tensors[name] = raw[name]
     tensors |= {name: raw[name] for name in added}
     sites = recipe.static_sites(config.blocks)
-    site_tensors = {name: tensor for name, tensor in raw.items() if name.rpartition(".")[0] in sites}
+    site_tensors = {
+        name: tensor for name, tensor in raw.items() if name.rpartition(".")[0] in sites or name.endswith(".order")
+    }
     recorded = description["quantization_config"].items()
     provenance = {key: value for key, value in recorded if key not in ("quant_method", "recipe")}
     return Checkpoint(config, tensors, recipe, site_tensors, provenance, folder)
@@ -161,11 +168,14 @@ def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Sig
         if spec is not None:
             scale = scale_signature(spec, layouts[name])
             expected |= _with_second(name, spec, scale) | _sparse(name, spec, full_shape)
+    ordered = ordered_sites(specs, all_sites(config.blocks))
     for site in model_sites(config, specs):
         if site.spec is not None and not site.spec.dynamic:
             ragged = site.spec.granularity.ragged
             expected |= _with_second(site.name, site.spec, (None if ragged else site.partition.shape(), torch.float32))
             expected |= {f"{site.name}.index": (None, torch.int64)} if ragged else {}
+        if site.name in ordered:
+            expected[f"{site.name}.order"] = (site.layout.sizes, torch.int64)
     return expected
 
 
@@ -232,8 +242,11 @@ def _refuse_bad_numbers(folder: Path, raw: Mapping[str, Tensor]) -> None:
 
 
 def _check_ragged(folder: Path, config: ModelConfig, specs: Mapping[str, QuantSpec], raw: Mapping[str, Tensor]) -> None:
-    """The map of every ragged site fits the site, and its scales fit the map."""
+    """The map of every ragged site fits the site, and its scales fit the map; an order has every channel once."""
     for site in model_sites(config, specs):
+        order = raw.get(f"{site.name}.order")
+        if order is not None and not torch.equal(order.sort().values, torch.arange(len(order))):
+            raise SquamataError(f"{folder}: tensor '{site.name}.order' does not hold every channel once")
         if (index := raw.get(f"{site.name}.index")) is None:
             continue
         shape = tuple(index.shape)

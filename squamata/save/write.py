@@ -140,7 +140,9 @@ class CheckpointWriter:
         stored = {name: value.data.contiguous().cpu()}
         if value.spec.tabulated:
             return stored | _table(name, value)
-        scale = value.scale.cpu().reshape(-1)[_representatives(partition)].reshape(partition.shape())
+        scale = value.scale.cpu()
+        if not value.spec.kept_channels:
+            scale = scale.reshape(-1)[_representatives(partition)].reshape(partition.shape())
         stored[f"{name}.scale"] = scale.to(getattr(torch, value.spec.scale_dtype)).contiguous()
         if value.second is not None:
             second = value.second.cpu().reshape(-1)

@@ -23,6 +23,12 @@ class Gram:
         self.gram += _second_moments(rows)
         self.count += len(rows)
 
+    def ordered(self, order: Tensor) -> Gram:
+        """Of the same inputs in another order, int64 (K,)."""
+        other = Gram(0)
+        other.gram, other.count = self.gram[order][:, order], self.count
+        return other
+
 
 def _second_moments(rows: Tensor) -> Tensor:
     if not rows.is_cuda:

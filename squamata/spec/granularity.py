@@ -9,6 +9,7 @@ Written in recipes as one word or a comma list of axis names::
     segment           one per output segment of a fused projection (z, x, B, C, dt of in_proj)
     group(128)        one per 128 neighbours along the last axis
     token             one per token; only with ``dynamic: true``
+    token,group(128)  one per token and 128 channels of a product's input, if the weight has the same groups
     index             ragged: an integer map, stored beside the scale, says which scale an element uses
     index,state       ragged over the leading axes, and one scale per state index
 """

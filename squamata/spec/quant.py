@@ -12,7 +12,7 @@ from squamata.spec.granularity import Granularity
 
 TABLE = "table"  # the codec whose levels every row of a weight brings with it
 TABLE_BITS = (2, 4)  # fewest and most
-SITE_PARTS = ("scale", "zero", "coarse", "tail", "index")  # what may be stored beside a site: SITE.scale ...
+SITE_PARTS = ("scale", "zero", "coarse", "tail", "index", "order")  # what may be stored beside a site: SITE.scale ...
 
 
 class Data(BaseModel):
@@ -60,6 +60,35 @@ def _known_codec(name: str) -> str:
     return name
 
 
+class Keep(Data):
+    """Some channels of a product's input that are kept in more bits than the rest, in either of two ways.
+
+    ``above``: in float32 those in which a token of the call reaches this magnitude, found at run time, times columns of
+    the weight that are dequantized (LLM.int8(), arXiv 2208.07339). What is in one call decides together, as in
+    bitsandbytes. ``channels``: so many, the last in the order that the transform ``sort_inputs`` leaves (all of a
+    product that has no more), in integers of ``bits``, a scale a token and a scale a row of the weight, which must say
+    the same (Atom, arXiv 2310.19102).
+    """
+
+    above: Annotated[float, Field(gt=0)] | None = None
+    channels: Annotated[int, Field(ge=1)] | None = None
+    bits: Annotated[int, Field(ge=2, le=8)] = 8
+
+    @model_validator(mode="after")
+    def _in_one_way(self) -> Keep:
+        if (self.above is None) == (self.channels is None):
+            raise ValueError("'keep' says either 'above' or 'channels'")
+        if self.above is not None and self.bits != 8:
+            raise ValueError("'keep: above' keeps float32: leave 'bits' out")
+        return self
+
+    def describe(self) -> str:
+        """For tables: ``channels that reach 6 in float``."""
+        if self.channels is None:
+            return f"channels that reach {self.above:g} in float"
+        return f"{self.channels} channels in int{self.bits}"
+
+
 class QuantSpec(Data):
     """How one tensor is represented.
 
@@ -72,7 +101,9 @@ class QuantSpec(Data):
     generator; for states, which are rounded again at every token.
     ``scale_dtype`` is how scales are stored, and therefore used. ``second_level``: a grouped 4-bit weight as QQQ's
     kernels read it (Quamba's W4A8): value = round(code * ratio) * channel, an int8 weight with one float32 scale a
-    row, whose groups store ratio = scale / channel, channel = max |row| / 127.
+    row, whose groups store ratio = scale / channel, channel = max |row| / 127. ``keep``: channels of a product's input
+    that stay out of this representation (``Keep``). ``clip``: the share of the range that a strategy finds, or of the
+    largest magnitude at run time, that the scale represents; what is beyond is cut off.
     """
 
     bits: Annotated[int, Field(ge=2, le=16)]
@@ -85,6 +116,8 @@ class QuantSpec(Data):
     rounding: Literal["half-even", "half-away", "truncate", "stochastic"] = "half-even"
     scale_dtype: Literal["float32", "float16"] = "float32"
     second_level: bool = False
+    clip: Annotated[float, Field(gt=0, le=1)] = 1.0
+    keep: Keep | None = None
     sparse: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
 
     @model_validator(mode="after")
@@ -125,10 +158,26 @@ class QuantSpec(Data):
             raise ValueError(f"codec '{self.codec}' needs a calibrated threshold: remove 'dynamic: true'")
         return self
 
+    @model_validator(mode="after")
+    def _plain_beside_what_is_kept(self) -> QuantSpec:
+        if self.keep is not None and not (self.codec == "uniform" and self.symmetric and self.bits <= 8):
+            raise ValueError("'keep' goes with symmetric integers of at most 8 bits")
+        if self.clip < 1 and not (self.codec == "uniform" and self.symmetric):
+            raise ValueError("'clip' goes with symmetric integers")
+        return self
+
+    @property
+    def integer_grid(self) -> bool:
+        """True if codes are int8 on an even grid, so that they can enter a product."""
+        return self.codec == "uniform" and self.bits <= 8
+
     @property
     def linear_grid(self) -> bool:
-        """True if a value is its int8 code (less the zero point) times the scale, so that codes can enter a product."""
-        return self.codec == "uniform" and self.bits <= 8
+        """True if besides a value is its code (less the zero point) times the scale, of which a token has one at most:
+        what fast kernels ask for.
+        """
+        groups_of_token = "token" in self.granularity.axes and self.granularity.group is not None
+        return self.integer_grid and self.keep is None and not groups_of_token
 
     @property
     def tabulated(self) -> bool:
@@ -186,7 +235,42 @@ class QuantSpec(Data):
         """Divisor that turns the largest magnitude, or the threshold of a format with a tail, into a scale."""
         if self.codec in FORMATS:
             return float(FORMATS[self.codec].span(self.bits))
-        return 2 ** (self.bits - 1) - (0.5 if self.full_range else 1.0)
+        return (2 ** (self.bits - 1) - (0.5 if self.full_range else 1.0)) / self.clip
+
+    @property
+    def kept_channels(self) -> int:
+        """How many channels, the last in order, are kept in integers of more bits."""
+        return 0 if self.keep is None else self.keep.channels or 0
+
+    @property
+    def of_rest(self) -> QuantSpec:
+        """How the channels are represented that are not kept."""
+        return self.model_copy(update={"keep": None})
+
+    @property
+    def of_kept(self) -> QuantSpec:
+        """How the kept channels are represented: plain integers with a scale a token, or a row of a weight."""
+        assert self.keep is not None
+        axes = self.granularity.axes or ("channel",)
+        return QuantSpec(
+            bits=self.keep.bits,
+            granularity=Granularity(axes),
+            dynamic=self.dynamic,
+            rounding=self.rounding,
+            scale_dtype=self.scale_dtype,
+        )
+
+    @property
+    def widest(self) -> int:
+        """Bits of the widest codes."""
+        return max(self.bits, self.keep.bits) if self.keep and self.keep.channels else self.bits
+
+    def group_sizes(self, features: int) -> list[int]:
+        """How many of a product's input channels, in order, share a scale: the groups, and last what is kept."""
+        kept = min(self.kept_channels, features)
+        rest, group = features - kept, self.granularity.group or features
+        sizes = [min(group, rest - start) for start in range(0, rest, group)]
+        return [*sizes, kept] if kept else sizes
 
     def describe(self) -> str:
         """One phrase for tables: ``int8 per tensor, percentile(alpha=0.9999)``."""
@@ -197,4 +281,6 @@ class QuantSpec(Data):
         if self.tabulated:
             where = f"{self.numbers} values" + (f" + {100 * self.sparse:g} % sparse" if self.sparse else "")
         zero = "" if self.symmetric else " asymmetric"
-        return f"{self.form}{zero} per {self.granularity}, {where}"
+        clip = "" if self.clip == 1 else f" cut at {self.clip:g}"
+        kept = "" if self.keep is None else f", {self.keep.describe()}"
+        return f"{self.form}{zero} per {self.granularity}, {where}{clip}{kept}"

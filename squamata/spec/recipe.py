@@ -35,6 +35,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Va
 
 from squamata.errors import SquamataError, nearest
 from squamata.spec.formats import FORMATS
+from squamata.spec.groups import refuse_to_keep, refuse_unlike_groups
 from squamata.spec.quant import Data, QuantSpec, ScaleSpec
 from squamata.spec.sites import BLOCKS, Kind, SiteInfo, all_sites
 from squamata.spec.yaml_file import SUFFIXES, Place, first_problem, read_yaml
@@ -194,6 +195,7 @@ class Recipe(Data):
                 chosen[site] = matching[-1].spec
         for site, spec in chosen.items():
             refuse_illegal(site, spec, infos[site].in_company(site, chosen))
+        refuse_unlike_groups(chosen, infos)
         everywhere = [item for kind in BLOCKS for item in all_sites((kind,) * len(blocks)).items()]
         for rule in self.rules:
             if not any(rule.names(site, info) for site, info in everywhere):
@@ -215,13 +217,13 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
     """The one rule that decides which recipes can run.
 
     A product sums over one axis: a scale may vary along every axis that survives it, and in groups that accumulate
-    separately (weights), never along the summed one. Where a tensor is dequantized first anything is legal.
+    separately (see ``groups``), never along the summed one. Where a tensor is dequantized first anything is legal.
     """
     axes = set(spec.granularity.axes) - {"token"}
-    if info.summed and (axes or spec.granularity.group):
+    if info.summed and (axes or (spec.granularity.group and not spec.dynamic)):
         raise SquamataError(
             f"{site}: a scale per {spec.granularity} cannot run: the product that reads it sums over "
-            f"{' and '.join(info.summed)}; use 'tensor' or 'token'"
+            f"{' and '.join(info.summed)}; use 'tensor' or 'token', or at run time 'token,group(N)' as in the weight"
         )
     if spec.tabulated and not info.reads.startswith("mixer."):
         raise SquamataError(f"{site}: codec 'table' is for the weights of the layers' products; use 'uniform'")
@@ -247,9 +249,10 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         raise SquamataError(f"{site}: a second level of scales is for the weight of a product; remove 'second_level'")
     if info.kind == "weight" and "in" in axes:
         raise SquamataError(f"{site}: a scale along 'in' cannot run: the product sums over it; use group(N)")
+    refuse_to_keep(site, spec, info)
     if "token" in spec.granularity.axes and not spec.dynamic:
         raise SquamataError(f"{site}: a scale per token is known only at run time; add 'dynamic: true'")
-    if spec.dynamic and (spec.granularity.ragged or spec.granularity.group):
+    if spec.dynamic and (spec.granularity.ragged or (spec.granularity.group and not info.summed)):
         raise SquamataError(f"{site}: dynamic scales vary along whole axes, not per {spec.granularity}")
     if spec.dynamic and info.kind in ("weight", "parameter"):
         raise SquamataError(f"{site}: weights do not change at run time; remove 'dynamic: true'")

@@ -93,6 +93,8 @@ MAMBA2 = {
     "mixer.D": SiteInfo(("head",), "parameter"),
 }
 
+SORTED = ("mixer.in", "mixer.out")  # whose channels the transform sort_inputs puts in order
+
 MODEL = {
     "embedding.weight": SiteInfo(("out", "in"), "weight"),
     "head.in": SiteInfo(("channel",), summed=("channel",)),
@@ -100,6 +102,11 @@ MODEL = {
 }
 
 BLOCKS: dict[str, dict[str, SiteInfo]] = {"mamba1": MAMBA1, "mamba2": MAMBA2}
+
+
+def input_of(weight: str, info: SiteInfo) -> str:
+    """Full name of the site whose tensor this weight multiplies; empty if it multiplies none."""
+    return weight[: weight.index("mixer.")] + info.reads if info.reads.startswith("mixer.") else info.reads
 
 
 def all_sites(blocks: tuple[str, ...]) -> dict[str, SiteInfo]:

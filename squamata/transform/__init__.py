@@ -2,12 +2,13 @@
 
 A transform changes one layer's tensors (names without ``layers.N.``), the model's two ends if it must, and leaves
 what must happen at run time as tensors of the layer, so that it survives save and load without code of its own: those
-that the layer's block reads (``Block.optional_tensors``), and ``mixer.SITE.index``, the map of a ragged site.
+that the layer's block reads (``Block.optional_tensors``), ``mixer.SITE.index``, the map of a ragged site, and
+``mixer.SITE.order``, of a site that keeps some of its channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +22,7 @@ from squamata.spec.granularity import Granularity
 from squamata.spec.parameters import checked_parameters
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Named, Recipe
-from squamata.spec.sites import BLOCKS
+from squamata.spec.sites import BLOCKS, SORTED
 from squamata.transform.awq import awq
 from squamata.transform.folds import SITES
 from squamata.transform.hadamard import rotate_output
@@ -32,6 +33,7 @@ from squamata.transform.observed import Observed as Observed
 from squamata.transform.reorder import reorder, reorder_within
 from squamata.transform.residual import fold_final_norm, fold_norm, rotate_ends, rotate_residual
 from squamata.transform.smooth import smooth
+from squamata.transform.sort_inputs import sort_inputs
 
 Tensors = dict[str, Tensor]
 
@@ -60,6 +62,7 @@ class Transform:
 
 
 TRANSFORMS: dict[str, Transform] = {
+    "sort_inputs": Transform(sort_inputs, needs=SORTED, pairs=True),
     "reorder": Transform(reorder, needs=("mixer.u",)),
     "reorder_within": Transform(reorder_within, needs=("mixer.u",)),
     "smooth": Transform(smooth, needs=SITES),
@@ -71,14 +74,22 @@ TRANSFORMS: dict[str, Transform] = {
 }
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse an unknown transform or parameter, naming the nearest, and a parameter of the wrong type."""
+def check(recipe: Recipe, specs: Iterable[QuantSpec] = ()) -> None:
+    """Refuse an unknown transform or parameter, naming the nearest, a parameter of the wrong type, and, of a model with
+    these specs, one that is missing.
+    """
     for named in recipe.transforms:
         if named.name not in TRANSFORMS:
             raise SquamataError(
                 f"recipe {recipe.name}: no transform named '{named.name}'{nearest(named.name, TRANSFORMS)}"
             )
         _parameters(named)
+    names = {named.name for named in recipe.transforms}
+    if "sort_inputs" in names and len(names) > 1:
+        others = ", ".join(sorted(names - {"sort_inputs"}))
+        raise SquamataError(f"recipe {recipe.name}: sort_inputs sorts channels as the model came: leave {others} out")
+    if any(spec.kept_channels for spec in specs) and "sort_inputs" not in names:
+        raise SquamataError(f"recipe {recipe.name}: 'keep' has to know which: add the transform 'sort_inputs'")
 
 
 def needs(recipe: Recipe, kind: str) -> dict[str, QuantSpec]:

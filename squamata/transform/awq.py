@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from squamata import scales
+from squamata.errors import SquamataError
 from squamata.kernels.codec import Grid
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor
@@ -41,6 +42,8 @@ def awq(
     that rounds them best, also in the projections that cannot be scaled; the model is then no longer equal. Needs a
     few float64 (K, K) and copies of one weight (out, K).
     """
+    if spec.keep is not None:
+        raise SquamataError("transform awq: its search knows no kept channels: leave 'keep' out of its spec")
     changed = dict(tensors)
     for product, site in INPUTS.items():
         name = f"mixer.{product}.weight"

@@ -68,7 +68,9 @@ def test_scales_are_counted_as_the_partition_stores_them(kind: str, recipe: Reci
         inside = name.removeprefix("layers.0.")
         layout = layouts.get(inside) or Layout(count.info.axes, sizes[inside.removeprefix("mixer.")])
         index = index_map(layout.axes, layout.sizes, GROUPS) if count.spec.granularity.ragged else None
-        assert count.scales == prod(Partition(count.spec.granularity, layout, index).shape()) * count.spec.numbers, name
+        kept = (prod(layout.sizes[:-1]),) if count.spec.kept_channels else None  # all channels here are, one group
+        groups = prod(kept or Partition(count.spec.granularity, layout, index).shape())
+        assert count.scales == groups * count.spec.numbers, name
         assert count.elements == layout.flat_size, name
         checked += 1
     assert checked == sum(site.startswith("layers.0.") for site in recipe.resolve(config.blocks))
@@ -102,7 +104,7 @@ def test_bytes_are_those_of_a_quantized_model(kind: str, recipe: str) -> None:
     assert figures == (pytest.approx(exact, rel=2e-3) if sparse else exact)  # read as int64, dtype float32
     taps = config.d_conv
     assert found.traffic["state"] / 2 + found.traffic["conv"] * (taps - 1) / taps == cache_bytes(model)
-    kept = {name: tensor for name, tensor in checkpoint.site_tensors.items() if not name.endswith("index")}
+    kept = {name: tensor for name, tensor in checkpoint.site_tensors.items() if not name.endswith(("index", "order"))}
     # a zero point is one byte on a chip, float32 in a file
     stored = sum(tensor.numel() if name.endswith("zero") else tensor.nbytes for name, tensor in kept.items())
     ragged = any(name.endswith("index") for name in checkpoint.site_tensors)  # a map there, ends of groups on a chip

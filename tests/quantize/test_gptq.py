@@ -136,3 +136,30 @@ def test_through_the_pipeline_layer_by_layer(kind: str) -> None:
     for name, value in made["gptq"].items():
         same = torch.equal(as_float(value), as_float(made["rtn"][name]))
         assert same == (name not in products), name
+
+
+def test_kept_columns_make_up_for_all_others() -> None:
+    """Against Atom's loop in float64: groups of 16 found in turn, no further than what is kept."""
+    weight, inputs, gram = problem()
+    spec = QuantSpec.model_validate(
+        {"bits": 4, "full_range": True, "granularity": "group(16)", "clip": 0.85, "keep": {"channels": 18}}
+    )
+    work, rest = weight.double().clone(), COLUMNS - 18
+    H = gram.gram + torch.eye(COLUMNS, dtype=torch.float64) * 0.01 * gram.gram.diagonal().mean()
+    inverse = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    expected = torch.empty(ROWS, COLUMNS, dtype=torch.float64)
+    for column in range(rest):
+        if column % 16 == 0:
+            scale = 0.85 * work[:, column : min(column + 16, rest)].abs().amax(1) / 7.5
+        expected[:, column] = (work[:, column] / scale).round().clamp(-8, 7) * scale
+        error = (work[:, column] - expected[:, column]) / inverse[column, column]
+        work[:, column:] -= error[:, None] * inverse[column, column:]
+    step = work[:, rest:].abs().amax(1, keepdim=True) / 127
+    expected[:, rest:] = (work[:, rest:] / step).round() * step
+    found = gptq(weight, spec, LAYOUT, gram)
+    differing = (found.dequantize() - expected).abs() > 1e-3
+    assert differing.float().mean() < 0.02  # float32 updates meet ties
+    assert loss(weight, found, inputs) < 0.5 * loss(weight, round_to_nearest(weight, spec, LAYOUT), inputs)
+    assert loss(weight, gptq(weight, spec, LAYOUT, gram, act_order=True), inputs) < loss(
+        weight, round_to_nearest(weight, spec, LAYOUT), inputs
+    )

@@ -354,3 +354,65 @@ def test_a_rule_that_can_never_match_is_refused() -> None:
     said = refused({"name": "m", "rules": [{"site": "*.mixer.u", "spec": INT8, "architectures": ["mamba3"]}]})
     assert "mamba3" in said and "mamba" in said.split("mamba3")[1]
     assert "mambo2" in refused({"name": "m", "architectures": ["mambo2"]})
+
+
+KEPT = {"bits": 8, "granularity": "token", "dynamic": True, "keep": {"above": 6.0}}
+
+
+def test_channels_are_kept_where_a_product_reads_them() -> None:
+    specs = recipe({"site": "*.mixer.out", "spec": KEPT}).resolve(("mamba2",))
+    assert specs["layers.0.mixer.out"].describe() == "int8 per token, dynamic, channels that reach 6 in float"
+    assert not specs["layers.0.mixer.out"].linear_grid and specs["layers.0.mixer.out"].integer_grid
+    assert "'keep' is for the input of a product" in illegal({"site": "*.mixer.y", "spec": KEPT})
+    assert "'keep' is for the input of a product" in illegal({"site": "*.in_proj.weight", "spec": KEPT})
+    static = {"bits": 8, "keep": {"above": 6.0}}
+    assert "add 'granularity: token' and 'dynamic: true'" in illegal({"site": "*.mixer.in", "spec": static})
+    for wrong, said in (
+        ({"above": 0}, "keep.above: must be greater than 0"),
+        ({"over": 6.0}, "unknown key"),
+    ):
+        assert said in refused({"name": "a", "rules": [{"site": "*.mixer.in", "spec": KEPT | {"keep": wrong}}]})
+    for other in ({"symmetric": False}, {"bits": 9}):
+        assert "'keep' goes with" in refused({"name": "a", "rules": [{"site": "*.mixer.in", "spec": KEPT | other}]})
+
+
+def test_groups_along_a_products_input_must_be_those_of_its_weight() -> None:
+    keep = {"channels": 128}
+    rows = {"bits": 4, "granularity": "group(128)", "keep": keep}
+    tokens = {"bits": 4, "granularity": "token,group(128)", "dynamic": True, "keep": keep}
+
+    def both(x: dict[str, Any], weight: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"site": "*.mixer.out", "spec": x}, {"site": "*.out_proj.weight", "spec": weight}
+
+    specs = recipe(*both(tokens, rows)).resolve(("mamba2",))
+    assert specs["layers.0.mixer.out"].group_sizes(300) == specs["layers.0.mixer.out_proj.weight"].group_sizes(300)
+    assert specs["layers.0.mixer.out"].group_sizes(300) == [128, 44, 128]
+    assert specs["layers.0.mixer.out"].group_sizes(100) == [100]
+    plain = {key: value for key, value in tokens.items() if key != "keep"}
+    recipe(*both(plain, {"bits": 8, "granularity": "group(128)"})).resolve(("mamba1",))
+    for x, weight in (
+        (tokens, rows | {"granularity": "group(64)"}),
+        (tokens, rows | {"keep": {"channels": 64}}),
+        (tokens, rows | {"keep": {"channels": 128, "bits": 6}}),
+        (plain, rows),
+        (plain, {"bits": 8, "granularity": "channel"}),
+        (plain, {"bits": 4, "granularity": "group(128)", "second_level": True}),
+        ({"bits": 8}, rows),
+    ):
+        said = illegal(*both(x, weight))
+        assert "summed apart, so both need the same group(N) and 'keep'" in said and "out_proj.weight" in said
+    for one in both(tokens, rows):  # the other operand is float: what is rounded is dequantized first
+        recipe(one).resolve(("mamba2",))
+    apart = {"site": "*.mixer.u_proj", "spec": plain}, {"site": "*.x_proj.weight", "spec": {"bits": 4}}
+    assert "layers.0.mixer.u_proj: a scale per token,group(128)" in illegal(*apart, blocks=("mamba1",))
+    assert "sorted" in illegal({"site": "head.in", "spec": tokens})
+    assert "sorted" in illegal({"site": "*.x_proj.weight", "spec": rows}, blocks=("mamba1",))
+    assert "add 'group(N)'" in illegal({"site": "*.mixer.in", "spec": tokens | {"granularity": "token"}})
+    static = {"bits": 4, "granularity": "group(128)"}
+    assert "or at run time 'token,group(N)'" in illegal({"site": "*.mixer.in", "spec": static})
+    for wrong in ({"channels": 8, "above": 6.0}, {"bits": 8}, {"above": 6.0, "bits": 4}):
+        assert "'keep" in refused({"name": "a", "rules": [{"site": "*.mixer.in", "spec": tokens | {"keep": wrong}}]})
+    assert "'clip' goes with" in refused(
+        {"name": "a", "rules": [{"site": "*", "spec": {"bits": 8, "clip": 0.9, "symmetric": False}}]}
+    )
+    assert QuantSpec(bits=4, clip=0.5).describe() == "int4 per tensor, minmax cut at 0.5"

@@ -59,8 +59,9 @@ def tokens(value: Value, start: int, stop: int) -> Value:
     """Tokens start..stop of a value (B, L, C)."""
     if not isinstance(value, QTensor):
         return value[:, start:stop]
-    scale, second = (
-        part[:, start:stop] if part is not None and part.ndim == 3 else part for part in (value.scale, value.second)
+    scale, second, kept = (
+        part[:, start:stop] if part is not None and part.ndim == 3 else part
+        for part in (value.scale, value.second, value.kept)
     )
     assert scale is not None
-    return QTensor(value.data[:, start:stop], scale, value.spec, second, value.length)
+    return QTensor(value.data[:, start:stop], scale, value.spec, second, value.length, kept=kept)

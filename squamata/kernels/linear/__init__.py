@@ -40,10 +40,13 @@ def linear(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, 
 
     ``x``: (..., in). Integers meet integers exactly: accumulators are exact, then
     y = float32(accumulator) * (scale_x * scale_w) + bias, groups of a grouped weight added in increasing order as
-    float32(accumulator_g) * scale_w[g] before scale_x. Anything else is dequantized first (but see ``sixteen_bits``).
+    float32(accumulator_g) * scale_w[g] before scale_x; if x has the same groups, as
+    float32(accumulator_g) * (scale_x[g] * scale_w[g]). Channels of ``x`` that are kept in float are a float product of
+    their own with the dequantized weight, added before the bias. Anything else is dequantized first (but see
+    ``sixteen_bits``).
     """
 
 
 def integer_product(x: Value, weight: Value) -> bool:
-    """True if both operands are quantized on a linear grid, so that the product accumulates integers."""
-    return all(isinstance(value, QTensor) and value.spec.linear_grid for value in (x, weight))
+    """True if the codes of both operands can enter a product, so that it accumulates integers."""
+    return all(isinstance(value, QTensor) and value.spec.integer_grid for value in (x, weight))
