@@ -1,7 +1,7 @@
 """The whole story: load -> transform -> observe -> quantize, a layer at a time.
 
-Memory is bounded by the embedding table, one layer, the calibration stream (samples x length x d_model x 8 bytes, 12
-where transforms observe) and one shard, however many layers the model has.
+Memory is bounded by the embedding table, one layer, the calibration stream (samples x length x d_model x 8 bytes, 4
+more where transforms observe, and where outputs are corrected) and one shard, however many layers the model has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from squamata import scales, transform
-from squamata.calibrate import learn, whole
+from squamata.calibrate import correct, learn, whole
 from squamata.calibrate.observe import (
     Lengths,
     Stream,
@@ -59,6 +59,7 @@ class QuantizedParts:
     ``seen``: the calibration stream through the transformed float model, which gives the sites' scales. ``plain``: the
     same through the model as it came, where transforms observe it: its weights cannot read a rotated stream.
     ``rounded``: through the layers as they are quantized, which a weight quantizer that sees its inputs works with.
+    ``served``: through the layers as they will run, sites and all, where a correction compares their outputs.
     All, and one layer at a time, are on ``device``. ``progress`` is told of every part, and of the steps of a second
     pass.
     """
@@ -95,6 +96,7 @@ class QuantizedParts:
         self.seen: Stream = []
         self.plain: Stream = []
         self.rounded: Stream = []
+        self.served: Stream = []
         self.choices: whole.Choices = {}
         self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
 
@@ -148,15 +150,18 @@ class QuantizedParts:
         if self.progress and not self.refined:
             self.progress(done, self.count)
 
+    @property
+    def _streams(self) -> tuple[tuple[str, Stream], ...]:
+        return ("seen", self.seen), ("plain", self.plain), ("rounded", self.rounded), ("served", self.served)
+
     def streams(self) -> dict[str, Tensor]:
         """What the next part needs of those before it."""
-        named = {"seen": self.seen, "plain": self.plain, "rounded": self.rounded}
-        streams = {f"{name}.{batch}": h for name, stream in named.items() for batch, h in enumerate(stream)}
+        streams = {f"{name}.{batch}": h for name, stream in self._streams for batch, h in enumerate(stream)}
         return streams | {f"known.{name}": basis.vectors for name, basis in self.known.items()}
 
     def restore(self, finished: int, streams: Tensors) -> None:
         """Go on after ``finished`` parts, with the streams that they left."""
-        for name, stream in (("seen", self.seen), ("plain", self.plain), ("rounded", self.rounded)):
+        for name, stream in self._streams:
             inside = under(f"{name}.", streams) if finished else {}
             stream += [inside[str(batch)].to(self.device) for batch in range(len(inside))]
         known = under("known.", streams) if finished else {}
@@ -174,13 +179,15 @@ class QuantizedParts:
         if transform.needs_stream(self.recipe):
             self.known["stream"] = transform.stream_basis(self.config, (table[ids] for ids in self._sequences()))
         quantized = self._quantize_ends({name: table}, name)
-        if calibrated_sites(self.recipe, self.config):
+        if calibrated_sites(self.recipe, self.config) or self.recipe.correct:
             rows = [self.ends({name: table[ids.flatten()]})[name] for ids in self.batches]
             self.seen = [part.float().reshape(*ids.shape, -1) for part, ids in zip(rows, self.batches, strict=True)]
         if any(transform.needs(self.recipe, kind) for kind in self.config.blocks):
             self.plain = [table[ids].float() for ids in self.batches]
         if needs_inputs(self.recipe):
             self.rounded = [ops.embedding(ids, quantized[name], torch.float32) for ids in self.batches]
+        if self.recipe.correct:
+            self.served = [ops.embedding(ids, quantized[name], torch.float32) for ids in self.batches]
         return quantized
 
     def _layer(self, layer: int) -> Values:
@@ -195,7 +202,7 @@ class QuantizedParts:
             block = build_block(self.working, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
             entering = list(self.seen) if tuned else []
-            run_layer(block, self.seen, self.lengths)
+            written = correct.mean_output(block, self.seen, self.lengths)
             scales_found = self._scales_of(statistics)
         grams = self._grams(layer, tensors)
         quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
@@ -205,7 +212,21 @@ class QuantizedParts:
             scales_found |= learn.tune(self.recipe, block, student, entering)
         if self.rounded:
             run_layer(build_block(self.working, layer, under(prefix, quantized)), self.rounded)
+        if self.served:
+            quantized |= self._corrected(layer, quantized, scales_found, written)
         return {**scales_found, **quantized}
+
+    def _corrected(self, layer: int, quantized: Values, scales_found: Tensors, written: Tensor) -> Values:
+        """out_proj's bias with which the layer's output has lost less of the mean that the float layer has written."""
+        prefix = f"layers.{layer}."
+        tensors, found = under(prefix, quantized), under(prefix, scales_found)
+        block = build_block(self.working, layer, tensors, under(prefix, self.specs), found, "simulate")
+        with use_backend("ref"):
+            bias = correct.correction(self.recipe, written - correct.mean_output(block, self.served, self.lengths))
+        for h in self.served:
+            h += bias
+        before = tensors.get(correct.OUTPUT_BIAS)
+        return {prefix + correct.OUTPUT_BIAS: bias if before is None else bias + before}
 
     def _end(self) -> Values:
         tensors = self._read("final_norm.weight")

@@ -13,6 +13,7 @@ import torch
 
 from squamata import __version__, scales, transform
 from squamata.calibrate import whole
+from squamata.calibrate.correct import check_correction
 from squamata.calibrate.tokens import CalibrationSet, sample
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import Evaluation
@@ -154,6 +155,7 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
         scales.check(spec, site)
     transform.check(recipe)
     check_weight_quantizer(recipe)
+    check_correction(recipe)
     whole.check(recipe, config)
 
 
@@ -171,6 +173,8 @@ def _must_see(recipe: Recipe, config: ModelConfig) -> str:
     sites = calibrated_sites(recipe, config)
     if sites:
         return f"values at {sites[0]}"
+    if recipe.correct is not None:
+        return f"every layer's output, for {recipe.correct.name}"
     return f"the inputs of weights, for {recipe.weights.name}" if needs_inputs(recipe) else ""
 
 

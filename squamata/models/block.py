@@ -43,7 +43,8 @@ class ScanCache:
 
 
 class OptionalTensor(NamedTuple):
-    """A tensor that a layer may have beside its parameters. ``left_by``: the transform whose every layer has it."""
+    """A tensor that a layer may have beside its parameters. ``left_by``: what every layer has it from: the name of a
+    transform or correction."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -54,6 +55,8 @@ ROTATION = {
     "mixer.rotation": OptionalTensor((2,), torch.int64, left_by="hadamard"),
     "mixer.rotation_family": OptionalTensor((1,), torch.int64),  # whose matrices, place in FAMILIES; absent: 0, our own
 }
+
+OUTPUT_BIAS = "mixer.out_proj.bias"  # a correction leaves one where the model has none
 
 OwnCache = TypeVar("OwnCache", bound=LayerCache)
 
@@ -90,8 +93,11 @@ class Block(ABC, Generic[OwnCache]):
 
     @classmethod
     def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:
-        """Tensors that a transform may leave in a layer for this block to read, by name without ``layers.N.``."""
-        return {}
+        """Tensors that a transform or correction may leave in a layer for this block to read, by name without
+        ``layers.N.``."""
+        if config.projection_bias:
+            return {}
+        return {OUTPUT_BIAS: OptionalTensor((config.d_model,), torch.float32, left_by="mean")}
 
     @abstractmethod
     def forward(self, h: Tensor, residual: Tensor | None, cache: OwnCache) -> tuple[Tensor, Tensor]:

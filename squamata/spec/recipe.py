@@ -10,6 +10,7 @@ YAML form::
     transforms: [hadamard]             # or {NAME: {PARAMETER: VALUE}}
     weights: rtn                       # weight quantizer
     tune: {lsq: {steps: 100}}          # train the static scales, a layer at a time; absent: they stay as found
+    correct: {mean: {decay: 0.16}}     # what quantizing took from a layer's output on average becomes a bias; or absent
     calibration: {samples: 128, length: 512}
     rules:
       - {site: "*.mixer.u", spec: {bits: 8, scale: {percentile: {alpha: 0.9999}}}}
@@ -21,7 +22,7 @@ parameter) also matches the state, the weights and small parameters such as ``co
 
 A recipe that extends another has its own ``name`` and ``description``. Its rules come after the parent's, whose named
 specs it may use (a name that it gives again changes nothing in the parent's rules); of ``calibration`` it says only
-what differs; ``architectures``, ``transforms``, ``weights`` and ``tune`` replace the parent's.
+what differs; ``architectures``, ``transforms``, ``weights``, ``tune`` and ``correct`` replace the parent's.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _named_parameters(value: Any) -> Any:
 
 
 class Named(Data):
-    """Name of a transform, weight quantizer or tuner, and its parameters."""
+    """Name of a transform, weight quantizer, tuner or correction, and its parameters."""
 
     name: str
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -131,6 +132,7 @@ class Recipe(Data):
     transforms: tuple[NamedField, ...] = ()
     weights: NamedField = Named(name="rtn")
     tune: NamedField | None = None
+    correct: NamedField | None = None
     calibration: Calibration = Calibration()
     rules: tuple[Rule, ...] = ()
 
