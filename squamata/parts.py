@@ -30,6 +30,7 @@ from squamata.kernels.dispatch import use_backend
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import Value, join_rows
 from squamata.kernels.site import Site
+from squamata.kernels.ssd_scan.chunks import ChunkSites
 from squamata.load.source import TensorSource
 from squamata.models.checkpoint import Checkpoint, under
 from squamata.models.config import ModelConfig
@@ -88,7 +89,8 @@ class QuantizedParts:
         self.shares_table = source.config.tie_embeddings
         tied = self.shares_table and not differ and not transform.unties(recipe)
         self.config = source.config.model_copy(update={"tie_embeddings": tied})
-        self.working = self.config if on_host else self.config.model_copy(update={"chunk_size": CHUNK})
+        keeps_chunks = on_host or self._within_chunks
+        self.working = self.config if keeps_chunks else self.config.model_copy(update={"chunk_size": CHUNK})
         self.layouts = model_layouts(source.config)
         self.known: dict[str, transform.Basis] = {}  # of the residual stream, if a transform must know it
         self.ends = partial(transform.apply_ends, recipe, self.config, self.known)
@@ -105,7 +107,12 @@ class QuantizedParts:
         """True if all that looks at the streams looks at tokens, so that a batch may hold more than its sequences."""
         states = [spec for name, spec in self.specs.items() if self.sites[name].kind == "state"]
         whole_streams = self.recipe.tune is not None or whole.needed(self.recipe, self.specs)
-        return not whole_streams and all(spec.dynamic for spec in states)
+        return not whole_streams and not self._within_chunks and all(spec.dynamic for spec in states)
+
+    @property
+    def _within_chunks(self) -> bool:
+        """True if a site is seen whose values depend on where the scan's chunks begin and end."""
+        return any(name.rpartition(".")[2] in ChunkSites._fields for name in self.specs)
 
     @property
     def count(self) -> int:

@@ -123,10 +123,10 @@ def site_sizes(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         both = dict.fromkeys(("state", "decay", "log_decay"), (E, N))
         return {"in": (D,), "dt_low": (R,), "B": (N,), "C": (N,), **both, **inner}
     G, H, P = config.n_groups, config.n_heads, config.head_dim
-    heads = dict.fromkeys(("z", "x", "u", "y"), (H, P))
+    heads = dict.fromkeys(("z", "x", "u", "u_scaled", "y"), (H, P))
     groups = dict.fromkeys(("B", "C", "B_conv", "C_conv"), (G, N))
-    steps = dict.fromkeys(("dt", "decay", "log_decay"), (H,))
-    return {"in": (D,), "state": (H, P, N), "out": (E,), **steps, **heads, **groups}
+    steps = dict.fromkeys(("dt", "decay", "log_decay", "chunk_decay"), (H,))
+    return {"in": (D,), "scores": (G,), "state": (H, P, N), "out": (E,), **steps, **heads, **groups}
 
 
 def segments(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -26,6 +26,7 @@ from squamata.kernels.landing import share_threads
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
+from squamata.kernels.ssd_scan.chunks import ChunkSites
 from squamata.models.block import Block, LayerCache, ScanCache
 from squamata.models.lm import Cache, LanguageModel
 from squamata.models.mamba1 import Mamba1
@@ -121,6 +122,8 @@ def _layer(block: Block) -> LayerPlan:
     sites = block.sites
     if "decay" in sites or "log_decay" in sites:
         raise NotPlannableError("the decay is represented in few bits")
+    if found := [name for name in ChunkSites._fields if name in sites]:
+        raise NotPlannableError(f"'{found[0]}' of the scan's chunks is represented in few bits")
     conv, integer_conv = _convolution(block)
     plans = {name: plan for name, site in sites.items() if name != "state" and (plan := _site(site, name))}
     if integer_conv:

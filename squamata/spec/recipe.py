@@ -114,6 +114,7 @@ class Named(Data):
 NamedField = Annotated[Named, BeforeValidator(_named_parameters)]
 
 
+DECAYS = ("decay", "chunk_decay")  # sites of numbers between 0 and 1
 _ROWS = {"granularity": "channel"}
 _GROUPS = {"granularity": "group(128)", "full_range": True, "scale_dtype": "float16"}
 TABLE_FORMATS: dict[str, dict[str, Any]] = {  # of the embedding, a row of which is read alone, and of the head
@@ -237,8 +238,8 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         )
     if spec.rounding == "stochastic" and info.kind != "state":
         raise SquamataError(f"{site}: 'rounding: stochastic' is for states, which are rounded again at every token")
-    if spec.absolute and site.rpartition(".")[2] != "decay":
-        raise SquamataError(f"{site}: codec '{spec.codec}' has no sign and ends at 1: it is for 'mixer.decay' alone")
+    if spec.absolute and site.rpartition(".")[2] not in DECAYS:
+        raise SquamataError(f"{site}: codec '{spec.codec}' has no sign and ends at 1: it is for {' and '.join(DECAYS)}")
     if info.kind == "state" and "token" in spec.granularity.axes:
         raise SquamataError(f"{site}: a state has no axis 'token'; 'dynamic: true' alone gives each sequence its scale")
     if spec.granularity.group and axes & {"segment", "index"}:
