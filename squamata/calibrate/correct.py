@@ -11,8 +11,8 @@ from torch import Tensor
 
 from squamata.calibrate.observe import Lengths, Stream, run_layer
 from squamata.errors import SquamataError, nearest
-from squamata.models.block import OUTPUT_BIAS as OUTPUT_BIAS
 from squamata.models.block import Block
+from squamata.models.config import OUTPUT_BIAS as OUTPUT_BIAS
 from squamata.spec.parameters import checked_parameters
 from squamata.spec.recipe import Recipe
 

@@ -18,7 +18,7 @@ from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Mode, Site
 from squamata.models.checkpoint import under
-from squamata.models.config import ModelConfig, segments, site_sizes
+from squamata.models.config import OUTPUT_BIAS, ModelConfig, segments, site_sizes
 from squamata.spec.quant import QuantSpec
 from squamata.spec.sites import BLOCKS
 
@@ -55,8 +55,6 @@ ROTATION = {
     "mixer.rotation": OptionalTensor((2,), torch.int64, left_by="hadamard"),
     "mixer.rotation_family": OptionalTensor((1,), torch.int64),  # whose matrices, place in FAMILIES; absent: 0, our own
 }
-
-OUTPUT_BIAS = "mixer.out_proj.bias"  # a correction leaves one where the model has none
 
 OwnCache = TypeVar("OwnCache", bound=LayerCache)
 

@@ -14,6 +14,8 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 SizeOrNone = Annotated[int, Field(ge=0, le=2**24)]  # 0 where the kind of layer has no such size
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
+OUTPUT_BIAS = "mixer.out_proj.bias"  # a correction leaves one in every layer of a model that has none
+
 
 class ModelConfig(BaseModel):
     """Shape of a language model. Letters as in the papers: D d_model, E d_inner, N d_state, H heads, P head_dim.
