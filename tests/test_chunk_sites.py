@@ -15,6 +15,8 @@ from torch.nn.functional import softplus
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import evaluate
+from squamata.kernels import ops
+from squamata.kernels.causal_conv1d import causal_conv1d
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.grid import Grid
 from squamata.kernels.partition import Layout
@@ -23,11 +25,14 @@ from squamata.kernels.site import Mode, Site, encode
 from squamata.kernels.ssd_scan import HeadLayout
 from squamata.kernels.ssd_scan.chunks import ChunkSites
 from squamata.kernels.ssd_scan.ref import run as ssd_scan
+from squamata.models.block import ScanCache
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.lm import LanguageModel
+from squamata.models.mamba2 import Mamba2
 from squamata.pipeline import load, quantize
-from squamata.run.decode_plan import NotPlannableError, plan_model
+from squamata.run.decode_plan import plan_model
 from squamata.run.gpu_plan import Planner
+from squamata.run.model import Model
 from squamata.save.read import read_checkpoint
 from squamata.save.write import write_checkpoint
 from squamata.spec.quant import QuantSpec
@@ -267,12 +272,42 @@ def test_a_rule_for_everything_names_none_of_them() -> None:
     plan_model(model)
 
 
+def test_a_token_alone_is_the_recurrence_compiled_or_not() -> None:
+    """No chunk, no gate: only the state, which a prompt left in codes, is rounded after it."""
+    checkpoint = checkpoint_of()
+    model, ids = Model(checkpoint), random_ids(checkpoint.config, 2, 30, 5)
+    block = model.blocks[0]
+    assert isinstance(block, Mamba2)
+    x, B, C, dt = (torch.randn(2, 1, size, generator=torch.Generator().manual_seed(size)) for size in (64, 32, 32, 4))
+    with use_backend("ref"):
+        cache, reference = model.new_cache(2), model.new_cache(2)
+        for each in (cache, reference):
+            model.forward(ids[:, :20], each)
+        given = cache[0]
+        assert isinstance(given, ScanCache) and isinstance(given.state, QTensor)
+        before = given.state.dequantize()
+        y = ops.conv_ssd_scan(x, B, C, dt, block.scan, as_float(given.conv).clone(), given.state, block.sites)
+        conv = as_float(reference[0].conv).clone()  # type: ignore[attr-defined]
+        landing = tuple(block.sites[name] for name in ("u", "B_conv", "C_conv"))
+        u, B, C = causal_conv1d((x, B, C), block.scan.conv_weight, block.scan.conv_bias, conv, landing)
+        scan = block.scan
+        wanted, after = ssd_scan(u, dt, scan.A, B, C, scan.D, scan.dt_bias, before, scan.layout)
+        assert torch.equal(y, wanted)
+        stored = block.sites["state"].land(after)
+        assert isinstance(stored, QTensor) and torch.equal(stored.data, given.state.data)
+        cache = model.new_cache(2)
+        model.forward(ids[:, :20], cache)
+        steps = [model.step(ids[:, t], reference) for t in (20, 21, 22)]
+    for t, expected in zip((20, 21, 22), steps, strict=True):
+        found = model.step(ids[:, t], cache)
+        assert float((found - expected).norm() / expected.norm()) < 0.05
+    assert model._decoder is not None
+
+
 @pytest.mark.parametrize("site", ChunkSites._fields)
-def test_the_fused_kernels_decline(site: str) -> None:
+def test_the_gpu_kernels_decline(site: str) -> None:
     spec = {"bits": 7, "codec": "fixed"} if site == "chunk_decay" else {"bits": 8}
     model = LanguageModel(checkpoint_of({"site": f"*.mixer.{site}", "spec": spec}, base=None))
-    with pytest.raises(NotPlannableError, match=site):
-        plan_model(model)
     pytest.importorskip("triton", reason="the GPU kernels need triton")
     planner = Planner(1, torch.device("cpu"), False, torch.float32, False)
     with pytest.raises(SquamataError, match=site if site != "chunk_decay" else "linear_grid|symmetric|chunk_decay"):

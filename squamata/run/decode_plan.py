@@ -122,10 +122,9 @@ def _layer(block: Block) -> LayerPlan:
     sites = block.sites
     if "decay" in sites or "log_decay" in sites:
         raise NotPlannableError("the decay is represented in few bits")
-    if found := [name for name in ChunkSites._fields if name in sites]:
-        raise NotPlannableError(f"'{found[0]}' of the scan's chunks is represented in few bits")
     conv, integer_conv = _convolution(block)
-    plans = {name: plan for name, site in sites.items() if name != "state" and (plan := _site(site, name))}
+    apart = ("state", *ChunkSites._fields)  # these are of chunks, which a token alone is not
+    plans = {name: plan for name, site in sites.items() if name not in apart and (plan := _site(site, name))}
     if integer_conv:
         for name in ("x",) if isinstance(block, Mamba1) else ("x", "B", "C"):
             plans[name] = _site(sites[name], name, codes_only=True)  # type: ignore[assignment]

@@ -24,7 +24,7 @@ def run(
 ) -> Tensor:
     landing = (sites["u"], sites["B_conv"], sites["C_conv"])
     u, B, C = causal_conv1d((x, B, C), layer.conv_weight, layer.conv_bias, conv, landing)
-    chunks = ChunkSites.of(sites)
+    chunks = ChunkSites.of(sites) if u.shape[1] > 1 else None  # a token alone is no chunk: see there
     if chunks is not None:
         y, landed = chunks.scan(u, dt, B, C, state, (layer.A, layer.D, layer.dt_bias), layer.layout, sites)
         store(state, landed)

@@ -11,6 +11,10 @@ Of a chunk of l tokens (section 6 of Dao and Gu 2024), with what is before it in
 A product of two sites with codes is one of integers. The last line is SSDi8's ``((s32 * gate + 64) >> 7) + new`` where
 ``chunk_decay`` is fixed-point in 7 bits: s32 goes on unclamped from chunk to chunk, what C reads and what the cache
 keeps is clamped to the codes. A state whose scale is not known beforehand is rounded once a chunk instead.
+
+One token alone is the recurrence of ``ssd_scan``, whose state lands after it: SSDi8's code does not decode, and chunks
+of one token lose much: a gate of 7 bits forgets what slow heads hold, what a token adds to a state is less than a code,
+and ``u_scaled`` was seen decayed until the ends of chunks.
 """
 
 from __future__ import annotations
@@ -81,7 +85,7 @@ class ChunkSites(NamedTuple):
     ) -> tuple[Tensor, Value]:  # fmt: skip
         """The contract of ``ssd_scan`` with these sites; ``parameters``: A, D, dt_bias. Gives the state as landed.
 
-        Chunks begin where the call does: a call of one token is a chunk of its own.
+        Chunks begin where the call does.
         """
         A, D, dt_bias = parameters
         steps = softplus(as_float(dt, A.dtype) + dt_bias).clamp(*layout.time_step_limit)  # (B, L, H)
