@@ -42,18 +42,28 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4 run-time (head, channel)": {"bits": 4, "granularity": "channel", "dynamic": True},
     "int4 run-time, stochastic": {"bits": 4, "granularity": "channel", "dynamic": True, "rounding": "stochastic"},
     "int8 static, percentile 0.9995": {"bits": 8, "rounding": "half-away", "scale": PERCENTILE},
+    "int8 static 0.9995, stochastic": {"bits": 8, "rounding": "stochastic", "scale": PERCENTILE},
     "int8 static, maximum": {"bits": 8, "rounding": "half-away"},
+    "int8 static (head, channel), maximum": {"bits": 8, "granularity": "channel"},
+    "int8 static, Quamba2's groups": {"bits": 8, "granularity": "index,state"},  # 4 x 4 groups x state, Mamba-2 alone
 }
 HALVES = {"float16": False, "float16, stochastic": True}  # the float model, whose state is rounded after every token
 BLOCK = 128
 
 
-def models(folder: Path, calibration: Path, scratch: Path) -> dict[str, Model]:
-    """The float model, and one a state format."""
+def models(folder: Path, calibration: Path, scratch: Path, wanted: list[str]) -> dict[str, Model]:
+    """The float model, and one a wanted state format."""
     made = {"float": squamata.load(folder)}
-    made |= {name: squamata.load(folder) for name in HALVES}
-    for name, spec in FORMATS.items():
-        recipe = Recipe.from_mapping({"name": "state", "rules": [{"site": "*.mixer.state", "spec": spec}]})
+    made |= {name: squamata.load(folder) for name in HALVES if name in wanted}
+    for name in wanted:
+        spec = FORMATS.get(name)
+        if spec is None:
+            continue
+        grouped = ["reorder"] if spec.get("granularity") == "index,state" else []
+        if grouped and "mamba1" in made["float"].config.blocks:
+            continue
+        rules = [{"site": "*.mixer.state", "spec": spec}]
+        recipe = Recipe.from_mapping({"name": "state", "rules": rules, "transforms": grouped})
         out = scratch / str(len(made))
         squamata.quantize(folder, recipe, out, calibration, samples=32)
         made[name] = squamata.load(out)
@@ -160,12 +170,14 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--sequences", type=int, default=1)
+    parser.add_argument("--formats", nargs="+", metavar="NAME", choices=[*HALVES, *FORMATS], help="these alone")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     edges = [0, 1024, *(2**power for power in range(12, 20) if 2**power < arguments.tokens), arguments.tokens - 1]
     with tempfile.TemporaryDirectory() as scratch:
-        every = models(arguments.model, arguments.calibration, Path(scratch))
+        wanted = arguments.formats or [*HALVES, *FORMATS]
+        every = models(arguments.model, arguments.calibration, Path(scratch), wanted)
     text = "\n".join(read_documents(arguments.text))
     ids = torch.tensor(every["float"].tokenizer.encode(text)[: arguments.tokens * arguments.sequences])
     if len(ids) < arguments.tokens * arguments.sequences:

@@ -2,6 +2,8 @@
 
 Memory is bounded by the embedding table, one layer, the calibration stream (samples x length x d_model x 8 bytes, 4
 more where transforms observe, and where outputs are corrected) and one shard, however many layers the model has.
+Weights with tables need the float model whole first, and from then on a float32 squared gradient for each of theirs
+that is not quantized yet.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from squamata import scales, transform
 from squamata.calibrate import correct, learn, whole
+from squamata.calibrate.gradients import squared_gradients
 from squamata.calibrate.observe import (
     Lengths,
     Stream,
@@ -35,7 +38,8 @@ from squamata.load.source import TensorSource
 from squamata.models.checkpoint import Checkpoint, under
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel, build_block, head_site, model_layouts
-from squamata.quantize import needs_inputs, quantize_tensors
+from squamata.quantize import Statistics as WeightStatistics
+from squamata.quantize import needs_gradients, needs_inputs, of_whole, quantize_tensors
 from squamata.run.device import check_device
 from squamata.scales.gram import Gram
 from squamata.scales.statistics import Statistics
@@ -51,7 +55,7 @@ FLOAT = Recipe.read("float")
 Progress = Callable[[int, int], None]  # parts done, parts in all
 Tensors = Mapping[str, Tensor]
 Values = dict[str, Value]
-Grams = Mapping[str, Gram] | None
+Known = Mapping[str, WeightStatistics] | None  # of weights
 
 
 class QuantizedParts:
@@ -100,6 +104,7 @@ class QuantizedParts:
         self.rounded: Stream = []
         self.served: Stream = []
         self.choices: whole.Choices = {}
+        self.tables: dict[str, WeightStatistics] | None = None  # what the whole model says of weights with tables
         self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
 
     @property
@@ -211,8 +216,8 @@ class QuantizedParts:
             entering = list(self.seen) if tuned else []
             written = correct.mean_output(block, self.seen, self.lengths)
             scales_found = self._scales_of(statistics)
-        grams = self._grams(layer, tensors)
-        quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, grams)
+        known = {**self._grams(layer, tensors), **self._tables(prefix)}
+        quantized = self._quantize({prefix + name: tensor for name, tensor in tensors.items()}, known)
         if self.seen and tuned:
             specs, start = under(prefix, self.specs), under(prefix, scales_found)
             student = build_block(self.working, layer, under(prefix, quantized), specs, start, "simulate")
@@ -252,17 +257,17 @@ class QuantizedParts:
             watch_head(self.config, final_norm, self.rounded, site, self.lengths)
         return {**scales_found, **self._quantize_ends(tensors, "head.weight", grams)}
 
-    def _quantize_ends(self, tensors: Tensors, table: str, grams: Grams = None) -> Values:
+    def _quantize_ends(self, tensors: Tensors, table: str, known: Known = None) -> Values:
         """Transformed and quantized, the table some of its rows at a time unless rows share a scale: in float32 it may
         be larger than all of the result.
         """
         every_row, spec = tensors.get(table), self.specs.get(table)
         if every_row is None or (spec and not Partition(spec.granularity, self.layouts[table]).row_by_row):
-            return self._quantize(self.ends(tensors), grams)
+            return self._quantize(self.ends(tensors), known)
         parts = []
         for rows in every_row.split(max(1, TABLE_BLOCK // every_row.shape[-1])):
             layout = {table: self.layouts[table].of_rows(len(rows))}
-            parts.append(self._quantize(self.ends({**tensors, table: rows}), grams, layout))
+            parts.append(self._quantize(self.ends({**tensors, table: rows}), known, layout))
         return parts[0] | {table: join_rows([part[table] for part in parts])}
 
     def _scales_of(self, statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
@@ -281,6 +286,20 @@ class QuantizedParts:
         statistics = attach(block.sites.values(), wanted, transform.observer(self.recipe))
         run_layer(block, self.plain, self.lengths)
         return under(prefix, statistics)
+
+    def _tables(self, prefix: str) -> dict[str, WeightStatistics]:
+        """What the whole float model says of one layer's weights with tables; the first call looks at all of it."""
+        if self.tables is None:
+            names = [name for name, spec in self.specs.items() if spec.tabulated]
+            self.tables = self._look_at_whole(names) if names else {}
+        return {name: self.tables.pop(name) for name in list(self.tables) if name.startswith(prefix)}
+
+    def _look_at_whole(self, names: list[str]) -> dict[str, WeightStatistics]:
+        tensors, squares = self._read("", again=True), None
+        if needs_gradients(self.recipe):
+            sequences = list(self._sequences())
+            squares = squared_gradients(self.source.config, tensors, sequences, names, self.progress)
+        return {**of_whole(self.recipe, {name: tensors[name] for name in names}, self.specs, squares)}
 
     def _grams(self, layer: int, tensors: Tensors) -> dict[str, Gram]:
         """What the layer's weights multiply when all layers before it are quantized."""
@@ -315,8 +334,8 @@ class QuantizedParts:
         self.bytes_read += 0 if again else sum(tensor.nbytes for tensor in tensors.values())
         return tensors
 
-    def _quantize(self, tensors: Tensors, grams: Grams = None, rows: dict[str, Layout] | None = None) -> Values:
-        return quantize_tensors(self.recipe, tensors, self.specs, self.layouts | (rows or {}), grams)
+    def _quantize(self, tensors: Tensors, known: Known = None, rows: dict[str, Layout] | None = None) -> Values:
+        return quantize_tensors(self.recipe, tensors, self.specs, self.layouts | (rows or {}), known)
 
 
 def calibrated_sites(recipe: Recipe, config: ModelConfig) -> list[str]:

@@ -31,7 +31,7 @@ from squamata.models.config import ModelConfig, shape
 from squamata.models.lm import LanguageModel
 from squamata.parts import QuantizedParts, calibrated_sites
 from squamata.quantize import check as check_weight_quantizer
-from squamata.quantize import needs_inputs
+from squamata.quantize import needs_gradients, needs_inputs
 from squamata.run.generate import generate
 from squamata.run.model import Model
 from squamata.save.format import describe
@@ -77,9 +77,9 @@ def quantize(
     """Quantize a float checkpoint by a recipe and write the result to the folder ``out``.
 
     ``source``: a folder, a hub name or ``bundled``. ``calibration``: a .txt or .jsonl file, needed if the recipe has
-    static activation scales or a weight quantizer that sees its inputs; ``samples`` documents of ``length`` tokens (the
-    recipe's numbers unless given). ``resume``: go on after the last layer that a killed call with the same arguments
-    finished. ``embedding``, ``head``: float, int8 or int4 for these two tables instead of what the recipe says.
+    static activation scales or a weight quantizer that sees inputs or gradients; ``samples`` documents of ``length``
+    tokens (the recipe's numbers unless given). ``resume``: go on after the last layer that a killed call with the same
+    arguments finished. ``embedding``, ``head``: float, int8 or int4 for these two tables, not what the recipe says.
     ``device``: where it is computed, ``cpu`` or ``cuda``. ``recoverable``: leave what ``resume`` needs after a layer.
     Raises SquamataError for anything the caller can put right; then nothing is written.
     """
@@ -175,6 +175,8 @@ def _must_see(recipe: Recipe, config: ModelConfig) -> str:
         return f"values at {sites[0]}"
     if recipe.correct is not None:
         return f"every layer's output, for {recipe.correct.name}"
+    if needs_gradients(recipe):
+        return f"gradients of weights, for {recipe.weights.name}"
     return f"the inputs of weights, for {recipe.weights.name}" if needs_inputs(recipe) else ""
 
 

@@ -60,7 +60,9 @@ def judged(agreement: ModuleType, folder: Path, bundled_folder: Path, tokens: in
     return judge
 
 
-FOR_MAMBA2 = [name for name in SHIPPED if "mamba2" in Recipe.read(name).architectures]
+FOR_MAMBA2 = [  # a state rounded by noise is another one in every kernel: tests/kernels/test_stochastic_rounding.py
+    name for name in SHIPPED if "mamba2" in Recipe.read(name).architectures and "stochastic" not in name
+]
 
 
 @pytest.mark.parametrize("recipe", [*FOR_MAMBA2, "quamba2-pieces"])

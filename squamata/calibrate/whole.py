@@ -206,14 +206,21 @@ def sweep(student: LanguageModel, example: Example, chosen: Mapping[str, Tensor]
     put(student.sites(), {name: leaf.detach() for name, leaf in chosen.items()})
     with torch.no_grad():
         entering = streams(student, example.ids)
+    put(student.sites(), chosen)
+    return swept(student, entering, example.divergence)
+
+
+def swept(model: LanguageModel, entering: list[Tensor], loss_of: Callable[[Tensor], Tensor]) -> float:
+    """A loss of the logits; adds its gradient to every leaf that the model's layers and head compute with.
+
+    ``entering``: what ``streams`` gave, used up from its end.
+    """
     with torch.enable_grad(), allow_mutation_on_saved_tensors():  # caches are updated in place
-        put([student.head_site], chosen)
         h = entering.pop().requires_grad_()
-        loss = example.divergence(student.logits(h, None))
+        loss = loss_of(model.logits(h, None))
         loss.backward()  # type: ignore[no-untyped-call]
-        for block in reversed(student.blocks):
+        for block in reversed(model.blocks):
             slope = h.grad
-            put(block.sites.values(), chosen)
             h = entering.pop().requires_grad_()
             advanced(block, h).backward(slope)  # type: ignore[no-untyped-call]
     return float(loss.detach())

@@ -37,6 +37,9 @@ def evaluate(
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Holds TASK.jsonl of the tasks.")] = None,
     limit: Annotated[int | None, typer.Option(help="First so many examples of LAMBADA and of each task.")] = None,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Also show how it changes with the distance from a window's start.")
+    ] = False,
     device: Annotated[Device, typer.Option(help="cpu: the integer kernels; cuda: simulated.")] = Device.cpu,
     json_file: JsonFile = None,
 ) -> None:
@@ -46,6 +49,8 @@ def evaluate(
         raise SquamataError("nothing to judge by: give --text FILE (or --lambada FILE, or --tasks NAMES)")
     if tasks is not None and data is None:
         raise SquamataError("--tasks needs --data FOLDER, the folder that holds their JSONL files")
+    if by_position and text is None:
+        raise SquamataError("--by-position is of --text FILE: give one")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     check_files(text)
     from squamata import pipeline
@@ -67,6 +72,8 @@ def evaluate(
             result = pipeline.evaluate(loaded, text, reference, window, max_tokens, mode.value, progress=advance)
         found |= result.to_dict() | {"against": against, "text": text}
         _show(model, text, against, result)
+        if by_position:
+            _show_positions(result)
     if lambada is not None:
         found["lambada"] = _lambada(loaded, lambada, limit)
     if tasks is not None and data is not None:
@@ -87,6 +94,16 @@ def _show(model: str, text: Path, against: str | None, result: Evaluation) -> No
     beside = f", against {against}" if against else ""
     where = f"{result.tokens} tokens of {result.documents} documents, windows of {result.window}, {result.mode}"
     table(f"{model} on {text.name}{beside}\n{where}, {result.seconds:.1f} s", ("<", "value", "95 % interval"), rows)
+
+
+def _show_positions(result: Evaluation) -> None:
+    rows = []
+    for span in result.by_position:
+        compared = () if span.kl is None else (f"{span.kl:.5f}", interval(span.kl_ci, 5))
+        loss = (f"{span.nats_per_token:.4f}", interval(span.nats_ci, 4))
+        rows.append((f"{span.start} to {span.stop - 1}", span.tokens, *loss, *compared))
+    heads = ("<place in the window", "tokens", "nats a token", "95 % interval")
+    table("by position", heads if result.kl is None else (*heads, "KL, nats a token", "95 % interval"), rows)
 
 
 def _lambada(model: LanguageModel, path: Path, limit: int | None) -> dict[str, Any]:

@@ -28,6 +28,10 @@ def random_checkpoint(config: ModelConfig, recipe: Recipe, device: str, seed: in
     """A quantized model in which every number is random and activations stay of order one."""
     torch.manual_seed(seed)
     specs = recipe.resolve(config.blocks)
+    if any(spec.tabulated for spec in specs.values()):
+        raise SquamataError(
+            f"recipe {recipe.name}: random models have no tables; use a recipe whose weights have scales"
+        )
     layouts = model_layouts(config)
     tensors: dict[str, Value] = {}
     for name, size in parameter_shapes(config).items():

@@ -102,7 +102,10 @@ def chip_figures(config: ModelConfig, recipe: Recipe) -> dict[str, float]:
     from squamata.hardware import estimate
 
     found = estimate(config, recipe)
-    return {name: float(getattr(found, name)) for name in ("sram_mm2", "energy_per_token_nj", "dram_bytes_per_token")}
+    figures = ["energy_per_token_nj", "dram_bytes_per_token"]
+    if not any(named.name == "reorder_within" for named in recipe.transforms):  # whose groups no recipe tells
+        figures.insert(0, "sram_mm2")
+    return {name: float(getattr(found, name)) for name in figures}
 
 
 def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:

@@ -83,8 +83,10 @@ def site_rows(model: LanguageModel, clipped: dict[str, float] | None = None) -> 
     for name, value in model.checkpoint.tensors.items():
         kind = kinds.get(name, "parameter")
         if isinstance(value, QTensor):
-            row = _row(name, kind, "", value.spec, value.scale, sizes[name])
-            rows.append(replace(row, scales=prod(Partition(value.spec.granularity, layouts[name]).shape())))
+            scale = None if value.spec.tabulated else value.scale
+            row = _row(name, kind, "", value.spec, scale, sizes[name])
+            count = 0 if scale is None else prod(Partition(value.spec.granularity, layouts[name]).shape())
+            rows.append(replace(row, scales=count))
         else:
             rows.append(_row(name, kind, str(value.dtype).removeprefix("torch."), None, None, sizes[name]))
     return rows
@@ -159,7 +161,7 @@ def _represented(row: SiteRow) -> str:
 def _scale(model: LanguageModel, name: str) -> Tensor | None:
     value = model.checkpoint.tensors.get(name)
     if value is not None:
-        return value.scale if isinstance(value, QTensor) else None
+        return value.scale if isinstance(value, QTensor) and not value.spec.tabulated else None
     return model.checkpoint.site_tensors.get(f"{name}.scale")
 
 

@@ -15,6 +15,7 @@ import torch
 
 from squamata.errors import SquamataError, nearest
 from squamata.evaluate.measure import AtOnce, Measured, at_once, measure
+from squamata.evaluate.positions import BLOCK, Cells, Span, cell_places, spans
 from squamata.evaluate.result import Result
 from squamata.evaluate.uncertainty import FEWEST_UNITS, Interval, ratio_interval
 from squamata.evaluate.windows import Batch, Corpus, Progress, batches, corpus_of, tokenizer_of
@@ -41,6 +42,7 @@ class Evaluation(Result):
 
     ``kl`` (nats a token, KL(reference || model)) and ``top1_agreement`` are None without a reference. ``*_ci``:
     bootstrap 95 % intervals over documents, or over windows if there are fewer than six; None for a single unit.
+    ``by_position``: the same by distance from the start of a window.
     """
 
     perplexity: float
@@ -56,6 +58,7 @@ class Evaluation(Result):
     window: int
     seconds: float
     documents: int
+    by_position: tuple[Span, ...]
     sums: UnitSums = field(repr=False, compare=False)
 
 
@@ -84,8 +87,8 @@ def evaluate(
     started = time.perf_counter()
     corpus = text if isinstance(text, Corpus) else corpus_of(text, tokenizer_of(model), window, max_tokens)
     with seeded(0):
-        sums = _unit_sums(corpus, _measurements(corpus, model, against, runner, progress))
-    return _summarize(corpus, sums, mode, window, time.perf_counter() - started)
+        cells = _cells(corpus, _measurements(corpus, model, against, runner, progress))
+    return _summarize(corpus, cells, mode, window, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ def _step_by_step(model: LanguageModel, ids: torch.Tensor, steps: int) -> Iterat
 def _measurements(
     corpus: Corpus, model: LanguageModel, against: LanguageModel | None, runner: _Runner, progress: Progress | None
 ) -> Iterator[tuple[torch.Tensor, Measured]]:
-    """For every piece of logits: the window (n,) of each predicted token, and its measures."""
+    """For every piece of logits: the cell (n,) of each predicted token, and its measures."""
+    first = torch.from_numpy(cell_places([window.predicted for window in corpus.windows])[0])
     done = 0
     for batch in batches(corpus.windows, runner.rows, runner.mixed_lengths):
         position = 0
@@ -130,7 +134,7 @@ def _measurements(
             for logits in runner.pieces(model, batch.ids):
                 reference = next(references) if references is not None else None
                 here = slice(position, position + logits.shape[1])
-                yield _measure_piece(batch, here, logits, reference)
+                yield _measure_piece(batch, first[list(batch.windows)], here, logits, reference)
                 position = here.stop
         done += batch.predicted
         if progress is not None:
@@ -138,13 +142,13 @@ def _measurements(
 
 
 def _measure_piece(
-    batch: Batch, here: slice, logits: torch.Tensor, reference: torch.Tensor | None
+    batch: Batch, first: torch.Tensor, here: slice, logits: torch.Tensor, reference: torch.Tensor | None
 ) -> tuple[torch.Tensor, Measured]:
     mask = batch.mask[:, here]
-    rows = torch.tensor(batch.windows)[:, None].expand_as(mask)[mask]
+    cells = (first[:, None] + torch.arange(here.start, here.stop) // BLOCK)[mask]
     kept_reference = None if reference is None else _kept(reference, mask)
     measured = measure(_kept(logits, mask), batch.targets[:, here][mask].to(logits.device), kept_reference)
-    return rows, measured
+    return cells, measured
 
 
 def _kept(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -152,26 +156,34 @@ def _kept(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return logits.flatten(0, 1) if mask.all() else logits[mask.to(logits.device)]
 
 
-def _unit_sums(corpus: Corpus, measurements: Iterator[tuple[torch.Tensor, Measured]]) -> UnitSums:
-    by_window = torch.zeros(4, len(corpus.windows), dtype=torch.float64)  # tokens, nats, kl, agrees
+def _cells(corpus: Corpus, measurements: Iterator[tuple[torch.Tensor, Measured]]) -> Cells:
+    _, window, block = cell_places([each.predicted for each in corpus.windows])
+    totals = torch.zeros(4, len(window), dtype=torch.float64)  # tokens, nats, kl, agrees
     compared = False
-    for rows, measured in measurements:
-        ones = torch.ones_like(measured.nats)
+    for cells, measured in measurements:
         compared = measured.kl is not None
-        columns = (ones, measured.nats, measured.kl, measured.agrees)
-        for total, values in zip(by_window, columns, strict=True):
+        columns = (torch.ones_like(measured.nats), measured.nats, measured.kl, measured.agrees)
+        for total, values in zip(totals, columns, strict=True):
             if values is not None:
-                total.index_add_(0, rows, values.cpu())
-    kind = "windows" if corpus.documents < FEWEST_UNITS else "documents"
-    if kind == "documents":
-        documents = torch.tensor([window.document for window in corpus.windows])
-        _, unit = documents.unique(return_inverse=True)
-        by_window = torch.zeros(4, corpus.documents, dtype=torch.float64).index_add_(1, unit, by_window)
-    tokens, nats, kl, agrees = by_window.numpy()
-    return UnitSums(kind, tokens, nats, kl if compared else None, agrees if compared else None)
+                total.index_add_(0, cells, values.cpu())
+    tokens, nats, kl, agrees = totals.numpy()
+    return Cells(window, block, tokens, nats, kl if compared else None, agrees if compared else None)
 
 
-def _summarize(corpus: Corpus, sums: UnitSums, mode: str, window: int, seconds: float) -> Evaluation:
+def _unit_sums(corpus: Corpus, cells: Cells) -> UnitSums:
+    kind, unit = "windows", cells.window
+    if corpus.documents >= FEWEST_UNITS:
+        kind = "documents"
+        documents = np.array([window.document for window in corpus.windows])
+        unit = np.unique(documents, return_inverse=True)[1][cells.window]
+    columns = (cells.tokens, cells.nats, cells.kl, cells.agrees)
+    tokens, nats, kl, agrees = (None if sums is None else np.bincount(unit, sums) for sums in columns)
+    assert tokens is not None and nats is not None
+    return UnitSums(kind, tokens, nats, kl, agrees)
+
+
+def _summarize(corpus: Corpus, cells: Cells, mode: str, window: int, seconds: float) -> Evaluation:
+    sums = _unit_sums(corpus, cells)
     nats_per_token = float(sums.nats.sum() / corpus.tokens)
     nats_ci = ratio_interval(sums.nats, sums.tokens)
     kl, kl_ci = _mean_and_interval(sums.kl, sums.tokens)
@@ -190,6 +202,7 @@ def _summarize(corpus: Corpus, sums: UnitSums, mode: str, window: int, seconds: 
         window=window,
         seconds=seconds,
         documents=corpus.documents,
+        by_position=spans(cells),
         sums=sums,
     )
 

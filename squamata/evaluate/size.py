@@ -30,7 +30,8 @@ def _quantized_bytes(value: QTensor, partition: Partition) -> int:
     """In memory scales are float32 and repeated to broadcast; on disk there is one a group, in ``scale_dtype``."""
     scale = getattr(torch, value.spec.scale_dtype).itemsize
     second = 0 if value.second is None else value.second.element_size()
-    return value.data.nbytes + prod(partition.shape()) * (scale + second)
+    sparse = 0 if value.sparse is None else value.sparse.nbytes
+    return value.data.nbytes + prod(partition.shape()) * value.spec.numbers * (scale + second) + sparse
 
 
 def bytes_by_part(model: LanguageModel, batch: int = 1) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from squamata.errors import SquamataError
 from squamata.models.config import OUTPUT_BIAS, ModelConfig, parameter_shapes, segments, site_sizes
@@ -12,6 +13,7 @@ from squamata.spec.recipe import Recipe
 from squamata.spec.sites import SiteInfo, all_sites
 
 ZERO_BITS = 8  # of the zero point beside every scale of an asymmetric format
+SPARSE_BITS, POINTER_BITS = 32, 32  # of an element in a sparse part (float16 and its column), and of where a row begins
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,26 @@ class Count:
 
     @property
     def data_bytes(self) -> float:
-        return self.elements * self.bits / 8
+        return self.elements * self.bits / 8 + self.sparse_bytes
+
+    @property
+    def sparse_bytes(self) -> float:
+        """Of a weight's sparse part, of about as many elements as the spec says."""
+        share = self.spec.sparse if self.spec else 0.0
+        return (self.elements * share * SPARSE_BITS + (self.sizes[0] + 1) * POINTER_BITS) / 8 if share else 0.0
 
 
 def ragged_groups(
     config: ModelConfig, recipe: Recipe, ssd: int | None = None, heads: int | None = None, channels: int | None = None
 ) -> Groups:
-    """As given, else as the recipe's ``reorder`` transform asks for, else 4 x 4; never more groups than members."""
-    asked = next((named.parameters for named in recipe.transforms if named.name == "reorder"), {})
-    ssd, heads = ssd or config.n_groups, heads or int(asked.get("head_groups", 4))
-    channels = channels or int(asked.get("channel_groups", 4))
+    """As given, else as the recipe's ``reorder`` transform asks for (``reorder_within``: at most), else 4 x 4; never
+    more groups than members."""
+    asked: dict[str, Any] = {"head_groups": 4, "channel_groups": 4}
+    for named in recipe.transforms:
+        if named.name in ("reorder", "reorder_within"):
+            most = 4 if named.name == "reorder" else 16
+            asked = {"head_groups": most, "channel_groups": most} | named.parameters
+    ssd, heads, channels = ssd or config.n_groups, heads or asked["head_groups"], channels or asked["channel_groups"]
     if min(ssd, heads, channels) < 1:
         raise SquamataError(f"groups {ssd} x {heads} x {channels}: give at least 1 of each")
     members = max(1, config.n_heads // ssd), config.head_dim or config.d_inner
@@ -123,7 +135,7 @@ def scale_count(spec: QuantSpec, axes: tuple[str, ...], sizes: tuple[int, ...], 
     if group:
         return prod(sizes[:-1]) * -(-sizes[-1] // group)
     if axes[0] == "out":
-        return sizes[0] if {"out", "channel"} & set(words) else 1
+        return sizes[0] * spec.numbers if {"out", "channel"} & set(words) else 1
     every = "channel" in words
     kept = [axis in words or (every and axis not in ("state", "tap")) for axis in axes]
     return prod(size for size, keep in zip(sizes, kept, strict=True) if keep)

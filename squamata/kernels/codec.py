@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squamata.kernels import levels
+from squamata.kernels import levels, table
 from squamata.kernels.grid import Grid, round_codes
 from squamata.spec.formats import FORMATS
-from squamata.spec.quant import QuantSpec
+from squamata.spec.quant import TABLE, QuantSpec
 
 __all__ = ["CODECS", "Codec", "Grid", "range_to_scale", "round_codes"]
 
@@ -60,7 +60,10 @@ def beyond_uniform(x: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     return (codes < smallest) | (codes > largest)
 
 
-CODECS: dict[str, Codec] = {"uniform": Codec(encode_uniform, decode_uniform, beyond_uniform)} | {
+CODECS: dict[str, Codec] = {
+    "uniform": Codec(encode_uniform, decode_uniform, beyond_uniform),
+    TABLE: Codec(table.encode, table.decode, table.beyond),
+} | {
     name: Codec(
         levels.encode,
         levels.decode,

@@ -102,7 +102,7 @@ def weight_format(layer: Linear, integer_activations: bool, bfloat16: bool, halv
     weight = layer.weight
     if not isinstance(weight, QTensor):
         return Format.BFLOAT16_FLOAT if bfloat16 else Format.FLOAT32_FLOAT
-    if weight.second is not None or weight.spec.bits not in (4, 8):
+    if weight.second is not None or weight.spec.bits not in (4, 8) or not weight.spec.linear_grid:
         raise SquamataError(f"the GPU kernels take symmetric 8- and 4-bit weights, not {weight.spec.describe()}")
     if weight.spec.bits == 4:
         floating = Format.INT4_INT16 if halves else Format.INT4_FLOAT

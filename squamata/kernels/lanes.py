@@ -7,7 +7,7 @@ All addresses are int64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -16,9 +16,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from squamata.kernels.emit import emit_prefetch, load, offset, splat, store
-from squamata.kernels.simd import FLOAT, INT32, call, constant, emit_clamp, emit_exp, emit_round_away
+from squamata.kernels.simd import FLOAT, INT32, call, constant, emit_clamp, emit_exp, emit_round_away, emit_uniform
 
 LANES = 16
+STOCHASTIC = 3  # a rounding of so much or more is the seed of the noise
 FLOATS = ir.VectorType(FLOAT, LANES)
 INTS = ir.VectorType(INT32, LANES)
 BYTES = ir.VectorType(ir.IntType(8), LANES)
@@ -73,15 +74,47 @@ def largest_magnitude(_typing, row, blocks):  # type: ignore[no-untyped-def]
 
 
 def emit_rounded(
-    builder: ir.IRBuilder, scaled: ir.Value, low: ir.Value, high: ir.Value, rounding: ir.Value | None
+    builder: ir.IRBuilder,
+    scaled: ir.Value,
+    low: ir.Value,
+    high: ir.Value,
+    rounding: ir.Value | None,
+    place: ir.Value | None = None,
 ) -> ir.Value:
-    """Codes within low..high as int32: ``rounding`` 1 half-away, 2 towards zero, None half-even (one instruction)."""
+    """Codes within low..high as int32: ``rounding`` 1 half-away, 2 towards zero, None half-even (one instruction).
+
+    With a ``place``, int64 index of the first lane: up with the fraction's probability, ``rounding`` being the seed.
+    """
     if rounding is None:
         code = call(builder, "rint", (scaled,))
-    else:
+    elif place is None:
         away = builder.icmp_signed("==", rounding, rounding.type(1))
         code = builder.select(away, emit_round_away(builder, scaled), call(builder, "trunc", (scaled,)))
+    else:
+        below = call(builder, "floor", (scaled,))
+        up = builder.fcmp_ordered("<", emit_noise(builder, rounding, place), builder.fsub(scaled, below))
+        code = builder.select(up, builder.fadd(below, constant(FLOATS, 1.0)), below)
     return builder.fptosi(emit_clamp(builder, code, low, high), INTS)
+
+
+def emit_noise(builder: ir.IRBuilder, seed: ir.Value, place: ir.Value) -> ir.Value:
+    """Uniform in [0, 1), a number a lane, as ``simd.noise`` gives for ``seed + place + lane``."""
+    counter = splat(builder, builder.trunc(builder.add(seed, place), INT32))
+    return emit_uniform(builder, builder.add(counter, ir.Constant(INTS, list(range(LANES)))))
+
+
+def emit_by_rounding(
+    builder: ir.IRBuilder, rounding: ir.Value, loop_with: Callable[[ir.Value | None, bool], None]
+) -> None:
+    """Three copies of a loop, ``loop_with(rounding, stochastic)``: half-even, stochastic, the others."""
+    with builder.if_else(builder.icmp_signed("==", rounding, rounding.type(0))) as (even, others):
+        with even:
+            loop_with(None, False)
+        with others, builder.if_else(builder.icmp_signed(">=", rounding, rounding.type(STOCHASTIC))) as (some, rest):
+            with some:
+                loop_with(rounding, True)
+            with rest:
+                loop_with(rounding, False)
 
 
 def _land(one_scale: bool) -> Any:
@@ -140,34 +173,37 @@ def _state_row(per_state_decay: bool, integer: bool) -> Any:
     rows hold codes: s = code * scale[n] and code = clamp(round(s * inverse[n])).
 
     Arguments: addresses of the row, A, B, C, scale, inverse; blocks; decay or dt, drive, low, high (float32);
-    rounding (0 half-even, 1 half-away, 2 towards zero).
+    rounding (0 half-even, 1 half-away, 2 towards zero, from ``STOCHASTIC`` on: up with the fraction's probability).
     """
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         row, a, b, c, scale, inverse, blocks, decay, drive, low, high, rounding = arguments
         total = cgutils.alloca_once_value(builder, constant(FLOATS, 0.0))
         rate, drive, low, high = (splat(builder, value) for value in (decay, drive, low, high))
-        even = builder.icmp_signed("==", rounding, rounding.type(0))
-        away = builder.icmp_signed("==", rounding, rounding.type(1))
-        with cgutils.for_range(builder, blocks) as loop:
 
-            def at(base: ir.Value) -> ir.Value:
-                return load(builder, offset(builder, base, loop.index, 64), FLOATS, 4)
+        def loop_with(rounding: ir.Value | None, stochastic: bool) -> None:
+            with cgutils.for_range(builder, blocks) as loop:
 
-            where = offset(builder, row, loop.index, LANES if integer else 4 * LANES)
-            state = load(builder, where, BYTES if integer else FLOATS, 1)
-            if integer:
-                state = builder.fmul(builder.sitofp(builder.sext(state, INTS), FLOATS), at(scale))
-            factor = emit_exp(builder, builder.fmul(rate, at(a))) if per_state_decay else rate
-            state = builder.fadd(builder.fmul(factor, state), builder.fmul(drive, at(b)))
-            builder.store(builder.fadd(builder.load(total), builder.fmul(state, at(c))), total)
-            if integer:
-                scaled = builder.fmul(state, at(inverse))
-                code = builder.select(away, emit_round_away(builder, scaled), call(builder, "trunc", (scaled,)))
-                code = builder.select(even, call(builder, "rint", (scaled,)), code)
-                code = emit_clamp(builder, code, low, high)
-                state = builder.trunc(builder.fptosi(code, INTS), BYTES)
-            store(builder, state, where, 1)
+                def at(base: ir.Value) -> ir.Value:
+                    return load(builder, offset(builder, base, loop.index, 64), FLOATS, 4)
+
+                where = offset(builder, row, loop.index, LANES if integer else 4 * LANES)
+                state = load(builder, where, BYTES if integer else FLOATS, 1)
+                if integer:
+                    state = builder.fmul(builder.sitofp(builder.sext(state, INTS), FLOATS), at(scale))
+                factor = emit_exp(builder, builder.fmul(rate, at(a))) if per_state_decay else rate
+                state = builder.fadd(builder.fmul(factor, state), builder.fmul(drive, at(b)))
+                builder.store(builder.fadd(builder.load(total), builder.fmul(state, at(c))), total)
+                if integer:
+                    scaled, place = builder.fmul(state, at(inverse)), builder.mul(loop.index, _INT64(LANES))
+                    code = emit_rounded(builder, scaled, low, high, rounding, place if stochastic else None)
+                    state = builder.trunc(code, BYTES)
+                store(builder, state, where, 1)
+
+        if integer:
+            emit_by_rounding(builder, rounding, loop_with)
+        else:
+            loop_with(None, False)
         return _horizontal(builder, builder.load(total))
 
     def typed(_typing, row, a, b, c, scale, inverse, blocks, decay, drive, low, high, rounding):  # type: ignore[no-untyped-def]
@@ -223,23 +259,14 @@ def close_row(_typing, scratch, row, blocks, inverse, low, high, rounding):  # t
         scratch, row, blocks, inverse, low, high, rounding = arguments
         inverse, low, high = (splat(builder, value) for value in (inverse, low, high))
 
-        def loop_with(rounded: Any) -> None:
+        def loop_with(rounding: ir.Value | None, stochastic: bool) -> None:
             with cgutils.for_range(builder, blocks) as loop:
-                values = load(builder, offset(builder, scratch, loop.index, 64), FLOATS, 4)
-                code = emit_clamp(builder, rounded(builder.fmul(values, inverse)), low, high)
-                store(
-                    builder,
-                    builder.trunc(builder.fptosi(code, INTS), BYTES),
-                    offset(builder, row, loop.index, LANES),
-                    1,
-                )
+                scaled = builder.fmul(load(builder, offset(builder, scratch, loop.index, 64), FLOATS, 4), inverse)
+                place = builder.mul(loop.index, _INT64(LANES)) if stochastic else None
+                code = emit_rounded(builder, scaled, low, high, rounding, place)
+                store(builder, builder.trunc(code, BYTES), offset(builder, row, loop.index, LANES), 1)
 
-        with builder.if_else(builder.icmp_signed("==", rounding, rounding.type(0))) as (even, others):
-            with even:
-                loop_with(lambda x: call(builder, "rint", (x,)))
-            with others:
-                away = builder.icmp_signed("==", rounding, rounding.type(1))
-                loop_with(lambda x: builder.select(away, emit_round_away(builder, x), call(builder, "trunc", (x,))))
+        emit_by_rounding(builder, rounding, loop_with)
         return ir.Constant(ir.IntType(8).as_pointer(), None)
 
     return types.none(*[types.int64] * 3, *[types.float32] * 3, types.int64), codegen

@@ -3,6 +3,9 @@
 **Canonical** (on disk): int8 is row-major ``(N, K)``; int4 is ``uint8 (N, ceil(K / 2))``, even k in the low nibble,
 each value in two's complement.
 
+**Stream** (on disk, of tables): codes 0 .. 2^b - 1 of b bits, uint8 ``(N, b ceil(K / 8))``: eight codes make b bytes,
+bit i of code k is bit b k + i, counted from the lowest of the first byte; a last group is filled up with zeros.
+
 **Flagged** (in memory): the 5 bits of a dual-scale code, uint8 ``(..., ceil(K / 2) + ceil(K / 8))``: the values of a
 row as int4 bytes, then its flags, element k in bit k % 8 of byte k // 8.
 
@@ -108,6 +111,21 @@ def unpack_int4(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """Inverse of ``pack_int4``: uint8 (..., ceil(K / 2)) -> int8 (..., K)."""
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :columns]
     return (nibbles ^ 8).to(torch.int8) - 8
+
+
+def pack_stream(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes 0 .. 2^bits - 1, int8 (..., K) -> uint8 (..., bits ceil(K / 8)), bits at most 7."""
+    eights = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8)).long()
+    words = (eights << bits * torch.arange(8, device=codes.device)).sum(-1, keepdim=True)
+    return ((words >> 8 * torch.arange(bits, device=codes.device)) & 255).to(torch.uint8).flatten(-2)
+
+
+def unpack_stream(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Inverse of ``pack_stream``: int8 (..., K)."""
+    groups = packed.unflatten(-1, (-1, bits)).long()
+    words = (groups << 8 * torch.arange(bits, device=packed.device)).sum(-1, keepdim=True)
+    codes = (words >> bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
+    return codes.to(torch.int8).flatten(-2)[..., :columns]
 
 
 def pack_flagged(codes: torch.Tensor) -> torch.Tensor:

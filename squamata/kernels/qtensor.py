@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.codec import CODECS
-from squamata.kernels.packing import unpack_flagged, unpack_int4
+from squamata.kernels.packing import unpack_flagged, unpack_int4, unpack_stream
+from squamata.kernels.sparse import SparseRows
 from squamata.spec.granularity import Granularity
 from squamata.spec.quant import QuantSpec
 
@@ -22,7 +23,8 @@ class QTensor:
     given: see ``packing``; or, in simulation, the same integers carried in floating point so that gradients pass.
     ``scale``: float32, broadcasts against data, or (out, in / group) for grouped weights. ``second``: like scale, the
     codec's second number a group (the zero point of an asymmetric uniform grid), for specs that have one; of a
-    ``second_level`` spec the channel scale (out, 1), beside ratios as ``scale``.
+    ``second_level`` spec the channel scale (out, 1), beside ratios as ``scale``. With codec ``table`` the ``scale`` is
+    the rows' tables, (out, 2^bits), and ``sparse`` what is added to what they say.
     """
 
     data: Tensor
@@ -30,6 +32,7 @@ class QTensor:
     spec: QuantSpec
     second: Tensor | None = None
     length: int | None = None
+    sparse: SparseRows | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,6 +53,8 @@ class QTensor:
         return codes - zero if self.simulated else codes.to(wide) - zero.to(wide)
 
     def _unpacked(self, length: int) -> Tensor:
+        if self.spec.tabulated:
+            return unpack_stream(self.data, self.spec.bits, length)
         return unpack_flagged(self.data, length) if self.spec.flagged else unpack_int4(self.data, length)
 
     def element_scale(self) -> Tensor:
@@ -75,17 +80,20 @@ class QTensor:
         if self.spec.second_level:
             return self.as_operand().dequantize(dtype)
         second = None if self.second is None else self._per_element(self.second)
-        return CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), second, self.spec, dtype)
+        values = CODECS[self.spec.codec].decode(self.codes(), self.element_scale(), second, self.spec, dtype)
+        return values if self.sparse is None else self.sparse.added_to(values)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
         second = None if self.second is None else self.second.to(device)
-        return QTensor(self.data.to(device), self.scale.to(device), self.spec, second, self.length)
+        sparse = None if self.sparse is None else self.sparse.to(device)
+        return QTensor(self.data.to(device), self.scale.to(device), self.spec, second, self.length, sparse)
 
     @property
     def nbytes(self) -> int:
         second = 0 if self.second is None else self.second.nbytes
-        return self.data.nbytes + self.scale.nbytes + second
+        sparse = 0 if self.sparse is None else self.sparse.nbytes
+        return self.data.nbytes + self.scale.nbytes + second + sparse
 
 
 Value = Tensor | QTensor
@@ -99,6 +107,7 @@ def join_rows(parts: Sequence[Value]) -> Value:
     if isinstance(first, Tensor):
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
     tensors = [part for part in parts if isinstance(part, QTensor)]
+    assert first.sparse is None, "tables are for the weights of layers, which are never in parts"
     second = [part.second for part in tensors if part.second is not None]
     data, scale = torch.cat([part.data for part in tensors]), torch.cat([part.scale for part in tensors])
     return QTensor(data, scale, first.spec, torch.cat(second) if second else None, first.length)

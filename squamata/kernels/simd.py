@@ -38,6 +38,8 @@ _EXP_POLYNOMIAL = (0.5, 0.16666573286056519, 0.04166645556688309, 0.008363776840
 # (2 atanh(s) / s - 2) / s^2 as a polynomial of s^2, |s| <= 0.1716, Chebyshev interpolation
 _LOG_POLYNOMIAL = (0.66666667, 0.4000013, 0.28549913, 0.23354726)
 _SQRT_HALF_BITS = 0x3F3504F3
+_GOLDEN = 0x9E3779B1 - 2**32  # 2^32 / golden ratio, as int32
+_MIX = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)  # of murmur3 (Appleby), as int32
 
 
 def has_vnni(features: Mapping[str, bool] | None = None) -> bool:
@@ -147,6 +149,17 @@ def emit_sigmoid(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.fdiv(one, builder.fadd(one, emit_exp(builder, builder.fneg(x))))
 
 
+def emit_uniform(builder: ir.IRBuilder, counter: ir.Value) -> ir.Value:
+    """A number in [0, 1) of 24 bits for every int32 counter: murmur3's finalizer of a Weyl sequence."""
+    kind, mixed = counter.type, builder.mul(counter, constant(counter.type, _GOLDEN))
+    for shift, factor in ((16, _MIX[0]), (13, _MIX[1]), (16, 1)):
+        mixed = builder.xor(mixed, builder.lshr(mixed, constant(kind, shift)))
+        mixed = builder.mul(mixed, constant(kind, factor)) if factor != 1 else mixed
+    return builder.fmul(
+        builder.sitofp(builder.lshr(mixed, constant(kind, 8)), like(kind, FLOAT)), constant(like(kind, FLOAT), 2.0**-24)
+    )
+
+
 def emit_silu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """``x / (1 + exp(-x))``."""
     return builder.fdiv(x, builder.fadd(constant(x.type, 1.0), emit_exp(builder, builder.fneg(x))))
@@ -180,6 +193,8 @@ rint = _float_function(lambda builder, x: call(builder, "rint", (x,)), 1)
 """Nearest integer, ties to even."""
 round_away = _float_function(emit_round_away, 1)
 """Nearest integer, ties away from zero: ``copysign(floor(|x| + 1/2), x)``."""
+floor = _float_function(lambda builder, x: call(builder, "floor", (x,)), 1)
+"""Integer part, downwards."""
 truncate = _float_function(lambda builder, x: call(builder, "trunc", (x,)), 1)
 """Integer part, towards zero."""
 sqrt = _float_function(lambda builder, x: call(builder, "sqrt", (x,)), 1)
@@ -202,6 +217,18 @@ silu = _float_function(emit_silu, 1)
 """``x / (1 + exp(-x))``."""
 softplus = _float_function(emit_softplus, 1)
 """``log(1 + exp(x))``, and x itself above 20."""
+
+
+@intrinsic
+def noise(_typing, counter):  # type: ignore[no-untyped-def]
+    """Uniform float32 in [0, 1) of an int64 counter, of which 32 bits count; see :func:`emit_uniform`."""
+    if counter != types.int64:
+        return None
+
+    def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        return emit_uniform(builder, builder.trunc(arguments[0], INT32))
+
+    return types.float32(types.int64), codegen
 
 
 @intrinsic

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'squamata[studies]'"
 COLOURS = ("#2a7f62", "#c8792b", "#4a6fa5", "#9b4a75", "#7a8b3c", "#5b6770", "#b5493b", "#3f8f9f")
+DASHES = ("solid", "dash", "dot", "dashdot")  # once the colours are used up
 FAINT, INK, GRID = "#9aa5ab", "#26323a", "#e6eaec"
 SCALE = [[0.0, "#f6f8f7"], [0.35, "#a9d1c1"], [0.7, "#2a7f62"], [1.0, "#12372a"]]
 CHIP = {  # figures of the hardware room that are costs
@@ -57,8 +59,9 @@ def figure(title: str, height: int = 420, **layout: Any) -> Figure:
 
 
 def label(row: Row) -> str:
-    """Recipe and override, and the seed where it is not 0."""
-    name = row["recipe"] if row["override"] == AS_IT_IS else f"{row['recipe']}, {row['override']}"
+    """Recipe and override, and the seed where it is not 0; of a recipe's file its name alone."""
+    recipe = PurePath(row["recipe"]).stem if row["recipe"].endswith((".yaml", ".yml")) else row["recipe"]
+    name = recipe if row["override"] == AS_IT_IS else f"{recipe}, {row['override']}"
     return name if row["seed"] == 0 else f"{name}, seed {row['seed']}"
 
 
@@ -215,6 +218,41 @@ def pairs(rows: Sequence[Row], sums: Mapping[str, UnitSums | None]) -> Figure:
         hovertemplate="%{y}<br>beside %{x}<br>%{z:+.3f} %<extra></extra>",
     )
     made.update_yaxes(autorange="reversed")
+    return made
+
+
+def by_position(rows: Sequence[Row], place: int) -> Figure | None:
+    """KL against the distance from a window's start, a line a row of one model, of evaluation ``place``; None where
+    nothing was judged over two spans or more."""
+    lines = {label(row): row["evaluations"][place].get("by_position") or [] for row in rows}
+    lines = {name: spans for name, spans in lines.items() if len(spans) > 1 and (spans[0]["kl"] or 0) > SMALLEST_KL}
+    if not lines:
+        return None
+    entry = rows[0]["evaluations"][place]
+    title = f"{rows[0]['model']}, {entry['text']}, {entry['mode']}: KL by tokens since the window began"
+    made = figure(title, height=380 + 18 * len(lines))
+    for number, (name, spans) in enumerate(lines.items()):
+        bounds = [span["kl_ci"] or (span["kl"], span["kl"]) for span in spans]
+        made.add_scatter(
+            x=[(span["start"] + span["stop"]) / 2 for span in spans],
+            y=[span["kl"] for span in spans],
+            mode="lines+markers",
+            name=name,
+            line={"dash": DASHES[number // len(COLOURS) % len(DASHES)]},
+            error_y={
+                "type": "data",
+                "array": [high - span["kl"] for (_, high), span in zip(bounds, spans, strict=True)],
+                "arrayminus": [span["kl"] - low for (low, _), span in zip(bounds, spans, strict=True)],
+                "thickness": 1,
+                "width": 3,
+            },
+            customdata=[[span["start"], span["stop"] - 1, span["nats_per_token"]] for span in spans],
+            hovertemplate="%{customdata[0]} to %{customdata[1]}: %{y:.5g}<br>%{customdata[2]:.4f} nats lost<extra>"
+            + name
+            + "</extra>",
+        )
+    made.update_xaxes(title="tokens since the window began (middle of the stretch)", type="log")
+    made.update_yaxes(title="KL to the float model, nats a token", type="log", exponentformat="power")
     return made
 
 

@@ -98,6 +98,7 @@ def _sections(
         yield "<h2>Rows</h2>" + _conditions(rows) + _table(rows, compared) + _seeds(rows)
         yield from _fronts(rows)
         yield from _differences(rows, compared, folder)
+        yield from _positions(rows)
         yield from _distributions(rows, folder)
     yield from _sensitivities([found for found in others if found["kind"] == "sensitivity"])
     yield from _outliers([found for found in others if found["kind"] == "outliers"])
@@ -186,6 +187,9 @@ def _fronts(rows: Sequence[Row]) -> Iterator[str]:
     draw = _Drawing("front")
     yield "<h2>What it costs</h2>"
     for cost, quality in (("bytes", "kl"), ("bytes", "perplexity"), *((name, "kl") for name in figures.CHIP)):
+        costs = {row.get("hardware", {}).get(cost) for row in rows}
+        if cost in figures.CHIP and len(rows) > 1 and len(costs) == 1:
+            continue  # one and the same for all: nothing to choose
         made = figures.pareto(rows, cost, quality)
         if made.data:
             yield draw(made)
@@ -195,12 +199,26 @@ def _differences(rows: Sequence[Row], compared: Mapping[str, Comparison], folder
     if len(rows) < 2:
         return
     draw = _Drawing("difference")
-    yield "<h2>Which differences are real</h2>" + draw(figures.differences(rows, compared))
+    beside = figures.differences(rows, compared)
+    yield "<h2>Which differences are real</h2>" + (draw(beside) if beside.data else "")
     sums = sums_of(folder, rows)
     for model in figures.models_of(rows):
         same = [row for row in rows if row["model"] == model]
         if 1 < len(same) <= LARGEST_PAIRS:
             yield draw(figures.pairs(same, sums))
+
+
+def _positions(rows: Sequence[Row]) -> Iterator[str]:
+    """What stepping token by token shows, one figure a model and text."""
+    draw = _Drawing("position")
+    drawn = []
+    for model in figures.models_of(rows):
+        same = [row for row in rows if row["model"] == model]
+        stepped = [place for place, entry in enumerate(same[0]["evaluations"]) if entry["mode"] == "recurrent"]
+        made = [figures.by_position(same, place) for place in stepped]
+        drawn += [draw(each) for each in made if each is not None]
+    if drawn:
+        yield "<h2>How the error grows with the distance</h2>" + "".join(drawn)
 
 
 def _distributions(rows: Sequence[Row], folder: Path) -> Iterator[str]:

@@ -23,6 +23,7 @@ from squamata.kernels.decode.cpu import (
 )
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.landing import share_threads
+from squamata.kernels.lanes import STOCHASTIC
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
@@ -67,6 +68,8 @@ class Decoder:
         shape = (len(ids), self.model.config.vocab_size)
         logits = np.empty(shape, np.float32)  # not torch's: its threads would spin beside ours
         for row, states in enumerate(self._rows):
+            if self.plan.stochastic:
+                states.reseed(torch.randint(STOCHASTIC, 2**62, (len(states.table),)).numpy())
             logits[row] = self.plan.step(embedded[row], states=states)
         return torch.from_numpy(logits)
 
@@ -167,8 +170,6 @@ def _plannable_spec(site: Site) -> QuantSpec | None:
     spec = site.spec if site.quantized else None
     if spec is not None and not (spec.symmetric and spec.linear_grid):
         raise NotPlannableError(f"{site.name} has a zero point or a grid that is not linear")
-    if spec is not None and spec.rounding == "stochastic":
-        raise NotPlannableError(f"{site.name} is rounded stochastically")
     return spec
 
 

@@ -9,7 +9,7 @@ import torch
 
 from squamata.kernels.partition import Layout, Partition
 from squamata.models.config import ModelConfig
-from squamata.spec.quant import QuantSpec
+from squamata.spec.quant import TABLE, QuantSpec
 
 VERSION = 1
 CONFIG = "config.json"
@@ -35,11 +35,24 @@ def data_signature(shape: tuple[int, ...], spec: QuantSpec | None) -> tuple[tupl
     """Shape and dtype in which a tensor is stored: int8 codes, two 4-bit codes a byte, or any float (None)."""
     if spec is None:
         return shape, None
+    if spec.tabulated:
+        return (shape[0], spec.bits * -(-shape[1] // 8)), torch.uint8
     if spec.bits <= 4 and spec.symmetric and len(shape) == 2:
         return (shape[0], -(-shape[1] // 2)), torch.uint8
     return shape, torch.int8
 
 
 def scale_signature(spec: QuantSpec, layout: Layout) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype in which the scales of a weight are stored."""
-    return Partition(spec.granularity, layout).shape(), getattr(torch, spec.scale_dtype)
+    """Shape and dtype in which the scales of a weight, or the tables of its rows, are stored."""
+    shape = Partition(spec.granularity, layout).shape()
+    return (*shape, spec.numbers) if spec.tabulated else shape, getattr(torch, spec.scale_dtype)
+
+
+def scale_name(name: str, spec: QuantSpec) -> str:
+    """Under which the scales of a weight, or the tables of its rows, are stored."""
+    return f"{name}.{TABLE if spec.tabulated else 'scale'}"
+
+
+def sparse_names(name: str) -> tuple[str, str, str]:
+    """Under which row pointers, columns and values of the sparse part of a weight are stored."""
+    return f"{name}.sparse_rows", f"{name}.sparse_columns", f"{name}.sparse_values"

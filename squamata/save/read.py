@@ -16,10 +16,19 @@ from torch import Tensor
 from squamata.errors import SquamataError
 from squamata.kernels.partition import Partition
 from squamata.kernels.qtensor import QTensor, Value
+from squamata.kernels.sparse import SparseRows, column_type
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig, parameter_shapes
 from squamata.models.lm import KINDS, model_layouts, model_sites
-from squamata.save.format import CONFIG, INDEX, VERSION, data_signature, scale_signature
+from squamata.save.format import (
+    CONFIG,
+    INDEX,
+    VERSION,
+    data_signature,
+    scale_name,
+    scale_signature,
+    sparse_names,
+)
 from squamata.spec.quant import SITE_PARTS, QuantSpec
 from squamata.spec.recipe import Recipe
 from squamata.spec.yaml_file import said
@@ -31,6 +40,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "I16": torch.int16,
     "I64": torch.int64,
     "I32": torch.int32,
 }
@@ -52,6 +62,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     raw = {name: tensor for path in shards for name, tensor in _load(path).items()}
     _refuse_bad_numbers(folder, raw)
     _check_ragged(folder, config, specs, raw)
+    _check_sparse(folder, config, specs, raw)
     tensors: dict[str, Value] = {}
     layouts = model_layouts(config)
     for name, shape in parameter_shapes(config).items():
@@ -149,7 +160,7 @@ def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Sig
         expected[name] = data_signature(full_shape, spec)
         if spec is not None:
             scale = scale_signature(spec, layouts[name])
-            expected |= _with_second(name, spec, scale)
+            expected |= _with_second(name, spec, scale) | _sparse(name, spec, full_shape)
     for site in model_sites(config, specs):
         if site.spec is not None and not site.spec.dynamic:
             ragged = site.spec.granularity.ragged
@@ -172,7 +183,15 @@ def _left_in_layers(config: ModelConfig, recipe: Recipe, stored: Mapping[str, Si
 def _with_second(name: str, spec: QuantSpec, scale: Signature) -> dict[str, Signature]:
     shape = scale[0][:1] if spec.second_level and scale[0] is not None else scale[0]  # a row's
     second = {} if spec.second is None else {f"{name}.{spec.second}": (shape, torch.float32)}
-    return {f"{name}.scale": scale} | second
+    return {scale_name(name, spec): scale} | second
+
+
+def _sparse(name: str, spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, Signature]:
+    """The sparse part of a weight (N, K), of which only reading says how many elements it has."""
+    if not spec.sparse:
+        return {}
+    signatures = (((shape[0] + 1,), torch.int32), (None, column_type(shape[1])), (None, torch.float16))
+    return dict(zip(sparse_names(name), signatures, strict=True))
 
 
 def _check(folder: Path, stored: Mapping[str, Signature], expected: Mapping[str, Signature]) -> None:
@@ -193,6 +212,9 @@ def _check(folder: Path, stored: Mapping[str, Signature], expected: Mapping[str,
 def _quantized(
     name: str, raw: dict[str, Tensor], spec: QuantSpec, partition: Partition, shape: tuple[int, ...]
 ) -> QTensor:
+    if spec.tabulated:
+        sparse = SparseRows(*(raw[part] for part in sparse_names(name))) if spec.sparse else None
+        return QTensor(raw[name], raw[scale_name(name, spec)].float(), spec, None, shape[-1], sparse)
     scale = partition.expand(raw[f"{name}.scale"].float())
     second = None if spec.second is None else raw[f"{name}.{spec.second}"]
     if second is not None:
@@ -222,3 +244,20 @@ def _check_ragged(folder: Path, config: ModelConfig, specs: Mapping[str, QuantSp
             if name in raw and tuple(raw[name].shape) != wanted:
                 found = tuple(raw[name].shape)
                 raise SquamataError(f"{folder}: tensor '{name}' has shape {found} where {wanted} was expected")
+
+
+def _check_sparse(folder: Path, config: ModelConfig, specs: Mapping[str, QuantSpec], raw: Mapping[str, Tensor]) -> None:
+    """Every sparse part is a matrix of the size of its weight: rows follow each other, columns rise within a row."""
+    for name, (_, width) in ((name, shape) for name, shape in parameter_shapes(config).items() if len(shape) == 2):
+        if name not in specs or not specs[name].sparse:
+            continue
+        pointers, columns, values = (raw[part] for part in sparse_names(name))
+        steps = pointers.diff()
+        if int(pointers[0]) or bool((steps < 0).any()) or not int(pointers[-1]) == len(columns) == len(values):
+            raise SquamataError(f"{folder}: tensor '{name}.sparse_rows' does not fit the sparse part of {len(values)}")
+        places = columns.long() + width * torch.arange(len(steps)).repeat_interleave(steps)
+        inside = (columns >= 0) & (columns < width)
+        if not bool(inside.all()) or bool((places.diff() <= 0).any()):
+            raise SquamataError(
+                f"{folder}: tensor '{name}.sparse_columns' does not rise within 0 to {width - 1} in a row"
+            )

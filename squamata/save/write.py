@@ -24,7 +24,7 @@ from squamata.kernels.qtensor import QTensor, Value
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.models.lm import model_layouts
-from squamata.save.format import CONFIG, INDEX, TOKENIZER_FILES, describe
+from squamata.save.format import CONFIG, INDEX, TOKENIZER_FILES, describe, scale_name, sparse_names
 from squamata.save.parts import PartFiles, read_progress
 
 SHARD_BYTES = 2**30
@@ -138,6 +138,8 @@ class CheckpointWriter:
             return {name: value.contiguous().cpu()}
         partition = Partition(value.spec.granularity, self.layouts[name])
         stored = {name: value.data.contiguous().cpu()}
+        if value.spec.tabulated:
+            return stored | _table(name, value)
         scale = value.scale.cpu().reshape(-1)[_representatives(partition)].reshape(partition.shape())
         stored[f"{name}.scale"] = scale.to(getattr(torch, value.spec.scale_dtype)).contiguous()
         if value.second is not None:
@@ -227,6 +229,15 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, force: bool = False) 
         description = describe(checkpoint.config, checkpoint.recipe.to_mapping(), checkpoint.provenance)
         writer.publish(description, checkpoint.folder)
         return writer.bytes
+
+
+def _table(name: str, value: QTensor) -> dict[str, Tensor]:
+    """Tables of the rows, and the sparse part if there is one, of a weight."""
+    stored = {scale_name(name, value.spec): value.scale.cpu().to(getattr(torch, value.spec.scale_dtype)).contiguous()}
+    if (sparse := value.sparse) is not None:
+        parts = (sparse.pointers, sparse.columns, sparse.values)
+        stored |= {part: tensor.cpu() for part, tensor in zip(sparse_names(name), parts, strict=True)}
+    return stored
 
 
 def _representatives(partition: Partition) -> Tensor:

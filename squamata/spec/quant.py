@@ -10,6 +10,8 @@ from squamata.errors import nearest
 from squamata.spec.formats import FORMATS, levels
 from squamata.spec.granularity import Granularity
 
+TABLE = "table"  # the codec whose levels every row of a weight brings with it
+TABLE_BITS = (2, 4)  # fewest and most
 SITE_PARTS = ("scale", "zero", "coarse", "tail", "index")  # what may be stored beside a site: SITE.scale ...
 
 
@@ -53,16 +55,18 @@ class ScaleSpec(Data):
 
 
 def _known_codec(name: str) -> str:
-    if name != "uniform" and name not in FORMATS:
-        raise ValueError(f"no codec named '{name}'{nearest(name, ('uniform', *FORMATS))}")
+    if name not in ("uniform", TABLE, *FORMATS):
+        raise ValueError(f"no codec named '{name}'{nearest(name, ('uniform', TABLE, *FORMATS))}")
     return name
 
 
 class QuantSpec(Data):
     """How one tensor is represented.
 
-    ``bits``: what an element takes in storage. ``codec``: ``uniform`` or a format of ``spec.formats``. ``full_range``
-    uses all 2^bits codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
+    ``bits``: what an element takes in storage. ``codec``: ``uniform``, a format of ``spec.formats``, or ``table``: a
+    weight every row of which has 2^bits values of its own (in ``scale_dtype``, instead of a scale); ``sparse`` of its
+    elements are left to a sparse float16 matrix, which is added to what the tables say. ``full_range`` uses all 2^bits
+    codes of a symmetric format (scale = absmax / (2^(bits-1) - 1/2), as Quamba's W4); otherwise codes
     are -Q..Q with Q = 2^(bits-1) - 1. ``dynamic`` takes the scale at run time instead of from calibration.
     ``rounding`` *stochastic*: up with a probability equal to the fraction, so that the mean stays, by torch's
     generator; for states, which are rounded again at every token.
@@ -81,6 +85,21 @@ class QuantSpec(Data):
     rounding: Literal["half-even", "half-away", "truncate", "stochastic"] = "half-even"
     scale_dtype: Literal["float32", "float16"] = "float32"
     second_level: bool = False
+    sparse: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+
+    @model_validator(mode="after")
+    def _fits_a_table(self) -> QuantSpec:
+        if self.codec != TABLE:
+            if self.sparse:
+                raise ValueError("'sparse' is for weights with 'codec: table': leave it out")
+            return self
+        if not TABLE_BITS[0] <= self.bits <= TABLE_BITS[1]:
+            raise ValueError(f"codec 'table' takes {TABLE_BITS[0]} to {TABLE_BITS[1]} bits, not {self.bits}")
+        if str(self.granularity) != "channel":
+            raise ValueError(f"codec 'table' has a table a row: use 'granularity: channel', not '{self.granularity}'")
+        if not self.symmetric or self.full_range or self.dynamic or self.rounding != "half-even":
+            raise ValueError("codec 'table' has values: leave 'symmetric', 'full_range', 'dynamic', 'rounding' out")
+        return self
 
     @model_validator(mode="after")
     def _grouped_if_second_level(self) -> QuantSpec:
@@ -110,6 +129,16 @@ class QuantSpec(Data):
     def linear_grid(self) -> bool:
         """True if a value is its int8 code (less the zero point) times the scale, so that codes can enter a product."""
         return self.codec == "uniform" and self.bits <= 8
+
+    @property
+    def tabulated(self) -> bool:
+        """True if every row of the weight brings its own levels."""
+        return self.codec == TABLE
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a group has where others have a scale: that, or the values of a table."""
+        return 2**self.bits if self.tabulated else 1
 
     @property
     def absolute(self) -> bool:
@@ -147,6 +176,8 @@ class QuantSpec(Data):
         if self.codec in FORMATS:
             largest = len(levels(self.codec, self.bits)[0]) - 1
             return 0 if self.absolute else -largest, largest
+        if self.tabulated:
+            return 0, 2**self.bits - 1
         largest = 2 ** (self.bits - 1) - 1
         return (-largest - 1 if self.full_range or not self.symmetric else -largest), largest
 
@@ -163,5 +194,7 @@ class QuantSpec(Data):
         if self.scale.parameters:
             how += "(" + ", ".join(f"{key}={value}" for key, value in self.scale.parameters.items()) + ")"
         where = "dynamic" if self.dynamic else how
+        if self.tabulated:
+            where = f"{self.numbers} values" + (f" + {100 * self.sparse:g} % sparse" if self.sparse else "")
         zero = "" if self.symmetric else " asymmetric"
         return f"{self.form}{zero} per {self.granularity}, {where}"

@@ -226,6 +226,8 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
             f"{site}: a scale per {spec.granularity} cannot run: the product that reads it sums over "
             f"{' and '.join(info.summed)}; use 'tensor' or 'token'"
         )
+    if spec.tabulated and not info.reads.startswith("mixer."):
+        raise SquamataError(f"{site}: codec 'table' is for the weights of the layers' products; use 'uniform'")
     if info.summed or info.kind == "weight":
         _refuse_in_product(site, spec, info)
     if info.kind == "parameter" and spec.carrier != "int8":
@@ -266,7 +268,9 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
 
 
 def _refuse_in_product(site: str, spec: QuantSpec, info: SiteInfo) -> None:
-    """What only holds where codes meet codes: one step size, of int8."""
+    """What only holds where codes meet codes: one step size, of int8. A table's weight is dequantized first."""
+    if spec.tabulated:
+        return
     instead = f", or give the product a site of its own: a rule for '{info.apart}'" if info.apart else ""
     if spec.codec != "uniform":
         problem = f"codec '{spec.codec}' cannot run: a product needs one step size"

@@ -29,7 +29,7 @@ from squamata.transform.klt import klt, klt_ends
 from squamata.transform.klt import stream_basis as stream_basis
 from squamata.transform.observed import Basis as Basis
 from squamata.transform.observed import Observed as Observed
-from squamata.transform.reorder import reorder
+from squamata.transform.reorder import reorder, reorder_within
 from squamata.transform.residual import fold_final_norm, fold_norm, rotate_ends, rotate_residual
 from squamata.transform.smooth import smooth
 
@@ -61,6 +61,7 @@ class Transform:
 
 TRANSFORMS: dict[str, Transform] = {
     "reorder": Transform(reorder, needs=("mixer.u",)),
+    "reorder_within": Transform(reorder_within, needs=("mixer.u",)),
     "smooth": Transform(smooth, needs=SITES),
     "awq": Transform(awq, needs=("mixer.in", "mixer.u", "mixer.out"), pairs=True),
     "fold_norm": Transform(fold_norm, ends=fold_final_norm, unties=True),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby, product
+from math import prod
 from typing import Annotated, Literal
 
 import numpy as np
@@ -60,6 +62,45 @@ def reorder(
         normalize,
     )
     return _permuted(config, tensors, order) | {f"mixer.{site}.index": order.groups.clone() for site in MAPPED}
+
+
+def reorder_within(
+    config: ModelConfig,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    statistics: Mapping[str, Observed],
+    factor: Annotated[float, Field(ge=1.0)] = 1.5,
+    head_groups: Count = 16,
+    channel_groups: Count = 16,
+) -> dict[str, Tensor]:
+    """``reorder`` with as few groups as this layer needs: of all counts that are powers of two up to these, the pair
+    with the fewest groups whose rounding noise (``noise``) is at most ``factor`` times that of a scale a channel, of
+    equally many the one with the least noise; the largest counts if there is none.
+    """
+    if kind != "mamba2":
+        return dict(tensors)
+    sizes = _sizes(statistics["mixer.u"], "maximum").cpu().numpy().astype(np.float64)
+    pairs = sorted(product(_powers(head_groups), _powers(channel_groups)), key=prod)
+    for _, equal in groupby(pairs, prod):
+        noises = {counts: noise(sizes, find_order(sizes, config.n_groups, *counts)) for counts in equal}
+        heads, channels = min(noises, key=noises.__getitem__)
+        if noises[heads, channels] <= factor:
+            break
+    return reorder(config, kind, tensors, statistics, heads, channels)
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4 and so on below ``most``, and ``most``."""
+    return [2**power for power in range((most - 1).bit_length())] + [most]
+
+
+def noise(sizes: Floats, order: Order) -> float:
+    """Mean square of the error of rounding with one scale a group over that with one a channel: both grow with the
+    square of the scale, which is the largest of the sizes (H, P) that share it."""
+    own, groups = sizes.reshape(-1)[order.channels.numpy()], order.groups.numpy().reshape(-1)
+    largest = np.zeros(groups.max() + 1)
+    np.maximum.at(largest, groups, own)
+    return float((largest[groups] ** 2).sum() / max((own**2).sum(), 1e-30))
 
 
 def _sizes(observed: Observed, statistic: str) -> Tensor:

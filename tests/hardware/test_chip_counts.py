@@ -71,7 +71,7 @@ def test_scales_are_counted_as_the_partition_stores_them(kind: str, recipe: Reci
         inside = name.removeprefix("layers.0.")
         layout = layouts.get(inside) or Layout(count.info.axes, sizes[inside.removeprefix("mixer.")])
         index = index_map(layout.axes, layout.sizes, GROUPS) if count.spec.granularity.ragged else None
-        assert count.scales == prod(Partition(count.spec.granularity, layout, index).shape()), name
+        assert count.scales == prod(Partition(count.spec.granularity, layout, index).shape()) * count.spec.numbers, name
         assert count.elements == layout.flat_size, name
         checked += 1
     assert checked == sum(site.startswith("layers.0.") for site in recipe.resolve(config.blocks))
@@ -98,8 +98,10 @@ def test_bytes_are_those_of_a_quantized_model(kind: str, recipe: str) -> None:
     rotations = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name.endswith("rotation"))
     found = estimate(config, recipe, FLOAT32)
     parts = bytes_by_part(model)
-    assert found.traffic["weights"] == bytes_read_per_token(model) - rotations // 2  # read as int64, dtype float32
-    assert found.model_bytes == parts["total"] - parts["sites"] - rotations
+    sparse = any(spec.sparse for spec in model.specs.values())  # how many elements it has is known only about
+    figures = found.traffic["weights"], found.model_bytes
+    exact = bytes_read_per_token(model) - rotations // 2, parts["total"] - parts["sites"] - rotations
+    assert figures == (pytest.approx(exact, rel=2e-3) if sparse else exact)  # read as int64, dtype float32
     taps = config.d_conv
     assert found.traffic["state"] / 2 + found.traffic["conv"] * (taps - 1) / taps == cache_bytes(model)
     kept = {name: tensor for name, tensor in checkpoint.site_tensors.items() if not name.endswith("index")}

@@ -171,4 +171,4 @@ def test_wide_uniform_grids() -> None:
     asymmetric = QuantSpec(bits=16, symmetric=False)
     stored = encode(x, Grid.of(torch.tensor(2 / 65535), torch.tensor(-1.0)), asymmetric)
     assert float((stored.dequantize() - x).abs().max()) <= 1.6 / 65535
-    assert set(CODECS) == {"uniform", *FORMATS}
+    assert set(CODECS) == {"uniform", "table", *FORMATS}

@@ -16,7 +16,7 @@ import pytest
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import UnitSums
 from squamata.report.compare import baseline_of, verdicts
-from squamata.report.figures import pareto_front, seed_spread
+from squamata.report.figures import by_position, pareto_front, seed_spread
 from squamata.report.page import check_out, read_others, write_page
 from squamata.report.rows import append_row, locked, pack_sums, read_study, write_plan
 
@@ -37,9 +37,14 @@ def row_of(recipe: str, shift: float, **fields: Any) -> tuple[dict[str, Any], di
     first |= {"perplexity_ci": [perplexity - 1, perplexity + 1], "kl_ci": [0.9 * abs(shift), 1.1 * abs(shift)]}
     first |= {"top1_agreement": 0.97, "top1_agreement_ci": [0.96, 0.98], "bits_per_byte": 1.2}
     first |= {"tokens": int(tokens.sum()), "documents": DOCUMENTS}
+    spans = [{"start": at, "stop": 2 * at or 128, "nats_per_token": 3.0, "nats_ci": None} for at in (0, 128, 256)]
+    spans = [
+        span | {"kl": abs(shift) * (n + 1), "kl_ci": (None, [shift, 4 * shift])[n > 0]} for n, span in enumerate(spans)
+    ]
+    stepped = first | {"mode": "recurrent", "by_position": spans}
     row = {"id": f"{recipe}{shift}", "model": "m</script><1>", "recipe": recipe, "override": "as it is", "seed": 0}
     row |= {name: first[name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
-    row |= {"bytes": {"total": 1_000_000 * len(recipe)}, "parameters": 1_000_000, "evaluations": [first, first]}
+    row |= {"bytes": {"total": 1_000_000 * len(recipe)}, "parameters": 1_000_000, "evaluations": [first, stepped]}
     row |= {"provenance": {"squamata_version": "0.1.0"}, "resolved_recipe": {"name": recipe}, "peak_rss_bytes": 5}
     return row | {"quantize_seconds": 1.0, "evaluate_seconds": 2.0} | fields, pack_sums(
         0, UnitSums("documents", tokens, nats)
@@ -127,6 +132,17 @@ def test_a_baseline_whose_override_changes_nothing_is_the_row_as_it_is_of_its_ow
     wanted = {"recipe": "r", "override": "on Pile"}
     assert baseline_of(rows[3], rows, wanted) is rows[1]
     assert baseline_of(rows[2], rows, {"recipe": "r", "override": "on books"}) is rows[2]
+
+
+def test_error_by_distance_is_drawn_of_what_was_decoded_beside_a_float_model(folder: Path) -> None:
+    rows = read_study(folder)[1]
+    made = by_position(rows, 1)
+    assert made is not None
+    assert [line.name for line in made.data] == ["w8a8", "w4a8-bad", "w4a8-bad, seed 1"]  # float has no KL
+    assert made.data[0].x == (64.0, 192.0, 384.0) and made.data[0].y == pytest.approx((0.001, 0.002, 0.003))
+    assert made.data[0].error_y.array == pytest.approx((0.0, 0.002, 0.001))
+    assert by_position(rows, 0) is None  # in parallel no span was kept here
+    assert "KL by tokens since the window began" in page_of(folder, folder / "page.html")
 
 
 def test_the_page_is_whole_and_names_are_escaped(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from squamata.parts import QuantizedParts
 from squamata.spec.granularity import Granularity
 from squamata.transform import apply, check
 from squamata.transform.observed import Observed
-from squamata.transform.reorder import cluster, find_order, reorder, segment
+from squamata.transform.reorder import cluster, find_order, noise, reorder, reorder_within, segment
 
 SHAPES: dict[str, dict[str, Any]] = {
     "one-group": {"d_inner": 64, "head_dim": 16, "n_groups": 1},
@@ -53,7 +53,7 @@ def reordered(
     return changed, maps
 
 
-@pytest.mark.parametrize("transforms", [["reorder"], ["reorder", "hadamard"]], ids="+".join)
+@pytest.mark.parametrize("transforms", [["reorder"], ["reorder_within"], ["reorder", "hadamard"]], ids="+".join)
 @pytest.mark.parametrize("shape", list(SHAPES))
 @torch.no_grad()
 def test_the_logits_stay(shape: str, transforms: list[str]) -> None:
@@ -216,6 +216,43 @@ def test_scales_of_groups_cover_what_was_seen_and_two_runs_are_equal() -> None:
         got = torch.stack([largest[name].reshape(-1, 12, 8)[:, index == n].max() for n in range(12)])
         torch.testing.assert_close(scale * 127, got, rtol=1e-4, atol=1e-6)
     assert checkpoint.site_tensors["layers.0.mixer.state.scale"].shape == (12, 16)
+
+
+def test_noise_is_what_rounding_with_the_groups_scales_costs() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.uniform(0.1, 4.0, (6, 8))
+    order = find_order(sizes, 2, 2, 3)
+    values = rng.uniform(-1, 1, (4000, 48)) * sizes.reshape(-1)[order.channels.numpy()]
+    groups = order.groups.numpy().reshape(-1)
+    members = np.abs(values).max(0)
+    largest = np.array([members[groups == group].max() for group in groups])
+
+    def error(most: np.ndarray) -> float:
+        scale = most / 127
+        return float(((np.rint(values / scale) * scale - values) ** 2).mean())
+
+    assert noise(sizes, order) == pytest.approx(error(largest) / error(members), rel=0.02)
+    assert noise(sizes, find_order(sizes, 2, 3, 8)) == 1.0  # a head group a head, a scale a channel
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1, 1.5, 3.0, 1e9])
+def test_as_few_groups_as_a_layer_needs(factor: float) -> None:
+    config = config_of("mamba2", d_inner=120, head_dim=10, n_groups=2)  # 6 heads a group
+    u = torch.randn(5, 30, 120, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.2, 3, 120).flip(0).exp()
+    statistics = observed_u(config, u)
+    sizes = u.abs().amax((0, 1)).double().numpy().reshape(12, 10)
+    own = perturbed_tensors(config)
+    tensors = {name.removeprefix("layers.0."): tensor for name, tensor in own.items() if name.startswith("layers.0.")}
+    found = reorder_within(config, "mamba2", tensors, statistics, factor, head_groups=6, channel_groups=10)
+    noises = {
+        (heads, channels): noise(sizes, find_order(sizes, 2, heads, channels))
+        for heads in (1, 2, 4, 6)
+        for channels in (1, 2, 4, 8, 10)
+    }
+    fewest = min((heads * channels for (heads, channels), each in noises.items() if each <= factor), default=60)
+    best = min((each, pair) for pair, each in noises.items() if pair[0] * pair[1] == fewest)[1]
+    expected = reorder(config, "mamba2", tensors, statistics, *best)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_mamba1_and_the_given_tensors_stay() -> None:

@@ -28,12 +28,13 @@ from squamata.kernels.decode.token import (
     scan_selective,
 )
 from squamata.kernels.gemv import product_address
+from squamata.kernels.lanes import STOCHASTIC
 from squamata.kernels.memory import address
 from squamata.kernels.packing import PackedLinear, allocate
 
 Floats = NDArray[np.float32]
 States = tuple[NDArray, NDArray, Floats]
-ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2}
+ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2, "stochastic": STOCHASTIC}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class SitePlan:
 class StateSitePlan:
     """Grid of the integer state: row r uses ``table[index[r]]``; index int32 (rows,), table float32 (ids, N or 1).
 
-    Without a table every row has its own scale, absmax / ``span``, which each update renews.
+    Without a table every row has its own scale, absmax / ``span``, which each update renews. Rounding *stochastic* is
+    up with the fraction's probability, by noise of which ``BoundStates.reseed`` gives the seeds.
     """
 
     low: int
@@ -177,6 +179,11 @@ class BoundStates:
     table: NDArray
     states: list[States]
 
+    def reseed(self, seeds: NDArray[np.int64]) -> None:
+        """New noise where the state is rounded stochastically: seeds int64 (layers,), each ``STOCHASTIC`` or more."""
+        rounding = self.table["state"]["rounding"]
+        rounding[:] = np.where(rounding >= STOCHASTIC, seeds, rounding)
+
 
 class DecodePlan:
     """A whole model ready to decode, batch 1. ``bind`` states, then ``step`` once a token."""
@@ -231,6 +238,11 @@ class DecodePlan:
                 record["state"]["scale"] = address(scales)
         self._bound = BoundStates(table, list(states))
         return self._bound
+
+    @property
+    def stochastic(self) -> bool:
+        """True if a layer's state is rounded stochastically: ``BoundStates.reseed`` before every step."""
+        return any(layer.state_site is not None and layer.state_site.rounding == "stochastic" for layer in self.layers)
 
     def step(self, embedding: Floats, threads: int | None = None, states: BoundStates | None = None) -> Floats:
         """Embedding row float32 (D,) -> logits float32 (V,), a buffer that the next step overwrites.

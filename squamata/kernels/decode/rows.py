@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from squamata.kernels.emit import load, offset, splat, store
-from squamata.kernels.lanes import BYTES, FLOATS, INTS, LANES, emit_prefetch_lines, emit_rounded
+from squamata.kernels.lanes import BYTES, FLOATS, INTS, LANES, emit_by_rounding, emit_prefetch_lines, emit_rounded
 from squamata.kernels.simd import FLOAT, call, constant, emit_exp
 
 ROWS = 16
@@ -91,7 +91,7 @@ def _sixteen(per_state_decay: bool, integer: bool) -> Any:
     Arguments, int64: addresses of the rows, scratch, their scales (16,), A (16, N), B, C, decays, and of the drives
     (16,), where the totals are left; blocks of sixteen states; bytes from one decay to the next (0: all the same);
     address of what is wanted soon and how many lines of it to prefetch a row; float32: span, least scale, low, high;
-    int64: rounding as ``lanes.emit_rounded``.
+    int64: rounding as ``lanes.close_row``; a seed counts on through the rows.
     """
 
     def codegen(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
@@ -164,21 +164,19 @@ def _close(builder: ir.IRBuilder, given: _Arguments, inverses: ir.Value, row_byt
     blocks, rounding = given.blocks, given.rounding
     low, high = splat(builder, given.low), splat(builder, given.high)
 
-    def rows_with(half_even: bool) -> None:
+    def rows_with(rounding: ir.Value | None, stochastic: bool) -> None:
         with cgutils.for_range(builder, _INT64(ROWS)) as rows:
             inverse = splat(builder, load(builder, offset(builder, inverses, rows.index, 4), FLOAT, 4))
-            source = builder.add(given.scratch, builder.mul(rows.index, builder.mul(blocks, _INT64(4 * LANES))))
+            done = builder.mul(rows.index, builder.mul(blocks, _INT64(LANES)))
+            source = offset(builder, given.scratch, done, 4)
             into = builder.add(given.data, builder.mul(rows.index, row_bytes))
             with cgutils.for_range(builder, blocks) as loop:
                 scaled = builder.fmul(load(builder, offset(builder, source, loop.index, 64), FLOATS, 4), inverse)
-                code = emit_rounded(builder, scaled, low, high, None if half_even else rounding)
+                place = offset(builder, done, loop.index, LANES) if stochastic else None
+                code = emit_rounded(builder, scaled, low, high, rounding, place)
                 store(builder, builder.trunc(code, BYTES), offset(builder, into, loop.index, LANES), 1)
 
-    with builder.if_else(builder.icmp_signed("==", rounding, rounding.type(0))) as (even, others):
-        with even:
-            rows_with(True)
-        with others:
-            rows_with(False)
+    emit_by_rounding(builder, rounding, rows_with)
 
 
 selective_rows = _sixteen(True, False)

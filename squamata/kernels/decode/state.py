@@ -8,6 +8,7 @@ from numba import njit
 
 from squamata.kernels.decode.rows import ROWS, head_rows, head_rows_int8, selective_rows, selective_rows_int8
 from squamata.kernels.lanes import (
+    STOCHASTIC,
     close_row,
     head_row,
     head_row_int8,
@@ -19,7 +20,7 @@ from squamata.kernels.lanes import (
     selective_row_int8,
 )
 from squamata.kernels.memory import view_float32, view_int8, view_int32
-from squamata.kernels.simd import clamp, divide, exp, rint, round_away, truncate
+from squamata.kernels.simd import clamp, divide, exp, floor, noise, rint, round_away, truncate
 
 FLOAT, STATIC, DYNAMIC = 0, 1, 2  # STATE.integer
 
@@ -39,9 +40,9 @@ def update_rows(state, first, last, states, scratch, a, b, c, decays, decay_step
     if state.integer != STATIC and states % 16 == 0:
         end = first + (last - first) // ROWS * ROWS
     blocks, row_bytes = states // 16, states * (1 if state.integer else 4)
-    low, high, span, rounding = state.low, state.high, state.span, state.rounding
+    low, high, span = state.low, state.high, state.span
     while row < end:
-        done = row - first
+        done, rounding = row - first, rounding_of(state, row, states)
         data, scales, drive = state.data + row * row_bytes, state.scale + 4 * row, drives + 4 * row
         rate, weights, matrix = decays + done * decay_step, soon + done * soon_lines * 64, a + done * states * 4
         if state.integer and selective:
@@ -88,7 +89,7 @@ def update_row(state, row, states, scratch, a, b, c, decay, drive, selective):
     table = np.int64(view_int32(state.index, row + 1)[row]) * states * 4
     scale, inverse = state.scale + table, state.inverse + table
     where = state.data + row * states
-    low, high, rounding = state.low, state.high, state.rounding
+    low, high, rounding = state.low, state.high, rounding_of(state, row, states)
     if selective:
         y = selective_row_int8(where, a, b, c, scale, inverse, blocks, decay, drive, low, high, rounding)
     else:
@@ -97,7 +98,7 @@ def update_row(state, row, states, scratch, a, b, c, decay, drive, selective):
     for n in range(blocks * 16, states):
         factor = exp(decay * view_float32(a, states)[n]) if selective else decay
         s = factor * (np.float32(codes[n]) * view_float32(scale, states)[n]) + drive * B[n]
-        codes[n] = round_code(state, s * view_float32(inverse, states)[n])
+        codes[n] = round_code(state, s * view_float32(inverse, states)[n], rounding + n)
         y += s * C[n]
     return y
 
@@ -140,16 +141,27 @@ def update_row_dynamic(state, row, states, scratch, a, b, c, decay, drive, selec
     scale = max(divide(most, state.span), _LEAST_SCALE)
     scales[row] = scale
     inverse = divide(_ONE, scale)
-    close_row(scratch, where, blocks, inverse, state.low, state.high, state.rounding)
+    rounding = rounding_of(state, row, states)
+    close_row(scratch, where, blocks, inverse, state.low, state.high, rounding)
     for n in range(blocks * 16, states):
-        codes[n] = round_code(state, values[n] * inverse)
+        codes[n] = round_code(state, values[n] * inverse, rounding + n)
     return y
 
 
 @njit(cache=True)
-def round_code(state, scaled):
-    """The code of a value already divided by its scale."""
-    code = rint(scaled) if state.rounding == 0 else truncate(scaled)
-    if state.rounding == 1:
+def rounding_of(state, row, states):
+    """How row ``row`` is rounded: a seed counts on, so that every element has noise of its own."""
+    return state.rounding + row * states if state.rounding >= STOCHASTIC else state.rounding
+
+
+@njit(cache=True)
+def round_code(state, scaled, counter):
+    """The code of a value already divided by its scale; ``counter``: of the noise, if rounding is stochastic."""
+    if state.rounding >= STOCHASTIC:
+        below = floor(scaled)
+        code = below + _ONE if noise(counter) < scaled - below else below
+    elif state.rounding == 1:
         code = round_away(scaled)
+    else:
+        code = rint(scaled) if state.rounding == 0 else truncate(scaled)
     return np.int8(np.int32(clamp(code, state.low, state.high)))

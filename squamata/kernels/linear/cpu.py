@@ -21,7 +21,7 @@ from torch.nn.functional import linear as matmul_transposed
 
 from squamata.kernels import halves
 from squamata.kernels.landing import FLOAT, Landing, array, landing, plain, readable, uniform, vector, write_whole_row
-from squamata.kernels.linear import Linear, int4
+from squamata.kernels.linear import Linear, int4, table
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.kernels.site import Site
 
@@ -42,6 +42,8 @@ def accepts(x: Value, layer: Linear, out: Sequence[Site | None]) -> bool:
     weight = layer.weight
     if not (readable(x) and plain(layer.bias) and isinstance(weight, QTensor) and readable(weight)) or 0 in x.shape:
         return False
+    if weight.spec.tabulated:
+        return isinstance(x, Tensor)
     if weight.second is not None or not weight.spec.linear_grid or not _by_row_or_group(weight):
         return False
     if not isinstance(x, QTensor):
@@ -154,7 +156,11 @@ def _wide_product(x: Tensor, weight: QTensor, layer: Linear, out: Sequence[Site 
 def _float_product(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...]:
     """Float rows by what no kernel here multiplies packed: the weight is expanded, once a call."""
     assert isinstance(x, Tensor) and isinstance(layer.weight, QTensor)
-    y = matmul_transposed(x, dequantized(layer.weight), layer.bias)
+    if layer.weight.spec.tabulated and x.shape[:-1].numel() <= table.FEW:
+        y = table.product(x, layer.weight)
+        y = y if layer.bias is None else y + layer.bias
+    else:
+        y = matmul_transposed(x, dequantized(layer.weight), layer.bias)
     parts = y.split(layer.rows, dim=-1)
     return tuple(part if site is None else site.land(part) for part, site in zip(parts, out, strict=True))
 
@@ -231,6 +237,8 @@ def unpacked(weight: QTensor) -> Tensor:
 
 def dequantized(weight: QTensor) -> Tensor:
     """Values (N, K) as float32."""
+    if weight.spec.tabulated:
+        return table.expanded(weight)
     codes = unpacked(weight)
     rows, columns = codes.shape
     group = weight.spec.granularity.group if weight.scale.ndim == 2 and weight.scale.shape[1] > 1 else None
