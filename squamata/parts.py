@@ -1,8 +1,9 @@
 """The whole story: load -> transform -> observe -> quantize, a layer at a time.
 
-Memory is bounded by the embedding table, one layer, the calibration stream (samples x length x d_model x 8 bytes, 12
-where transforms observe) and one shard, however many layers the model has. Weights with tables need the float model
-whole first, and from then on a float32 squared gradient for each of theirs that is not quantized yet.
+Memory is bounded by the embedding table, one layer, the calibration stream (samples x length x d_model x 8 bytes, 4
+more where transforms observe, and where outputs are corrected) and one shard, however many layers the model has.
+Weights with tables need the float model whole first, and from then on a float32 squared gradient for each of theirs
+that is not quantized yet.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from squamata import scales, transform
-from squamata.calibrate import learn, whole
+from squamata.calibrate import correct, learn, whole
 from squamata.calibrate.gradients import squared_gradients
 from squamata.calibrate.observe import (
     Lengths,
@@ -32,6 +33,7 @@ from squamata.kernels.dispatch import use_backend
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import Value, join_rows
 from squamata.kernels.site import Site
+from squamata.kernels.ssd_scan.chunks import ChunkSites
 from squamata.load.source import TensorSource
 from squamata.models.checkpoint import Checkpoint, under
 from squamata.models.config import ModelConfig
@@ -63,6 +65,7 @@ class QuantizedParts:
     ``seen``: the calibration stream through the transformed float model, which gives the sites' scales. ``plain``: the
     same through the model as it came, where transforms observe it: its weights cannot read a rotated stream.
     ``rounded``: through the layers as they are quantized, which a weight quantizer that sees its inputs works with.
+    ``served``: through the layers as they will run, sites and all, where a correction compares their outputs.
     All, and one layer at a time, are on ``device``. ``progress`` is told of every part, and of the steps of a second
     pass.
     """
@@ -92,7 +95,8 @@ class QuantizedParts:
         self.shares_table = source.config.tie_embeddings
         tied = self.shares_table and not differ and not transform.unties(recipe)
         self.config = source.config.model_copy(update={"tie_embeddings": tied})
-        self.working = self.config if on_host else self.config.model_copy(update={"chunk_size": CHUNK})
+        keeps_chunks = on_host or self._within_chunks
+        self.working = self.config if keeps_chunks else self.config.model_copy(update={"chunk_size": CHUNK})
         self.layouts = model_layouts(source.config)
         self.known: dict[str, transform.Basis] = {}  # of the residual stream, if a transform must know it
         self.ends = partial(transform.apply_ends, recipe, self.config, self.known)
@@ -100,6 +104,7 @@ class QuantizedParts:
         self.seen: Stream = []
         self.plain: Stream = []
         self.rounded: Stream = []
+        self.served: Stream = []
         self.choices: whole.Choices = {}
         self.tables: dict[str, WeightStatistics] | None = None  # what the whole model says of weights with tables
         self.refined: list[dict[str, Value]] = []  # all parts, of a recipe that needs the model whole
@@ -109,7 +114,12 @@ class QuantizedParts:
         """True if all that looks at the streams looks at tokens, so that a batch may hold more than its sequences."""
         states = [spec for name, spec in self.specs.items() if self.sites[name].kind == "state"]
         whole_streams = self.recipe.tune is not None or whole.needed(self.recipe, self.specs)
-        return not whole_streams and all(spec.dynamic for spec in states)
+        return not whole_streams and not self._within_chunks and all(spec.dynamic for spec in states)
+
+    @property
+    def _within_chunks(self) -> bool:
+        """True if a site is seen whose values depend on where the scan's chunks begin and end."""
+        return any(name.rpartition(".")[2] in ChunkSites._fields for name in self.specs)
 
     @property
     def count(self) -> int:
@@ -154,15 +164,18 @@ class QuantizedParts:
         if self.progress and not self.refined:
             self.progress(done, self.count)
 
+    @property
+    def _streams(self) -> tuple[tuple[str, Stream], ...]:
+        return ("seen", self.seen), ("plain", self.plain), ("rounded", self.rounded), ("served", self.served)
+
     def streams(self) -> dict[str, Tensor]:
         """What the next part needs of those before it."""
-        named = {"seen": self.seen, "plain": self.plain, "rounded": self.rounded}
-        streams = {f"{name}.{batch}": h for name, stream in named.items() for batch, h in enumerate(stream)}
+        streams = {f"{name}.{batch}": h for name, stream in self._streams for batch, h in enumerate(stream)}
         return streams | {f"known.{name}": basis.vectors for name, basis in self.known.items()}
 
     def restore(self, finished: int, streams: Tensors) -> None:
         """Go on after ``finished`` parts, with the streams that they left."""
-        for name, stream in (("seen", self.seen), ("plain", self.plain), ("rounded", self.rounded)):
+        for name, stream in self._streams:
             inside = under(f"{name}.", streams) if finished else {}
             stream += [inside[str(batch)].to(self.device) for batch in range(len(inside))]
         known = under("known.", streams) if finished else {}
@@ -180,13 +193,15 @@ class QuantizedParts:
         if transform.needs_stream(self.recipe):
             self.known["stream"] = transform.stream_basis(self.config, (table[ids] for ids in self._sequences()))
         quantized = self._quantize_ends({name: table}, name)
-        if calibrated_sites(self.recipe, self.config):
+        if calibrated_sites(self.recipe, self.config) or self.recipe.correct:
             rows = [self.ends({name: table[ids.flatten()]})[name] for ids in self.batches]
             self.seen = [part.float().reshape(*ids.shape, -1) for part, ids in zip(rows, self.batches, strict=True)]
         if any(transform.needs(self.recipe, kind) for kind in self.config.blocks):
             self.plain = [table[ids].float() for ids in self.batches]
         if needs_inputs(self.recipe):
             self.rounded = [ops.embedding(ids, quantized[name], torch.float32) for ids in self.batches]
+        if self.recipe.correct:
+            self.served = [ops.embedding(ids, quantized[name], torch.float32) for ids in self.batches]
         return quantized
 
     def _layer(self, layer: int) -> Values:
@@ -201,7 +216,7 @@ class QuantizedParts:
             block = build_block(self.working, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
             entering = list(self.seen) if tuned else []
-            run_layer(block, self.seen, self.lengths)
+            written = correct.mean_output(block, self.seen, self.lengths)
             scales_found = self._scales_of(statistics)
         known = {**self._grams(layer, tensors), **self._tables(prefix)}
         orders = {prefix + name: order for name, order in maps.items() if name.endswith(".order")}
@@ -212,7 +227,21 @@ class QuantizedParts:
             scales_found |= learn.tune(self.recipe, block, student, entering)
         if self.rounded:
             run_layer(build_block(self.working, layer, under(prefix, quantized)), self.rounded)
+        if self.served:
+            quantized |= self._corrected(layer, quantized, scales_found | orders, written)
         return {**scales_found, **orders, **quantized}
+
+    def _corrected(self, layer: int, quantized: Values, scales_found: Tensors, written: Tensor) -> Values:
+        """out_proj's bias with which the layer's output has lost less of the mean that the float layer has written."""
+        prefix = f"layers.{layer}."
+        tensors, found = under(prefix, quantized), under(prefix, scales_found)
+        block = build_block(self.working, layer, tensors, under(prefix, self.specs), found, "simulate")
+        with use_backend("ref"):
+            bias = correct.correction(self.recipe, written - correct.mean_output(block, self.served, self.lengths))
+        for h in self.served:
+            h += bias
+        before = tensors.get(correct.OUTPUT_BIAS)
+        return {prefix + correct.OUTPUT_BIAS: bias if before is None else bias + before}
 
     def _end(self) -> Values:
         tensors = self._read("final_norm.weight")

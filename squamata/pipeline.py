@@ -13,6 +13,7 @@ import torch
 
 from squamata import __version__, scales, transform
 from squamata.calibrate import whole
+from squamata.calibrate.correct import check_correction
 from squamata.calibrate.tokens import CalibrationSet, sample
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import Evaluation
@@ -155,6 +156,7 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
         scales.check(spec, site)
     transform.check(recipe, specs.values())
     check_weight_quantizer(recipe, specs.values())
+    check_correction(recipe)
     whole.check(recipe, config)
 
 
@@ -172,6 +174,8 @@ def _must_see(recipe: Recipe, config: ModelConfig) -> str:
     sites = calibrated_sites(recipe, config)
     if sites:
         return f"values at {sites[0]}"
+    if recipe.correct is not None:
+        return f"every layer's output, for {recipe.correct.name}"
     if needs_gradients(recipe):
         return f"gradients of weights, for {recipe.weights.name}"
     return f"the inputs of weights, for {recipe.weights.name}" if needs_inputs(recipe) else ""

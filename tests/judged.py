@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from squamata.load.hub import bundled
-from squamata.spec.recipe import recipe_names
+from squamata.spec.recipe import Recipe, recipe_names
 
 SHIPPED = tuple(recipe_names())
+ON_THEIR_KINDS = [(kind, name) for name in SHIPPED for kind in Recipe.read(name).architectures]  # (kind, recipe)
 
 
 def shared_folder() -> Path | None:

@@ -48,10 +48,12 @@ def needed(recipe: Recipe, specs: Mapping[str, QuantSpec]) -> str:
 
 
 def check(recipe: Recipe, config: ModelConfig) -> None:
-    """Refuse an unknown tuner, and a search by output where a parallel pass sees no difference."""
+    """Refuse an unknown tuner, a search by output that a parallel pass would not feel, and a correction before it."""
     check_tuner(recipe)
-    infos = all_sites(config.blocks)
-    for site, spec in recipe.resolve(config.blocks).items():
+    infos, specs = all_sites(config.blocks), recipe.resolve(config.blocks)
+    if recipe.correct is not None and (what := needed(recipe, specs)):
+        raise SquamataError(f"recipe {recipe.name}: 'correct' goes layer by layer, {what} after all: leave one out")
+    for site, spec in specs.items():
         if scales.searched_by_output(spec) and (infos[site].kind != "activation" or spec.dynamic):
             what = _NOT_SEARCHED.get(infos[site].kind, "one that is taken at run time")
             raise SquamataError(f"{site}: 'by: kl' chooses scales of activations, not {what}; use 'by: mse'")

@@ -114,6 +114,8 @@ def check(
     """Refuse a recipe that could not be carried out: unknown keys, sites, strategies, and scales that cannot run."""
     check_json(json_file)
     from squamata import scales, transform
+    from squamata.calibrate.correct import check_correction
+    from squamata.calibrate.learn import check_tuner
     from squamata.quantize import check as check_weight_quantizer
 
     if Path(file).is_file() and Path(file).suffix not in (".yaml", ".yml"):
@@ -121,6 +123,8 @@ def check(
     recipe = Recipe.read(file)
     transform.check(recipe)
     check_weight_quantizer(recipe)
+    check_tuner(recipe)
+    check_correction(recipe)
     deepest = max(
         (layer if layer >= 0 else -layer - 1 for rule in recipe.rules for layer in rule.layers or ()), default=0
     )

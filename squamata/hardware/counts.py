@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from squamata.errors import SquamataError
-from squamata.models.config import ModelConfig, parameter_shapes, segments, site_sizes
+from squamata.models.config import OUTPUT_BIAS, ModelConfig, parameter_shapes, segments, site_sizes
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
 from squamata.spec.sites import SiteInfo, all_sites
@@ -107,6 +107,7 @@ def counts(config: ModelConfig, recipe: Recipe, groups: Groups, float_bits: int)
     shapes |= parameter_shapes(config) | {"head.weight": (config.vocab_size, config.d_model)}
     for layer, kind in enumerate(config.blocks):
         shapes |= {f"layers.{layer}.mixer.{name}": sizes for name, sizes in site_sizes(kind, config).items()}
+        shapes |= {f"layers.{layer}.{OUTPUT_BIAS}": (config.d_model,)} if recipe.correct else {}
     found = {}
     for name, sizes in shapes.items():
         info, spec, scales = infos.get(name), specs.get(name), 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from squamata.hardware.counts import Count
-from squamata.models.config import ModelConfig, parameter_shapes
+from squamata.models.config import OUTPUT_BIAS, ModelConfig, parameter_shapes
 from squamata.spec.recipe import Recipe
 
 UNTYING = frozenset({"fold_norm"})  # transforms after which a head cannot be the embedding
@@ -51,7 +51,9 @@ def traffic(config: ModelConfig, found: Mapping[str, Count], float_bits: int) ->
 
 def read_weights(config: ModelConfig, found: Mapping[str, Count]) -> Iterable[Count]:
     """Tensors of which a token reads every element: all but the embedding table, which the head reads if it is its."""
-    return [found[name] for name in {**parameter_shapes(config), "head.weight": ()} if name != "embedding.weight"]
+    added = [name for name in found if name.endswith(OUTPUT_BIAS)]  # by a correction, or the model's own
+    names = dict.fromkeys([*parameter_shapes(config), "head.weight", *added])
+    return [found[name] for name in names if name != "embedding.weight"]
 
 
 def stored_bytes(config: ModelConfig, recipe: Recipe, found: Mapping[str, Count]) -> float:

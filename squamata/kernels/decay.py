@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.qtensor import QTensor, as_float
-from squamata.kernels.site import Site
+from squamata.kernels.site import Site, working
 
 TOGETHER = 64  # tokens whose decays are held at a time: Mamba-1 has one an (inner channel, state index)
 NOTHING = 1e-300  # a decay of 0, where its logarithm is wanted
@@ -24,8 +24,7 @@ class DecaySites(NamedTuple):
     @classmethod
     def of(cls, sites: Mapping[str, Site]) -> DecaySites | None:
         """Those of a layer's sites that round or observe something; None if neither does."""
-        wanted = [sites.get(name) for name in cls._fields]
-        found = [site if site is not None and (site.quantized or site.observer) else None for site in wanted]
+        found = working(sites, cls._fields)
         return cls(*found) if any(found) else None
 
     def each(self, dt: Tensor, A: Tensor) -> Iterator[Tensor]:

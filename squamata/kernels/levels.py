@@ -123,5 +123,15 @@ def _complement(x: Tensor, y: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     return round_codes(-torch.log2(missing) / step, spec.rounding).clamp(0, len(fine) - 1).float()
 
 
+def _fixed(x: Tensor, y: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    return round_codes(x * 2**spec.bits, spec.rounding).clamp(*spec.code_range)
+
+
 _LOGARITHMIC = dict.fromkeys(("ltsq", "ltsq-fine"), _complement)
-_MAGNITUDES = {"outlier-piecewise": _piecewise, "dual-scale": _dual, "dynamic-outlier": _dual, **_LOGARITHMIC}
+_MAGNITUDES = {
+    "outlier-piecewise": _piecewise,
+    "dual-scale": _dual,
+    "dynamic-outlier": _dual,
+    "fixed": _fixed,
+    **_LOGARITHMIC,
+}

@@ -195,6 +195,12 @@ def observed(value: object) -> bool:
     return isinstance(value, list | tuple) and any(map(observed, value))
 
 
+def working(sites: Mapping[str, Site], names: Iterable[str]) -> list[Site | None]:
+    """The sites of these names that round or observe something; None for each of the others."""
+    wanted = [sites.get(name) for name in names]
+    return [site if site is not None and (site.quantized or site.observer is not None) else None for site in wanted]
+
+
 @contextmanager
 def observing(sites: Iterable[Site], callback: Callable[[Site, Tensor], None]) -> Iterator[None]:
     """Within the block ``callback(site, tensor)`` sees every tensor that lands on these sites, before it is rounded.

@@ -18,7 +18,7 @@ from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Mode, Site
 from squamata.models.checkpoint import under
-from squamata.models.config import ModelConfig, segments, site_sizes
+from squamata.models.config import OUTPUT_BIAS, ModelConfig, segments, site_sizes
 from squamata.spec.quant import QuantSpec
 from squamata.spec.sites import BLOCKS
 
@@ -43,7 +43,8 @@ class ScanCache:
 
 
 class OptionalTensor(NamedTuple):
-    """A tensor that a layer may have beside its parameters. ``left_by``: the transform whose every layer has it."""
+    """A tensor that a layer may have beside its parameters. ``left_by``: what every layer has it from: the name of a
+    transform or correction."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -90,8 +91,11 @@ class Block(ABC, Generic[OwnCache]):
 
     @classmethod
     def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:
-        """Tensors that a transform may leave in a layer for this block to read, by name without ``layers.N.``."""
-        return {}
+        """Tensors that a transform or correction may leave in a layer for this block to read, by name without
+        ``layers.N.``."""
+        if config.projection_bias:
+            return {}
+        return {OUTPUT_BIAS: OptionalTensor((config.d_model,), torch.float32, left_by="mean")}
 
     @abstractmethod
     def forward(self, h: Tensor, residual: Tensor | None, cache: OwnCache) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 SizeOrNone = Annotated[int, Field(ge=0, le=2**24)]  # 0 where the kind of layer has no such size
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
+OUTPUT_BIAS = "mixer.out_proj.bias"  # a correction leaves one in every layer of a model that has none
+
 
 class ModelConfig(BaseModel):
     """Shape of a language model. Letters as in the papers: D d_model, E d_inner, N d_state, H heads, P head_dim.
@@ -123,10 +125,10 @@ def site_sizes(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         both = dict.fromkeys(("state", "decay", "log_decay"), (E, N))
         return {"in": (D,), "dt_low": (R,), "B": (N,), "C": (N,), **both, **inner}
     G, H, P = config.n_groups, config.n_heads, config.head_dim
-    heads = dict.fromkeys(("z", "x", "u", "y"), (H, P))
+    heads = dict.fromkeys(("z", "x", "u", "u_scaled", "y"), (H, P))
     groups = dict.fromkeys(("B", "C", "B_conv", "C_conv"), (G, N))
-    steps = dict.fromkeys(("dt", "decay", "log_decay"), (H,))
-    return {"in": (D,), "state": (H, P, N), "out": (E,), **steps, **heads, **groups}
+    steps = dict.fromkeys(("dt", "decay", "log_decay", "chunk_decay"), (H,))
+    return {"in": (D,), "scores": (G,), "state": (H, P, N), "out": (E,), **steps, **heads, **groups}
 
 
 def segments(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:

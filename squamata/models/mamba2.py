@@ -48,7 +48,7 @@ class Mamba2(Block[ScanCache]):
 
     @classmethod
     def optional_tensors(cls, config: ModelConfig) -> dict[str, OptionalTensor]:
-        return ROTATION
+        return super().optional_tensors(config) | ROTATION
 
     def forward(self, h: Tensor, residual: Tensor | None, cache: ScanCache) -> tuple[Tensor, Tensor]:
         sites = self.sites

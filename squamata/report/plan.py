@@ -59,6 +59,7 @@ class Override(Data):
     rules: tuple[dict[str, Any], ...] = ()
     transforms: tuple[Any, ...] | None = None
     weights: Any = None
+    correct: Any = None
     calibration: dict[str, Any] = Field(default_factory=dict)
     calibration_text: str | None = None
     recipes: tuple[str, ...] | None = None
@@ -66,7 +67,8 @@ class Override(Data):
     @property
     def changes_otherwise(self) -> bool:
         """True if a recipe is changed by more than ``changes``."""
-        return bool(self.rules or self.calibration or self.transforms is not None or self.weights is not None)
+        replaced = (self.transforms, self.weights, self.correct)
+        return bool(self.rules or self.calibration or any(field is not None for field in replaced))
 
 
 class Baseline(Data):
@@ -284,7 +286,8 @@ def _read_recipe(name: str, study: Path) -> Recipe:
 def _meaning(recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
     """What a recipe does to this model, whatever rules say so."""
     specs = {site: spec.model_dump(mode="json") for site, spec in recipe.resolve(config.blocks).items()}
-    return recipe.model_dump(mode="json", include={"transforms", "weights", "tune"}) | {"specs": specs}
+    said = {"transforms", "weights", "tune"} | ({"correct"} if recipe.correct else set())
+    return recipe.model_dump(mode="json", include=said) | {"specs": specs}
 
 
 def vary(recipe: Recipe, reference: str, override: Override, config: ModelConfig, origin: Path) -> Recipe:
@@ -303,6 +306,7 @@ def vary(recipe: Recipe, reference: str, override: Override, config: ModelConfig
         mapping["calibration"] = _calibration(recipe, override.calibration)
     mapping |= {} if override.transforms is None else {"transforms": list(override.transforms)}
     mapping |= {} if override.weights is None else {"weights": override.weights}
+    mapping |= {} if override.correct is None else {"correct": override.correct}
     return Recipe.from_mapping(mapping, origin=str(origin))
 
 

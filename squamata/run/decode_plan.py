@@ -27,6 +27,7 @@ from squamata.kernels.lanes import STOCHASTIC
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
+from squamata.kernels.ssd_scan.chunks import ChunkSites
 from squamata.models.block import Block, LayerCache, ScanCache
 from squamata.models.lm import Cache, LanguageModel
 from squamata.models.mamba1 import Mamba1
@@ -125,7 +126,8 @@ def _layer(block: Block) -> LayerPlan:
     if "decay" in sites or "log_decay" in sites:
         raise NotPlannableError("the decay is represented in few bits")
     conv, integer_conv = _convolution(block)
-    plans = {name: plan for name, site in sites.items() if name != "state" and (plan := _site(site, name))}
+    apart = ("state", *ChunkSites._fields)  # these are of chunks, which a token alone is not
+    plans = {name: plan for name, site in sites.items() if name not in apart and (plan := _site(site, name))}
     if integer_conv:
         for name in ("x",) if isinstance(block, Mamba1) else ("x", "B", "C"):
             plans[name] = _site(sites[name], name, codes_only=True)  # type: ignore[assignment]

@@ -35,6 +35,7 @@ from squamata.kernels.linear import Linear
 from squamata.kernels.prefill.triton import FEW_SEQUENCES
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
+from squamata.kernels.ssd_scan.chunks import ChunkSites
 from squamata.models.block import Block
 from squamata.models.lm import LanguageModel
 from squamata.models.mamba1 import Mamba1
@@ -80,6 +81,8 @@ class Planner:
             raise SquamataError(
                 "the GPU kernels keep the decay in float: leave 'mixer.decay' and 'mixer.log_decay' out"
             )
+        if found := [name for name in ChunkSites._fields if name in block.sites]:
+            raise SquamataError(f"the GPU kernels round nothing within a chunk: leave 'mixer.{found[0]}' out")
         if isinstance(block, Mamba2):
             return self.mamba2(block)
         if isinstance(block, Mamba1):

@@ -60,7 +60,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     specs = recipe.resolve(config.blocks)
     shards = _shards(folder)
     stored = {name: signature for path in shards for name, signature in _signatures(path).items()}
-    added = _left_by_transforms(config, recipe, stored)
+    added = _left_in_layers(config, recipe, stored)
     _check(folder, stored, _expected(config, specs) | added)
     raw = {name: tensor for path in shards for name, tensor in _load(path).items()}
     _refuse_bad_numbers(folder, raw)
@@ -179,9 +179,9 @@ def _expected(config: ModelConfig, specs: dict[str, QuantSpec]) -> dict[str, Sig
     return expected
 
 
-def _left_by_transforms(config: ModelConfig, recipe: Recipe, stored: Mapping[str, Signature]) -> dict[str, Signature]:
-    """What the blocks declare that transforms may leave: where it is stored, and where the recipe says it must be."""
-    used = {transform.name for transform in recipe.transforms}
+def _left_in_layers(config: ModelConfig, recipe: Recipe, stored: Mapping[str, Signature]) -> dict[str, Signature]:
+    """What the blocks declare that may be left in them: where it is stored, and where the recipe says it must be."""
+    used = {method.name for method in (*recipe.transforms, *([recipe.correct] if recipe.correct else []))}
     return {
         name: (tensor.shape, tensor.dtype)
         for layer, kind in enumerate(config.blocks)

@@ -27,6 +27,8 @@ ltsq (b = 2 .. 5)           1 - 2^-m, m = 0 .. 2^b - 1, at most 24: the logarith
                             value. 5 bits hold every level that float32 tells from 1, so more bits would add nothing.
 ltsq-fine (b = 5 .. 8)      1 - 2^(-m 2^(4-b)), m = 0 .. 2^b - 1: ltsq's range of 4 bits, where a further bit halves the
                             step of the logarithm instead of doubling its range. Ours: what QMamba's leaves out.
+fixed (b = 2 .. 12)         m 2^-b, m = 0 .. 2^b - 1: a fixed-point number below 1, by which integers are multiplied in
+                            a product and a shift. No sign, no scale. SSDi8's gate between chunks is b = 7.
 """
 
 from __future__ import annotations
@@ -102,6 +104,10 @@ def _complement(bits: int, finest: int) -> Levels:
     return tuple(1.0 - 2.0 ** (-m / finest) for m in range(min(2**bits, EXPONENTS * finest + 1)))
 
 
+def _fixed(bits: int) -> Levels:
+    return tuple(m / 2**bits for m in range(2**bits))
+
+
 def _dual_top(bits: int) -> int:
     return 2 ** (bits - 2) - 1
 
@@ -140,6 +146,7 @@ FORMATS: dict[str, Format] = {
     "log2": Format(2, 6, _log2, lambda bits: 1.0),
     "ltsq": Format(2, 5, lambda bits: _complement(bits, 1), lambda bits: 1.0, absolute=True),
     "ltsq-fine": Format(5, 8, lambda bits: _complement(bits, 2 ** (bits - 4)), lambda bits: 1.0, absolute=True),
+    "fixed": Format(2, 12, _fixed, lambda bits: 1.0, absolute=True),
 }
 
 

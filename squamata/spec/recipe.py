@@ -10,6 +10,7 @@ YAML form::
     transforms: [hadamard]             # or {NAME: {PARAMETER: VALUE}}
     weights: rtn                       # weight quantizer
     tune: {lsq: {steps: 100}}          # train the static scales, a layer at a time; absent: they stay as found
+    correct: {mean: {decay: 0.16}}     # what quantizing took from a layer's output on average becomes a bias; or absent
     calibration: {samples: 128, length: 512}
     rules:
       - {site: "*.mixer.u", spec: {bits: 8, scale: {percentile: {alpha: 0.9999}}}}
@@ -21,7 +22,7 @@ parameter) also matches the state, the weights and small parameters such as ``co
 
 A recipe that extends another has its own ``name`` and ``description``. Its rules come after the parent's, whose named
 specs it may use (a name that it gives again changes nothing in the parent's rules); of ``calibration`` it says only
-what differs; ``architectures``, ``transforms``, ``weights`` and ``tune`` replace the parent's.
+what differs; ``architectures``, ``transforms``, ``weights``, ``tune`` and ``correct`` replace the parent's.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def _named_parameters(value: Any) -> Any:
 
 
 class Named(Data):
-    """Name of a transform, weight quantizer or tuner, and its parameters."""
+    """Name of a transform, weight quantizer, tuner or correction, and its parameters."""
 
     name: str
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -114,6 +115,7 @@ class Named(Data):
 NamedField = Annotated[Named, BeforeValidator(_named_parameters)]
 
 
+DECAYS = ("decay", "chunk_decay")  # sites of numbers between 0 and 1
 _ROWS = {"granularity": "channel"}
 _GROUPS = {"granularity": "group(128)", "full_range": True, "scale_dtype": "float16"}
 TABLE_FORMATS: dict[str, dict[str, Any]] = {  # of the embedding, a row of which is read alone, and of the head
@@ -132,6 +134,7 @@ class Recipe(Data):
     transforms: tuple[NamedField, ...] = ()
     weights: NamedField = Named(name="rtn")
     tune: NamedField | None = None
+    correct: NamedField | None = None
     calibration: Calibration = Calibration()
     rules: tuple[Rule, ...] = ()
 
@@ -239,8 +242,8 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         )
     if spec.rounding == "stochastic" and info.kind != "state":
         raise SquamataError(f"{site}: 'rounding: stochastic' is for states, which are rounded again at every token")
-    if spec.absolute and site.rpartition(".")[2] != "decay":
-        raise SquamataError(f"{site}: codec '{spec.codec}' has no sign and ends at 1: it is for 'mixer.decay' alone")
+    if spec.absolute and site.rpartition(".")[2] not in DECAYS:
+        raise SquamataError(f"{site}: codec '{spec.codec}' has no sign and ends at 1: it is for {' and '.join(DECAYS)}")
     if info.kind == "state" and "token" in spec.granularity.axes:
         raise SquamataError(f"{site}: a state has no axis 'token'; 'dynamic: true' alone gives each sequence its scale")
     if spec.granularity.group and axes & {"segment", "index"}:

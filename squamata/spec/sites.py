@@ -22,7 +22,8 @@ class SiteInfo:
     small tensors that are always dequantized before use. ``reads``: the site whose tensor a weight multiplies.
     ``apart``: the site, by its last word, from which the product reads instead once a recipe represents that one.
     ``on_request``: a site that is absent unless a rule names it: such a one; the scan's decay
-    exp(dt A) (``decay``) and its exponent dt A (``log_decay``).
+    exp(dt A) (``decay``) and its exponent dt A (``log_decay``); of a chunk of Mamba-2's scan, C_t B_s (``scores``),
+    u times dt and the decay until the chunk's end (``u_scaled``), and the decay of the whole (``chunk_decay``).
     """
 
     axes: tuple[str, ...]
@@ -82,6 +83,9 @@ MAMBA2 = {
     "mixer.C_conv": SiteInfo(("ssd_group", "state")),
     "mixer.log_decay": SiteInfo(("head",), on_request=True),
     "mixer.decay": SiteInfo(("head",), on_request=True),
+    "mixer.scores": SiteInfo(("ssd_group",), on_request=True),
+    "mixer.u_scaled": SiteInfo(("head", "channel"), on_request=True),
+    "mixer.chunk_decay": SiteInfo(("head",), on_request=True),
     "mixer.state": SiteInfo(("head", "channel", "state"), "state"),
     "mixer.y": SiteInfo(("head", "channel")),
     "mixer.out": SiteInfo(("channel",), summed=("channel",)),

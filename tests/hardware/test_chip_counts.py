@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from judged import SHIPPED
+from judged import ON_THEIR_KINDS
 from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
 
 from squamata.errors import SquamataError
@@ -24,7 +24,7 @@ from squamata.spec.recipe import Recipe
 from squamata.transform import TRANSFORMS
 
 FLOAT32 = Technology.read("7nm").model_copy(update={"float_bits": 32})
-ANY_DEPTH = [name for name in SHIPPED if not name.endswith("-8b")]  # that one names layers up to the 54th
+ANY_DEPTH = [pair for pair in ON_THEIR_KINDS if not pair[1].endswith("-8b")]  # that one names layers up to the 54th
 GROUPS = Groups(ssd=2, heads=2, channels=3)
 
 ODD = recipe_of(
@@ -51,8 +51,11 @@ def index_map(axes: tuple[str, ...], sizes: tuple[int, ...], groups: Groups) -> 
     return (torch.arange(prod(leading)) % groups.count).reshape(leading)
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-@pytest.mark.parametrize("recipe", [*ANY_DEPTH, ODD], ids=lambda recipe: str(getattr(recipe, "name", recipe)))
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [*ANY_DEPTH, ("mamba1", ODD), ("mamba2", ODD)],
+    ids=lambda part: str(getattr(part, "name", part)),
+)
 def test_scales_are_counted_as_the_partition_stores_them(kind: str, recipe: Recipe | str) -> None:
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     config = config_of(kind, n_groups=2) if kind == "mamba2" else config_of(kind)
@@ -88,8 +91,7 @@ def cache_bytes(model: LanguageModel) -> int:
     return total
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-@pytest.mark.parametrize("recipe", ANY_DEPTH)
+@pytest.mark.parametrize(("kind", "recipe"), ANY_DEPTH)
 def test_bytes_are_those_of_a_quantized_model(kind: str, recipe: str) -> None:
     """Weights a token reads, weights stored, the cache; all but the two numbers a layer that name a rotation."""
     config = config_of(kind, d_inner=48 if kind == "mamba1" else 64)

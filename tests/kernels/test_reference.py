@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from judged import SHIPPED
+from judged import ON_THEIR_KINDS
 from tiny import config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of
 
 from squamata.errors import SquamataError
@@ -327,8 +327,7 @@ def run_and_record(
     return logits, landed
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-@pytest.mark.parametrize("recipe", SHIPPED)
+@pytest.mark.parametrize(("kind", "recipe"), ON_THEIR_KINDS)
 @torch.no_grad()
 def test_simulation_and_integers_are_the_same(
     kind: str, recipe: str, shipped: Callable[[str, str], Path], bundled_folder: Path

@@ -30,6 +30,7 @@ COARSE_LEVELS: dict[tuple[str, int], list[float]] = {
 FINE_LEVELS |= {  # 1 - 2^-q, and q in halves
     ("ltsq", 3): [0, 1 / 2, 3 / 4, 7 / 8, 15 / 16, 31 / 32, 63 / 64, 127 / 128],
     ("ltsq-fine", 5): [1 - 2 ** -(half / 2) for half in range(32)],
+    ("fixed", 3): [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8],
 }
 SPANS = {("soft-edge", 9): 127, ("half-scale", 9): 127, ("quarter-scale", 9): 127, ("quarter-log2", 7): 127}
 SPANS |= {("outlier-piecewise", 8): 120, ("dual-scale", 5): 7, ("log2", 4): 1}

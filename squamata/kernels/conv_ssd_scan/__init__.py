@@ -32,5 +32,6 @@ def conv_ssd_scan(  # type: ignore[empty-body]
     """``causal_conv1d`` of x, B, C onto u, B_conv, C_conv; ``ssd_scan``; the new state landed on state.
 
     The scan's exp(dt A) lands on ``decay``, dt A on ``log_decay`` if these sites have a spec: then in the reference.
+    What ``ssd_scan/chunks.py`` makes of a chunk lands on ``scores``, ``u_scaled``, ``chunk_decay`` in the same way.
     ``conv`` (B, E + 2 G N, K - 1) and ``state`` (B, H, P, N), in the storage of their sites, are updated in place.
     """

@@ -16,6 +16,7 @@ from squamata.kernels.qtensor import Value, as_float, store
 from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan import ref as reference
 from squamata.kernels.ssd_scan import ssd_scan
+from squamata.kernels.ssd_scan.chunks import ChunkSites
 
 
 def run(
@@ -23,6 +24,11 @@ def run(
 ) -> Tensor:
     landing = (sites["u"], sites["B_conv"], sites["C_conv"])
     u, B, C = causal_conv1d((x, B, C), layer.conv_weight, layer.conv_bias, conv, landing)
+    chunks = ChunkSites.of(sites) if u.shape[1] > 1 else None  # a token alone is no chunk: see there
+    if chunks is not None:
+        y, landed = chunks.scan(u, dt, B, C, state, (layer.A, layer.D, layer.dt_bias), layer.layout, sites)
+        store(state, landed)
+        return y
     decay = DecaySites.of(sites)
     scan = ssd_scan if decay is None else partial(reference.run, sites=decay)
     running = as_float(state, layer.A.dtype)

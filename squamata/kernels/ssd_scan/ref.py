@@ -45,17 +45,10 @@ def _step(u: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, C: Tensor, state: 
 
 
 def _chunk(u: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk of l tokens: inside it as masked attention, the state before it by its decay (section 6).
-
-    Decays are differences of sums that grow with the chunk: in float32 their rounding would be the scan's largest
-    error by far.
-    """
+    """One chunk of l tokens: inside it as masked attention, the state before it by its decay (section 6)."""
     batch, length, heads, _ = u.shape
     groups = B.shape[2]
-    log_decay = exponent.double().cumsum(1).transpose(1, 2)  # (B, H, l), from before the chunk to token t
-    between = (log_decay[..., :, None] - log_decay[..., None, :]).to(u.dtype)  # (B, H, t, s)
-    causal = torch.ones(length, length, dtype=torch.bool, device=u.device).tril()
-    between = torch.exp(between.masked_fill(~causal, -torch.inf))
+    log_decay, between = decays(exponent, u.dtype)
     scores = torch.einsum("btgn,bsgn->bgts", C, B).repeat_interleave(heads // groups, dim=1)
     weighted = (u * dt[..., None]).transpose(1, 2)  # (B, H, l, P)
     inside = (scores * between) @ weighted
@@ -66,3 +59,16 @@ def _chunk(u: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, C: Tensor, state:
     added = torch.einsum("bgrsp,bsgn->bgrpn", to_end.reshape(batch, groups, heads // groups, length, -1), B)
     state = torch.exp(log_decay[..., -1]).to(u.dtype)[..., None, None] * state + added.reshape(state.shape)
     return y.transpose(1, 2), state
+
+
+def decays(exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dt A of a chunk's tokens (B, l, H) -> float64 log of the decay from before it to token t (B, H, l), and the decay
+    from token s to token t (B, H, t, s), 0 before s.
+
+    Decays are differences of sums that grow with the chunk: in float32 their rounding would be the scan's largest
+    error by far.
+    """
+    log_decay = exponent.double().cumsum(1).transpose(1, 2)
+    between = (log_decay[..., :, None] - log_decay[..., None, :]).to(dtype)
+    causal = torch.ones(between.shape[-2:], dtype=torch.bool, device=exponent.device).tril()
+    return log_decay, torch.exp(between.masked_fill(~causal, -torch.inf))
