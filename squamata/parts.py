@@ -216,7 +216,10 @@ class QuantizedParts:
             block = build_block(self.working, layer, tensors, site_tensors=maps)
             statistics = attach(block.sites.values(), self.specs)
             entering = list(self.seen) if tuned else []
-            written = correct.mean_output(block, self.seen, self.lengths)
+            if self.served:
+                written = correct.mean_output(block, self.seen, self.lengths)
+            else:
+                run_layer(block, self.seen, self.lengths)
             scales_found = self._scales_of(statistics)
         known = {**self._grams(layer, tensors), **self._tables(prefix)}
         orders = {prefix + name: order for name, order in maps.items() if name.endswith(".order")}
