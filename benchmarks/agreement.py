@@ -49,7 +49,7 @@ from squamata.models.mamba1 import Mamba1
 from squamata.pipeline import quantize
 from squamata.run.decode_plan import Decoder, NotPlannableError
 from squamata.save.read import read_checkpoint
-from squamata.spec.recipe import recipe_names
+from squamata.spec.recipe import Recipe, recipe_names
 from squamata.text import read_documents
 
 NEAR = 1e-3  # codes: how far from a tie a value may be that rounds the other way
@@ -364,7 +364,7 @@ def judge(folder: Path, recipe: str, arguments: argparse.Namespace) -> Judge:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["bundled"])
-    exact = [name for name in recipe_names() if "stochastic" not in name]  # each kernel draws noise of its own
+    exact = [name for name in recipe_names() if not Recipe.read(name).stochastic]
     parser.add_argument("--recipes", nargs="+", default=exact)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--decoded", type=int, default=64)

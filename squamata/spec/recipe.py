@@ -180,6 +180,11 @@ class Recipe(Data):
         """The resolved recipe as plain data: what a checkpoint stores."""
         return self.model_dump(mode="json", exclude_defaults=True) | {"name": self.name}
 
+    @property
+    def stochastic(self) -> bool:
+        """True if something is rounded by noise, which every kernel draws for itself: no two give the same codes."""
+        return any(rule.spec is not None and rule.spec.rounding == "stochastic" for rule in self.rules)
+
     def check_architectures(self, blocks: tuple[str, ...]) -> None:
         """Refuse a model with a layer of a kind that the recipe is not for."""
         for kind in sorted(set(blocks) - set(self.architectures)):

@@ -186,7 +186,10 @@ class BoundStates:
 
 
 class DecodePlan:
-    """A whole model ready to decode, batch 1. ``bind`` states, then ``step`` once a token."""
+    """A whole model ready to decode, batch 1. ``bind`` states, then ``step`` once a token.
+
+    ``stochastic``: a layer's state is rounded so; then ``BoundStates.reseed`` before every step.
+    """
 
     def __init__(
         self,
@@ -197,6 +200,8 @@ class DecodePlan:
         head_site: SitePlan | None = None,
     ) -> None:
         self.layers = list(layers)
+        grids = [layer.state_site for layer in self.layers if layer.state_site is not None]
+        self.stochastic = any(grid.rounding == "stochastic" for grid in grids)
         self._alive: list[object] = []  # what the tables point to
         self._table = np.zeros(len(self.layers), LAYER)
         self._bound = None if self.layers else BoundStates(self._table, [])
@@ -238,11 +243,6 @@ class DecodePlan:
                 record["state"]["scale"] = address(scales)
         self._bound = BoundStates(table, list(states))
         return self._bound
-
-    @property
-    def stochastic(self) -> bool:
-        """True if a layer's state is rounded stochastically: ``BoundStates.reseed`` before every step."""
-        return any(layer.state_site is not None and layer.state_site.rounding == "stochastic" for layer in self.layers)
 
     def step(self, embedding: Floats, threads: int | None = None, states: BoundStates | None = None) -> Floats:
         """Embedding row float32 (D,) -> logits float32 (V,), a buffer that the next step overwrites.
