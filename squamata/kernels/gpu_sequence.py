@@ -7,6 +7,7 @@ Sequences of one call have L places; of sequence b the first ``lengths[b]`` hold
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,6 +19,7 @@ from squamata.kernels.gpu_gemv import INTERPRETED
 from squamata.kernels.gpu_math import silu, to_codes
 
 CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 16, 8, 256, 2  # a program
+ONE_ROWS, ONE_CHANNELS, ONE_WARPS = 8, 256, 2  # a program, where every sequence has one token
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,74 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
             tl.store(ring + slot, kept[k].to(ring.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def _one_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, position, out, ROWS, N_IN,
+                START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+                WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr, CODES: tl.constexpr,
+                FORMAT: tl.constexpr):  # fmt: skip
+    """BC channels of BR sequences of one token: tables are read once, the newest input takes the oldest one's slot."""
+    place = tl.program_id(0) * BC + tl.arange(0, BC)
+    channel = unpermuted(place, FORMAT)  # stores stay whole
+    live = place < C
+    now = tl.load(position)
+    first = tl.program_id(1) * BR
+    tap = ()
+    for k in tl.static_range(WIDTH):
+        tap = tap + (tl.load(taps + k * C + channel, mask=live, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    factor_ = tl.load(factor + channel, mask=live, other=0.0)
+    bias_ = tl.load(bias + channel, mask=live, other=0.0)
+    if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
+        grid = (
+            tl.load(inverse + channel, mask=live, other=0.0), tl.load(scale + channel, mask=live, other=0.0),
+            tl.load(low + channel, mask=live, other=0.0), tl.load(high + channel, mask=live, other=0.0),
+        )  # fmt: skip
+    given = ()
+    for i in tl.static_range(BR):
+        row = (first + i).to(tl.int64)
+        inside = live & (channel * 0 + (first + i) < ROWS)
+        window = ()
+        for k in tl.static_range(WIDTH - 1):
+            slot = ((now + 1 + k) % WIDTH * ROWS + row) * C
+            window = window + (tl.load(ring + slot + channel, mask=inside, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+        newest = tl.load(entered + row * N_IN + START + channel, mask=inside, other=0)
+        given = given + (window + (newest,),)  # type: ignore[assignment]  # noqa: RUF005
+    for i in tl.static_range(BR):
+        row = (first + i).to(tl.int64)
+        inside = live & (channel * 0 + (first + i) < ROWS)
+        total = given[i][0].to(tl.float32) * tap[0]
+        for k in tl.static_range(1, WIDTH):
+            total += given[i][k].to(tl.float32) * tap[k]
+        u = silu(total * factor_ + bias_)
+        if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
+            u = _landed(u, grid, channel >= SPLIT, FIRST_ROUNDING, REST_ROUNDING, CODES)
+        tl.store(out + row * C + place, u.to(out.dtype.element_ty), mask=inside)
+        slot = (now % WIDTH * ROWS + row) * C
+        tl.store(ring + slot + channel, given[i][WIDTH - 1].to(ring.dtype.element_ty), mask=inside)
+
+
 def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, split: int, sequences: Sequences,
               out: Tensor, codes: bool, format: int) -> None:  # fmt: skip
     """Depthwise causal convolution and SiLU, landed. ``entered`` (B L, N): channels from ``start``, int8 or float.
 
     ``ring`` (K, B, C) holds what came before and then the last K inputs. ``out`` (B L, C): ``codes`` (in any type), or
     values, in the column order of ``format``. Channels below ``split`` round as u does, the others as B and C do.
+    Where there is one place a sequence, every sequence has a token.
     """
     length, channels = sequences.length, out.shape[1]
+    tables = (conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high)
+    shared: dict[str, Any] = {
+        "START": start, "C": channels, "SPLIT": split, "WIDTH": conv.taps.shape[0], "FIRST_ROUNDING": conv.rounding,
+        "REST_ROUNDING": conv.rounding_bc, "CODES": codes, "FORMAT": format,
+    }  # fmt: skip
+    if length == 1:
+        _one_kernel[(triton.cdiv(channels, ONE_CHANNELS), triton.cdiv(sequences.batch, ONE_ROWS))](
+            entered, ring, *tables, sequences.position, out, sequences.batch, entered.shape[1], BR=ONE_ROWS,
+            BC=ONE_CHANNELS, num_warps=ONE_WARPS, **shared,
+        )  # fmt: skip
+        return
     tokens = min(CONV_TOKENS, triton.next_power_of_2(length))
     grid = (triton.cdiv(channels, CONV_CHANNELS), triton.cdiv(length, tokens), sequences.batch)
     _conv_kernel[grid](
-        entered, ring, conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high,
-        sequences.lengths, sequences.position, out, length, entered.shape[1], START=start, C=channels, SPLIT=split,
-        BT=tokens, AHEAD=min(CONV_AHEAD, tokens), BC=CONV_CHANNELS, WIDTH=conv.taps.shape[0],
-        FIRST_ROUNDING=conv.rounding, REST_ROUNDING=conv.rounding_bc, CODES=codes, FORMAT=format,
-        NATIVE=not INTERPRETED, num_warps=CONV_WARPS,
+        entered, ring, *tables, sequences.lengths, sequences.position, out, length, entered.shape[1], BT=tokens,
+        AHEAD=min(CONV_AHEAD, tokens), BC=CONV_CHANNELS, NATIVE=not INTERPRETED, num_warps=CONV_WARPS, **shared,
     )  # fmt: skip

@@ -71,24 +71,45 @@ def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, D
 
 
 @triton.jit
+def _time_steps(dt, tables, head, live, row, limit, N_IN, START: tl.constexpr, CODES: tl.constexpr):
+    """dt and decay of heads; ``dt``: codes and values of in_proj's rows; ``tables``: scale, bias, A of heads."""
+    codes, values = dt
+    unit, bias, A = tables
+    if CODES:
+        step = tl.load(codes + row * N_IN + START + head, mask=live, other=0).to(tl.float32)
+        step = step * tl.load(unit + head, mask=live, other=0.0)
+    else:
+        step = tl.load(values + row * N_IN + START + head, mask=live, other=0.0).to(tl.float32)
+    step = softplus(step + tl.load(bias + head, mask=live, other=0.0))
+    step = tl.minimum(tl.maximum(step, limit[0]), limit[1])
+    return step, tl.exp(step * tl.load(A + head, mask=live, other=0.0))
+
+
+@triton.jit
 def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, out, limit, N_IN, DT_START: tl.constexpr,
                    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, BP: tl.constexpr,
-                   BLOCKS: tl.constexpr, DT_CODES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                   BLOCKS: tl.constexpr, BH: tl.constexpr, DT_CODES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BLOCKS times BP channels of one group of one sequence: int8 states with a scale a channel, four to a word.
 
     y = C (a s + b B) = a (C s) + b (C B), so that old codes meet the codes of C four at a time. The new state over b is
-    (a / b) s + B: one operation an element, with a ratio that a b near zero cannot make infinite. A block's state is
-    on its way while the one before is worked on.
+    (a / b) s + B: one operation an element, with a ratio that a b near zero cannot make infinite. All that a block
+    reads is on its way while the one before is worked on.
     """
     C: tl.constexpr = H * P + 2 * GROUPS * N
     W: tl.constexpr = N // 4
     at, row = tl.program_id(0) * BLOCKS, tl.program_id(1).to(tl.int64)
-    group = H * P + ((at * BP // P) * GROUPS // H) * N
+    first_head = at * BP // P
+    group = H * P + (first_head * GROUPS // H) * N
     token = u + row * C
     at_b = token + group + 4 * tl.arange(0, W)
     channel = at * BP + tl.arange(0, BP)
     first = words + row * (H * P * W) + channel[:, None] * W + tl.arange(0, W)[None, :]
-    following = tl.load(first)
+    scale_at, x_at, unit_at = scales + row * (H * P) + channel, token + channel, u_scale + channel
+    out_at = out + row * (H * P) + channel
+    following, scale_next, x_next, unit_next = tl.load(first), tl.load(scale_at), tl.load(x_at), tl.load(unit_at)
+    head = first_head + tl.arange(0, BH)
+    steps, decays = _time_steps(dt, tables, head, head < H, row, limit, N_IN, DT_START, DT_CODES)
+    throughs = tl.load(skip + head, mask=head < H, other=0.0)
     B, packed, both = (), (), tl.zeros((W,), tl.float32)
     for j in tl.static_range(4):
         b_code, c_code = tl.load(at_b + j).to(tl.float32), tl.load(at_b + GROUPS * N + j).to(tl.float32)
@@ -98,16 +119,18 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
     c_words, met = pack_bytes(packed, NATIVE)[None, :], tl.sum(both, axis=0)
     b_unit, c_unit = tl.load(u_scale + group), tl.load(u_scale + group + GROUPS * N)
     for block in range(BLOCKS):
-        s = following
-        following = tl.load(first + tl.minimum(block + 1, BLOCKS - 1) * (BP * W))
-        head = (at + block) * BP // P
-        place = row * (H * P) + channel + block * BP
-        x = tl.load(token + channel + block * BP).to(tl.float32) * tl.load(u_scale + channel + block * BP)
-        step, decay = _time_step(dt, tables, head, row, limit, N_IN, DT_START, DT_CODES)
-        a, b = tl.load(scales + place) * decay, x * (step * b_unit)
+        s, old, x, unit_x = following, scale_next, x_next, unit_next
+        ahead = tl.minimum(block + 1, BLOCKS - 1) * BP
+        following = tl.load(first + ahead * W)
+        scale_next, x_next, unit_next = tl.load(scale_at + ahead), tl.load(x_at + ahead), tl.load(unit_at + ahead)
+        mine = head == (at + block) * BP // P
+        step, decay = tl.sum(tl.where(mine, steps, 0.0), axis=0), tl.sum(tl.where(mine, decays, 0.0), axis=0)
+        through = tl.sum(tl.where(mine, throughs, 0.0), axis=0)
+        x = x.to(tl.float32) * unit_x
+        a, b = old * decay, x * (step * b_unit)
         seen = tl.sum(dot4(s, c_words, tl.zeros((BP, W), tl.int32), NATIVE), axis=1).to(tl.float32)
-        y = c_unit * (a * seen + b * met) + tl.load(skip + head) * x
-        tl.store(out + place, y.to(out.dtype.element_ty))
+        y = c_unit * (a * seen + b * met) + through * x
+        tl.store(out_at + block * BP, y.to(out.dtype.element_ty))
         size = tl.maximum(tl.maximum(tl.abs(b), a * _LEAST_RATIO), 1e-30)
         unit = tl.where(b < 0, -size, size)
         ratio = (a * _BYTE_AT_TOP / unit)[:, None]
@@ -117,7 +140,7 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
         one, two, three, four = new  # type: ignore[misc]
         largest = tl.maximum(tl.maximum(tl.abs(one), tl.abs(two)), tl.maximum(tl.abs(three), tl.abs(four)))
         scale = tl.maximum(tl.max(largest, axis=1) * (size * span_inverse), _SMALLEST_SCALE)
-        tl.store(scales + place, scale)
+        tl.store(scale_at + block * BP, scale)
         inverse = (unit / scale)[:, None]
         codes = ()
         for j in tl.static_range(4):
@@ -146,7 +169,8 @@ def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, 
         blocks = gcd(heads * head_dim // (groups * channels), PACKED_BLOCKS)
         _packed_kernel[(heads * head_dim // (channels * blocks), rows)](
             u, conv.scale, dt, tables, skip, state.view(torch.int32), grid.scale, 1 / grid.span, out, limit, columns,
-            BP=channels, BLOCKS=blocks, NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, **shared,
+            BP=channels, BLOCKS=blocks, BH=triton.next_power_of_2((blocks * channels - 1) // head_dim + 2),
+            NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, **shared,
         )  # fmt: skip
         return
     channels = min(CHANNELS, head_dim)
