@@ -12,7 +12,8 @@ from torch import Tensor
 
 from squamata.errors import SquamataError
 from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_math import silu, to_codes
+from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_math import silu, small_to_float, to_codes, to_int8
 from squamata.kernels.gpu_norm import RowSite, _land_row
 from squamata.kernels.gpu_scan import InputPlan
 from squamata.kernels.hadamard import Rotation
@@ -109,19 +110,24 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
                    Z_CODES: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, TURNED: tl.constexpr,
                    MIDDLE: tl.constexpr,
                    MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr,
-                   EXACT: tl.constexpr):  # fmt: skip
+                   EXACT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """One row: out = H (norm(y * SiLU(z)) * gain) * factor, landed."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PADDED)
     channel = part[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
     mask = channel < E
+    if TURNED:  # asked for first: nothing before the products needs them
+        side = tl.arange(0, SIDE)
+        H_right = tl.load(right + side[:, None] * SIDE + side[None, :])
+        if ROTATED:
+            H_left = tl.load(left + part[:, None] * PADDED + part[None, :])
     v = tl.load(y + row * E + channel, mask=mask, other=0.0).to(tl.float32)
     if Z_CODES:
-        z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0).to(tl.float32)
-        z = z * tl.load(z_scale + channel, mask=mask, other=0.0)
+        z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0)
+        z = small_to_float(z.to(tl.int32)) * tl.load(z_scale + channel, mask=mask, other=0.0)
     else:
         z = tl.load(z_values + row * N_IN + Z_START + channel, mask=mask, other=0.0).to(tl.float32)
-    v = v * silu(z)
+    v = v * silu(z, NATIVE)
     if NORM:
         width: tl.constexpr = E // GROUPS
         squares = tl.sum(v * v, axis=1)
@@ -148,15 +154,12 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
         if not NORM and not EXACT:  # float16 has no room for any magnitude: the row's largest becomes 1
             unit = tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), 1e-20)
             v = v * tl.div_rn(1.0, unit)
-        side = tl.arange(0, SIDE)
-        H_right = tl.load(right + side[:, None] * SIDE + side[None, :])
         v = tl.dot(v.to(H_right.dtype), H_right, input_precision="ieee")
         if ROTATED:
-            H_left = tl.load(left + part[:, None] * PADDED + part[None, :])
             v = tl.dot(H_left, (v * _HEADROOM).to(H_left.dtype), input_precision="ieee") / _HEADROOM
         v = v * (factor * unit)
     if QUANTIZED:
-        tl.store(out + row * E + channel, to_codes(v, inverse, low, high, ROUNDING).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + row * E + channel, to_int8(v, inverse, low, high, ROUNDING), mask=mask)
     else:
         tl.store(out + row * E + channel, v.to(out.dtype.element_ty), mask=mask)
 
@@ -175,5 +178,5 @@ def rotate_rows(y: Tensor, z: tuple[Tensor, Tensor], z_input: InputPlan, z_start
         Z_START=z_start, E=width, PARTS=plan.parts, PADDED=plan.left.shape[0], SIDE=plan.right.shape[0], GROUPS=groups,
         Z_CODES=z_input.codes, NORM=gain is not None, ROTATED=plan.rotated, TURNED=plan.turned, MIDDLE=middle.quantized,
         MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
-        EXACT=plan.left.dtype == torch.float32, num_warps=ROTATE_WARPS,
+        EXACT=plan.left.dtype == torch.float32, NATIVE=not INTERPRETED, num_warps=ROTATE_WARPS,
     )  # fmt: skip

@@ -94,7 +94,7 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
             total = window[0] * tap[0]
             for k in tl.static_range(1, WIDTH):
                 total += window[k] * tap[k]
-            u = silu(total * factor_ + bias_)
+            u = silu(total * factor_ + bias_, NATIVE)
             if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
                 u = _landed(u, grid, channel >= SPLIT, FIRST_ROUNDING, REST_ROUNDING, CODES)
             at = (row.to(tl.int64) * L + start + i) * C + place
@@ -117,7 +117,7 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
 def _one_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, position, out, ROWS, N_IN,
                 START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
                 WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr, CODES: tl.constexpr,
-                FORMAT: tl.constexpr):  # fmt: skip
+                FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BC channels of BR sequences of one token: tables are read once, the newest input takes the oldest one's slot."""
     place = tl.program_id(0) * BC + tl.arange(0, BC)
     channel = unpermuted(place, FORMAT)  # stores stay whole
@@ -150,7 +150,7 @@ def _one_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, po
         total = given[i][0].to(tl.float32) * tap[0]
         for k in tl.static_range(1, WIDTH):
             total += given[i][k].to(tl.float32) * tap[k]
-        u = silu(total * factor_ + bias_)
+        u = silu(total * factor_ + bias_, NATIVE)
         if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
             u = _landed(u, grid, channel >= SPLIT, FIRST_ROUNDING, REST_ROUNDING, CODES)
         tl.store(out + row * C + place, u.to(out.dtype.element_ty), mask=inside)
@@ -171,6 +171,7 @@ def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, 
     shared: dict[str, Any] = {
         "START": start, "C": channels, "SPLIT": split, "WIDTH": conv.taps.shape[0], "FIRST_ROUNDING": conv.rounding,
         "REST_ROUNDING": conv.rounding_bc, "CODES": codes, "FORMAT": format,
+        "NATIVE": not INTERPRETED,
     }  # fmt: skip
     if length == 1:
         _one_kernel[(triton.cdiv(channels, ONE_CHANNELS), triton.cdiv(sequences.batch, ONE_ROWS))](
@@ -182,5 +183,5 @@ def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, 
     grid = (triton.cdiv(channels, CONV_CHANNELS), triton.cdiv(length, tokens), sequences.batch)
     _conv_kernel[grid](
         entered, ring, *tables, sequences.lengths, sequences.position, out, length, entered.shape[1], BT=tokens,
-        AHEAD=min(CONV_AHEAD, tokens), BC=CONV_CHANNELS, NATIVE=not INTERPRETED, num_warps=CONV_WARPS, **shared,
+        AHEAD=min(CONV_AHEAD, tokens), BC=CONV_CHANNELS, num_warps=CONV_WARPS, **shared,
     )  # fmt: skip

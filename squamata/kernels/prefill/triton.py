@@ -37,6 +37,7 @@ from squamata.kernels.gpu_expand import (
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
 from squamata.kernels.gpu_parts import norm_parts_apart
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
+from squamata.kernels.gpu_segments import SEGMENTS_FROM, Segments, segments
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import Sequences, conv_rows
 from squamata.kernels.gpu_ssd import ScanScratch, scan_scratch, ssd_rows
@@ -46,6 +47,7 @@ from squamata.kernels.gpu_vocabulary import embed, greedy
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
 # Rows of activations, and outputs and columns of a weight, from which its layout by rows pays
 ROWS_FROM, OUTPUTS_FROM, COLUMNS_FROM = 128, 64, 512
+SHALLOW_FROM = 128  # columns, where one scale is a row's
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Workspace:
     sums: Tensor | None = None
     scratch: Tensor | None = None
     of_states: dict[torch.Size, ScanScratch] = field(default_factory=dict)
+    of_segments: dict[torch.Size, Segments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = self.batch * self.length
@@ -92,9 +95,18 @@ class Workspace:
             self.of_states[state.shape] = scan_scratch(self.batch, self.length, state, self.float)
         return self.of_states[state.shape]
 
+    def segments(self, state: Tensor) -> Segments | None:
+        """Scratch of Mamba-1's scan for a state of this shape; None where it runs token by token."""
+        if self.length < SEGMENTS_FROM or state.shape[2] % 4:
+            return None
+        if state.shape not in self.of_segments:
+            self.of_segments[state.shape] = segments(self.batch, self.length, state)
+        return self.of_segments[state.shape]
+
     def by_rows(self, linear: TiledLinear) -> bool:
         """True if the product wants its weight laid out by rows (``gpu_expand``)."""
-        large = self.rows >= ROWS_FROM and linear.rows >= OUTPUTS_FROM and linear.columns >= COLUMNS_FROM
+        deep = linear.columns >= COLUMNS_FROM or (linear.group_scale is None and linear.columns >= SHALLOW_FROM)
+        large = self.rows >= ROWS_FROM and linear.rows >= OUTPUTS_FROM and deep
         return large and linear.format in OPERAND and (linear.format.integer_activations or not self.exact)
 
     def input_of(self, name: str, projection: Projection) -> Tensor:
@@ -259,7 +271,8 @@ class SequencePlan:
         yield (
             "scan",
             lambda: selective_rows(
-                u, scan.inputs["u"], dt, bc, scan.A, scan.skip, layer.state.state, scan.grid, self.sequences, y, order
+                u, scan.inputs["u"], dt, bc, scan.A, scan.skip, layer.state.state, scan.grid, self.sequences, y, order,
+                work.segments(layer.state.state),
             ),
         )
         yield from self._leave(layer.exit, layer, entered, layer.z_start)
