@@ -18,6 +18,7 @@ from squamata.kernels.gpu_scan import InputPlan, StatePlan, _store_state
 
 CHANNELS, WARPS = 32, 2  # of a head, a program
 PACKED_CHANNELS, PACKED_WARPS, PACKED_BLOCKS = 64, 2, 20  # where four codes are one word; blocks a program
+PACKED_REGISTERS: int | None = None
 _LEAST_RATIO = tl.constexpr(2.0**-40)
 _BYTE_AT_TOP = tl.constexpr(2.0**-24)  # undoes ``byte_to_float``
 
@@ -170,7 +171,7 @@ def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, 
         _packed_kernel[(heads * head_dim // (channels * blocks), rows)](
             u, conv.scale, dt, tables, skip, state.view(torch.int32), grid.scale, 1 / grid.span, out, limit, columns,
             BP=channels, BLOCKS=blocks, BH=triton.next_power_of_2((blocks * channels - 1) // head_dim + 2),
-            NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, **shared,
+            NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, maxnreg=PACKED_REGISTERS, **shared,
         )  # fmt: skip
         return
     channels = min(CHANNELS, head_dim)
