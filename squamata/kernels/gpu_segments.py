@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import small_to_float
+from squamata.kernels.gpu_math import small_to_float, take_turn
 from squamata.kernels.gpu_scan import _load_state, _store_state
 
 TOKENS = 8  # loaded together
@@ -104,8 +103,9 @@ def _moved_on(s, rates, delta, x, B, N: tl.constexpr):
 @triton.jit
 def _ends_kernel(u, u_scale, dt, bc, A, lengths, ends, moved, L, SEGMENT, E: tl.constexpr, N: tl.constexpr,
                  BE: tl.constexpr, T: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr,
-                 NATIVE: tl.constexpr):  # fmt: skip
+                 PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BE channels of one segment of one sequence, from nothing."""
+    take_turn(PDL)
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
     segment, row = tl.program_id(1), tl.program_id(2)
     live = channel < E
@@ -134,10 +134,11 @@ def _segment_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inver
                     lengths, ends, moved, out, L, SEGMENT, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr,
                     T: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr,
                     ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr,
-                    NATIVE: tl.constexpr):  # fmt: skip
+                    PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BE channels of one segment of one sequence, from where the segments before it lead (Gu and Dao 2023,
     algorithm 2). The last one leaves the state.
     """
+    take_turn(PDL)
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
     segment, row = tl.program_id(1), tl.program_id(2)
     live = channel < E

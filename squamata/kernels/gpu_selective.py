@@ -12,6 +12,8 @@ from torch import Tensor
 
 from squamata.kernels.gpu_gemm import permuted
 from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_math import take_turn
+from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
 from squamata.kernels.gpu_segments import CHANNELS, TOKENS, WARPS, Segments, _as_float, _ends_kernel, _segment_kernel
 from squamata.kernels.gpu_sequence import Sequences
@@ -38,8 +40,9 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
                       state_span, lengths, out, L, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr,
                       T: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr,
                       ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr,
-                      NATIVE: tl.constexpr):  # fmt: skip
+                      PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BE channels of one sequence, token by token, T loaded together (Gu and Dao 2023, algorithm 2)."""
+    take_turn(PDL)
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
     row = tl.program_id(1)
     n = tl.arange(0, N)
@@ -87,6 +90,7 @@ def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Ten
     grids = (grid.scale, grid.inverse, grid.low, grid.high, grid.span) if grid else (skip, skip, 0.0, 0.0, 0.0)
     sizes: dict[str, Any] = {
         "E": channels, "N": states, "FORMAT": format, "CODES": u.dtype == torch.int8, "NATIVE": not INTERPRETED,
+        "PDL": sequences.pdl, **_launch(sequences.pdl),
     }  # fmt: skip
     stored = {
         "QUANTIZED": grid is not None, "ALONG": grid.along_states if grid else False,

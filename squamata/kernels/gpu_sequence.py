@@ -16,7 +16,8 @@ from torch import Tensor
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemm import unpermuted
 from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import silu, to_codes
+from squamata.kernels.gpu_math import silu, take_turn, to_codes
+from squamata.kernels.gpu_norm import _launch
 
 CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 16, 8, 256, 2  # a program
 ONE_ROWS, ONE_CHANNELS, ONE_WARPS = 8, 256, 2  # a program, where every sequence has one token
@@ -29,6 +30,7 @@ class Sequences:
     lengths: Tensor
     position: Tensor
     length: int
+    pdl: bool = False
 
     @property
     def batch(self) -> int:
@@ -58,11 +60,12 @@ def _conv_input(sequence, ring, time, channel, live, now, row, rows, L, N_IN, C:
 def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, lengths, position, out, L, N_IN,
                  START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr,
                  BC: tl.constexpr, WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr,
-                 CODES: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                 CODES: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BC channels of BT tokens of one sequence, token by token, AHEAD of them loaded together.
 
     The last inputs stay in registers. The program of the first tokens moves the ring on.
     """
+    take_turn(PDL)
     place = tl.program_id(0) * BC + tl.arange(0, BC)
     channel = unpermuted(place, FORMAT)  # stores stay whole
     first = tl.program_id(1) * BT
@@ -117,8 +120,9 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
 def _one_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, position, out, ROWS, N_IN,
                 START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
                 WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr, CODES: tl.constexpr,
-                FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                FORMAT: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BC channels of BR sequences of one token: tables are read once, the newest input takes the oldest one's slot."""
+    take_turn(PDL)
     place = tl.program_id(0) * BC + tl.arange(0, BC)
     channel = unpermuted(place, FORMAT)  # stores stay whole
     live = place < C
@@ -171,7 +175,7 @@ def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, 
     shared: dict[str, Any] = {
         "START": start, "C": channels, "SPLIT": split, "WIDTH": conv.taps.shape[0], "FIRST_ROUNDING": conv.rounding,
         "REST_ROUNDING": conv.rounding_bc, "CODES": codes, "FORMAT": format,
-        "NATIVE": not INTERPRETED,
+        "NATIVE": not INTERPRETED, "PDL": sequences.pdl, **_launch(sequences.pdl),
     }  # fmt: skip
     if length == 1:
         _one_kernel[(triton.cdiv(channels, ONE_CHANNELS), triton.cdiv(sequences.batch, ONE_ROWS))](

@@ -153,7 +153,9 @@ def test_scan_in_steps_is_the_recurrence(length: int, integers: bool) -> None:
             assert relative(state[row], end) < tolerance
 
 
-@pytest.mark.parametrize(("length", "integers"), [(1, False), (3, False), (11, False), (16, True), (150, False), (150, True)])
+@pytest.mark.parametrize(
+    ("length", "integers"), [(1, False), (3, False), (11, False), (16, True), (150, False), (150, True)]
+)
 def test_selective_scan_is_the_recurrence(length: int, integers: bool) -> None:
     """Long enough ones in segments, the last of which is shorter, and no multiple of the tokens loaded together."""
     torch.manual_seed(2)

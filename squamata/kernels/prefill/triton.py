@@ -7,7 +7,7 @@ Mamba-1 layer eight. With one token a sequence this is also the decode step of l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -163,7 +163,8 @@ class SequencePlan:
     work: Workspace
 
     def __post_init__(self) -> None:
-        self.sequences = Sequences(self.work.lengths, self.plan.buffers.position, self.work.length)
+        self.pdl = self.plan.buffers.pdl
+        self.sequences = Sequences(self.work.lengths, self.plan.buffers.position, self.work.length, self.pdl)
 
     def kernels(self) -> Iterator[Kernel]:
         """Every launch, in order, with the name of what it does."""
@@ -186,6 +187,7 @@ class SequencePlan:
 
     def _product(self, name: str, projection: Projection, x: Tensor, finish: Finish) -> Iterator[Kernel]:
         """One fused product, or the library's with what surrounds it."""
+        finish = replace(finish, pdl=self.pdl)
         scale = self.work.row_scale if projection.site.span > 0 else None
         linear, factor, landing = projection.linear, projection.factor, projection.landing
         if not self.work.by_rows(linear):
@@ -205,7 +207,7 @@ class SequencePlan:
     def _enter(self, stage: InputStage, x: Tensor) -> None:
         work, projection = self.work, stage.projection
         norm_rows(work.residual, stage.gain, stage.epsilon, projection.site, x, work.row_scale,
-                  int(projection.linear.format))  # fmt: skip
+                  int(projection.linear.format), self.pdl)  # fmt: skip
 
     def _leave(self, stage: OutputStage, layer: Mamba1Layer | Mamba2Layer, entered: tuple[Tensor, Tensor],
                z_start: int) -> Iterator[Kernel]:  # fmt: skip
@@ -214,7 +216,7 @@ class SequencePlan:
         x = work.input_of("rotated", projection)
         yield "rotate", lambda: rotate_rows(
             y, entered, layer.scan.inputs["z"], z_start, stage.gain, stage.epsilon, stage.groups, stage.rows,
-            stage.middle, projection.site, x,
+            stage.middle, projection.site, x, self.pdl,
         )  # fmt: skip
         yield from self._product("out_proj", projection, x, Finish(RESIDUAL, residual=work.residual))
 
@@ -271,7 +273,17 @@ class SequencePlan:
         yield (
             "scan",
             lambda: selective_rows(
-                u, scan.inputs["u"], dt, bc, scan.A, scan.skip, layer.state.state, scan.grid, self.sequences, y, order,
+                u,
+                scan.inputs["u"],
+                dt,
+                bc,
+                scan.A,
+                scan.skip,
+                layer.state.state,
+                scan.grid,
+                self.sequences,
+                y,
+                order,
                 work.segments(layer.state.state),
             ),
         )
@@ -289,12 +301,15 @@ class SequencePlan:
         x = work.get("head", linear.columns, dtype)[: work.batch]
         yield (
             "norm",
-            lambda: norm_rows(buffers.h, head.gain, head.epsilon, site, x, buffers.row_scale, int(linear.format)),
+            lambda: norm_rows(
+                buffers.h, head.gain, head.epsilon, site, x, buffers.row_scale, int(linear.format), self.pdl
+            ),
         )
         scale = buffers.row_scale if site.span > 0 else None
+        to_logits = Finish(PLAIN, values=self.plan.logits, pdl=self.pdl)
         yield (
             "head",
-            lambda: gemm(x, scale, linear, head.projection.factor, None, Finish(PLAIN, values=self.plan.logits)),
+            lambda: gemm(x, scale, linear, head.projection.factor, None, to_logits),
         )
 
     def _take_last(self) -> None:
