@@ -62,7 +62,7 @@ def _row(at, N: tl.constexpr, NATIVE: tl.constexpr):
         if NATIVE:
             four = tl.inline_asm_elementwise(
                 "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [(at + n).to(tl.int64)],
-                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,  # not before its turn
             )  # fmt: skip
         else:
             four = (tl.load(at + n), tl.load(at + n + 1), tl.load(at + n + 2), tl.load(at + n + 3))
