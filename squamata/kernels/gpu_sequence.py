@@ -151,7 +151,7 @@ def _one_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, po
     for i in tl.static_range(BR):
         row = (first + i).to(tl.int64)
         inside = live & (channel * 0 + (first + i) < ROWS)
-        total = given[i][0].to(tl.float32) * tap[0]
+        total = given[i][0].to(tl.float32) * tap[0]  # type: ignore[misc]
         for k in tl.static_range(1, WIDTH):
             total += given[i][k].to(tl.float32) * tap[k]
         u = silu(total * factor_ + bias_, NATIVE)
