@@ -9,8 +9,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
-triton = pytest.importorskip("triton", reason="the GPU kernels need triton")
+pytest.importorskip("triton", reason="the GPU kernels need triton")
 
+import triton
 import triton.language as tl
 
 from squamata.kernels.gpu_gemv import INTERPRETED
