@@ -47,6 +47,7 @@ CONFIGS = {
 _PROGRAMS = 128  # fewer than that leave multiprocessors idle
 _NARROW = Config(64, 32, 128, 4, 5)
 _SHALLOW = Config(128, 64, 64, 4, 3)
+_SHALLOW_ROWS = Config(64, 64, 128, 4, 2)
 # Weights by rows, which are a product's left operand: 64 outputs or more
 _ROWS = [
     (32, Config(32, 64, 256, 4, 4)),
@@ -68,6 +69,8 @@ def by_rows(linear: TiledLinear) -> bool:
 
 def choose_config(linear: TiledLinear, rows: int) -> Config:
     """The committed configuration for a product; nothing is tuned at run time."""
+    if by_rows(linear) and linear.columns < 512 and rows > 64:
+        return _SHALLOW_ROWS
     if by_rows(linear):
         return _filling(_ROWS if linear.group_scale is None else _ROWS_GROUPED, linear.rows, rows)
     if linear.format == Format.INT8_INT8 and linear.columns < 512 and rows > 64:

@@ -19,8 +19,9 @@ from squamata.kernels.gpu_scan import _load_state, _store_state
 
 TOKENS = 8  # loaded together
 CHANNELS, WARPS = 32, 1  # a program
-LEAST, PROGRAMS = 64, 2560  # tokens a segment; programs that fill a device
-SEGMENTS_FROM = 64  # tokens a sequence for which they pay
+# Programs that are enough without segments, which cost the exponentials twice; otherwise as many as leave no scheduler
+# of 528 with more than four; tokens a segment at least; tokens a sequence from which all this pays
+ENOUGH, PROGRAMS, LEAST, SEGMENTS_FROM = 320, 2112, 32, 128
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Segments:
 def segments(batch: int, length: int, state: Tensor) -> Segments:
     """For sequences of ``length`` places and a state (B, E, N)."""
     _, channels, states = state.shape
-    wanted = max(1, PROGRAMS // (batch * triton.cdiv(channels, CHANNELS)))
-    tokens = max(min(length, LEAST), triton.cdiv(length, wanted))
-    tokens = triton.cdiv(tokens, TOKENS) * TOKENS
+    alone = batch * triton.cdiv(channels, CHANNELS)
+    wanted = 1 if alone >= ENOUGH else PROGRAMS // alone
+    tokens = triton.cdiv(max(LEAST, triton.cdiv(length, wanted)), TOKENS) * TOKENS
     count = triton.cdiv(length, tokens)
     ends = torch.zeros(batch, count - 1, states, channels, device=state.device)
     return Segments(ends, torch.zeros(batch, count - 1, channels, device=state.device), tokens, count)

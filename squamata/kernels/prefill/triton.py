@@ -49,6 +49,9 @@ FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
 ROWS_FROM, OUTPUTS_FROM, COLUMNS_FROM = 128, 64, 512
 SHALLOW_FROM = 128  # columns, where one scale is a row's
 
+# Kernels that start while the one before ends, as a decode step's do: written and compiled, never run on a GPU
+CHAINED = False
+
 
 @dataclass
 class Workspace:
@@ -163,7 +166,7 @@ class SequencePlan:
     work: Workspace
 
     def __post_init__(self) -> None:
-        self.pdl = self.plan.buffers.pdl
+        self.pdl = CHAINED and self.plan.buffers.pdl
         self.sequences = Sequences(self.work.lengths, self.plan.buffers.position, self.work.length, self.pdl)
 
     def kernels(self) -> Iterator[Kernel]:
