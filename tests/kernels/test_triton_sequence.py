@@ -157,7 +157,7 @@ def test_scan_in_steps_is_the_recurrence(length: int, integers: bool) -> None:
 @pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 11, 16, 131, 150])
 def test_selective_scan_is_the_recurrence(length: int, integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """150 tokens in segments, the last of which is shorter, and no multiple of the tokens loaded together; 131 in one."""
+    """150 tokens: segments, the last of which is shorter, and no multiple of the tokens loaded together; 131: one."""
     monkeypatch.setattr(gpu_segments, "ENOUGH", 1 if length == 131 else 320)
     torch.manual_seed(2)
     batch, channels, states = 2, 48, 16
