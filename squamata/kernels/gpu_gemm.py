@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from squamata.kernels.gpu_configs import PACKED, Config, by_rows, choose_config
 from squamata.kernels.gpu_gemv import INTERPRETED, Landing
-from squamata.kernels.gpu_math import dot_float, small_to_float, softplus, take_turn, to_codes
+from squamata.kernels.gpu_math import dot_float, small_to_float, softplus, take_turn, to_codes, to_int8
 from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
@@ -89,13 +89,16 @@ def _finish(y, m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shi
         low_ = tl.load(low + n, mask=live_n, other=0.0)[None, :]
         high_ = tl.load(high + n, mask=live_n, other=0.0)[None, :]
         to_grid = inverse_ != 0
-        code = to_codes(y, inverse_, low_, high_, ROUNDING)
+        if MODE == 0:
+            code = to_int8(y, inverse_, low_, high_, ROUNDING)
+        else:
+            code = to_codes(y, inverse_, low_, high_, ROUNDING)
         if MODE == 2 or MODE == 3:  # landed and read again by whoever takes values
             y = tl.where(to_grid, code * tl.load(scale + n, mask=live_n, other=0.0)[None, :], y)
     if MODE == 0:
         if ANY_CODES:
             # a mask that is read from memory makes every store a byte wide
-            tl.store(first + row * N + column, code.to(tl.int8), mask=(mask & to_grid) if ANY_VALUES else mask)
+            tl.store(first + row * N + column, code, mask=(mask & to_grid) if ANY_VALUES else mask)
         if ANY_VALUES:
             floats = mask & (inverse_ == 0) if ANY_CODES else mask
             tl.store(values + row * N + column, y.to(values.dtype.element_ty), mask=floats)

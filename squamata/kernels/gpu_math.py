@@ -109,6 +109,14 @@ def small_to_float(x):
 
 
 @triton.jit
+def as_float(x, NATIVE: tl.constexpr):
+    """int8 codes or floats as float32. Integers' own conversions share a unit with exponentials and reciprocals."""
+    if x.dtype == tl.int8 and NATIVE:
+        x = small_to_float(x.to(tl.int32))
+    return x.to(tl.float32)
+
+
+@triton.jit
 def nibble_to_float(words, place: tl.constexpr):
     """Code at nibble ``place``, stored as code + 8, as float32."""
     bits = ((words >> (4 * place)) & 15) | 0x4B000000

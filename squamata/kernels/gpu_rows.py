@@ -13,7 +13,7 @@ from torch import Tensor
 from squamata.errors import SquamataError
 from squamata.kernels.gpu_gemm import permuted
 from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import silu, small_to_float, take_turn, to_codes, to_int8
+from squamata.kernels.gpu_math import as_float, silu, take_turn, to_codes, to_int8
 from squamata.kernels.gpu_norm import RowSite, _land_row, _launch
 from squamata.kernels.gpu_scan import InputPlan
 from squamata.kernels.hadamard import Rotation
@@ -21,7 +21,7 @@ from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 WIDEST_SIDE = 128  # channels of a row that one small product turns
 ROTATE_WARPS = 4
-_HEADROOM = tl.constexpr(0.0625)  # float16 between the two products of a rotation: a power of two
+HEADROOM = 0.0625  # of float16 between the two products of a rotation, in ``right``: a power of two
 
 
 @triton.jit
@@ -57,7 +57,8 @@ class RowRotation:
     """A rotation of whole rows as two products: ``left`` (parts, parts), row (parts, side), ``right`` (side, side).
 
     H_m (x) H_{2^k} with ``side`` of the 2^k; ``left`` is padded to a power of two of at least 16, block-diagonal if the
-    rotation is. ``left`` and ``right``: float16, or float32 for a check. ``turned``: ``right`` does anything.
+    rotation is. ``left`` and ``right``: float16, or float32 for a check. ``turned``: ``right`` does anything. What the
+    products give is to be multiplied with ``factor``.
     """
 
     left: Tensor
@@ -83,7 +84,7 @@ def plan_row_rotation(
         raise SquamataError(f"the GPU kernels take inner sizes that are multiples of 16, not {size}: run on the CPU")
     with torch.device("cpu"):
         left, right, moved = _row_matrices(rotation, size, side, format)
-    factor = 1.0 if rotation is None else rotation.block**-0.5
+    factor = 1.0 if rotation is None else rotation.block**-0.5 / HEADROOM
     parts = size // side
     left, right = left.to(device, dtype), right.to(device, dtype)
     return RowRotation(left, right, parts, factor, rotation is not None, moved)
@@ -95,7 +96,7 @@ def _row_matrices(rotation: Rotation | None, size: int, side: int, format: int) 
     padded = max(16, triton.next_power_of_2(parts))
     left, right = torch.zeros(padded, padded), torch.eye(side)
     if rotation is not None:
-        right = hadamard_matrix(side)
+        right = hadamard_matrix(side) * HEADROOM
         mix = torch.kron(rotation.base, hadamard_matrix(rotation.parts[1] // side))
         left[:parts, :parts] = torch.kron(torch.eye(rotation.size // rotation.block), mix)
     places = permuted.fn(torch.arange(side), format)
@@ -126,7 +127,7 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
     v = tl.load(y + row * E + channel, mask=mask, other=0.0).to(tl.float32)
     if Z_CODES:
         z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0)
-        z = small_to_float(z.to(tl.int32)) * tl.load(z_scale + channel, mask=mask, other=0.0)
+        z = as_float(z, NATIVE) * tl.load(z_scale + channel, mask=mask, other=0.0)
     else:
         z = tl.load(z_values + row * N_IN + Z_START + channel, mask=mask, other=0.0).to(tl.float32)
     v = v * silu(z, NATIVE)
@@ -158,8 +159,10 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
             v = v * tl.div_rn(1.0, unit)
         v = tl.dot(v.to(H_right.dtype), H_right, input_precision="ieee")
         if ROTATED:
-            v = tl.dot(H_left, (v * _HEADROOM).to(H_left.dtype), input_precision="ieee") / _HEADROOM
-        v = v * (factor * unit)
+            v = tl.dot(H_left, v.to(H_left.dtype), input_precision="ieee")
+        inverse = inverse * (factor * unit)
+        if not QUANTIZED:
+            v = v * (factor * unit)
     if QUANTIZED:
         tl.store(out + row * E + channel, to_int8(v, inverse, low, high, ROUNDING), mask=mask)
     else:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_math import small_to_float, take_turn
+from squamata.kernels.gpu_math import as_float, take_turn
 from squamata.kernels.gpu_scan import _load_state, _store_state
 
 TOKENS = 8  # loaded together
@@ -45,14 +45,6 @@ def segments(batch: int, length: int, state: Tensor) -> Segments:
     count = triton.cdiv(length, tokens)
     ends = torch.zeros(batch, count - 1, states, channels, device=state.device)
     return Segments(ends, torch.zeros(batch, count - 1, channels, device=state.device), tokens, count)
-
-
-@triton.jit
-def _as_float(x, NATIVE: tl.constexpr):
-    """int8 codes or floats as float32. Conversions of integers would share a unit with the exponential."""
-    if x.dtype == tl.int8 and NATIVE:
-        x = small_to_float(x.to(tl.int32))
-    return x.to(tl.float32)
 
 
 @triton.jit
@@ -121,7 +113,7 @@ def _ends_kernel(u, u_scale, dt, bc, A, lengths, ends, moved, L, SEGMENT, E: tl.
         given = _inputs(u_at, dt_at, start, start, last, channel, E, T)
         for i in tl.static_range(T):
             delta = given[i][1].to(tl.float32)
-            x = _as_float(given[i][0], NATIVE) * unit
+            x = as_float(given[i][0], NATIVE) * unit
             s = _moved_on(s, rates, delta, x, _row(b_at + (start + i) * (2 * N), N, NATIVE), N)
             total += delta
     at = row * (tl.num_programs(1)) + segment
@@ -167,7 +159,7 @@ def _segment_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inver
         given = _inputs(u_at, dt_at, at, start, last, channel, E, T)
         for i in tl.static_range(T):
             delta, bc_at = given[i][1].to(tl.float32), b_at + (at + i) * (2 * N)
-            x = _as_float(given[i][0], NATIVE) * unit
+            x = as_float(given[i][0], NATIVE) * unit
             s = _moved_on(s, rates, delta, x, _row(bc_at, N, NATIVE), N)
             y, C = through * x, _row(bc_at + N, N, NATIVE)
             for n in tl.static_range(N):

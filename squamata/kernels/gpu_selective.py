@@ -12,10 +12,10 @@ from torch import Tensor
 
 from squamata.kernels.gpu_gemm import permuted
 from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import take_turn
+from squamata.kernels.gpu_math import as_float, take_turn
 from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
-from squamata.kernels.gpu_segments import CHANNELS, TOKENS, WARPS, Segments, _as_float, _ends_kernel, _segment_kernel
+from squamata.kernels.gpu_segments import CHANNELS, TOKENS, WARPS, Segments, _ends_kernel, _segment_kernel
 from squamata.kernels.gpu_sequence import Sequences
 
 SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; channels a program
@@ -66,7 +66,7 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
         given = _tokens(u_at, dt_at, bc_at, at, start, last, channel, E, N, T)
         y = tl.zeros((BE, N), tl.float32)  # of T tokens, whose places are the states'
         for i in tl.static_range(T):
-            x, delta = _as_float(given[i][0], NATIVE) * unit, given[i][1].to(tl.float32)
+            x, delta = as_float(given[i][0], NATIVE) * unit, given[i][1].to(tl.float32)
             s = tl.exp2(delta[:, None] * rate) * s + (delta * x)[:, None] * given[i][2][None, :]
             out_i = tl.sum(s * given[i][3][None, :], axis=1) + through * x
             y = tl.where(n[None, :] == i, out_i[:, None], y)

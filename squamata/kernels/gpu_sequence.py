@@ -16,7 +16,7 @@ from torch import Tensor
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemm import unpermuted
 from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import silu, take_turn, to_codes
+from squamata.kernels.gpu_math import as_float, rounded_bits, silu, take_turn, to_codes
 from squamata.kernels.gpu_norm import _launch
 
 CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 16, 8, 256, 2  # a program
@@ -45,6 +45,12 @@ def _landed(x, grid, second, ROUNDING: tl.constexpr, SECOND_ROUNDING: tl.constex
     if ROUNDING >= 0 and SECOND_ROUNDING >= 0 and ROUNDING != SECOND_ROUNDING:
         code = tl.where(second, to_codes(x, inverse, low, high, SECOND_ROUNDING), code)
     return code if CODES else tl.where(inverse == 0, x, code * scale)
+
+
+@triton.jit
+def _stored(u, kind: tl.constexpr):
+    """u as ``kind``; int8 from whole numbers without the conversion, for the same reason."""
+    return rounded_bits(u).to(tl.int8) if kind == tl.int8 else u.to(kind)
 
 
 @triton.jit
@@ -93,7 +99,7 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
             newest = tl.load(sequence + (start + i) * N_IN + channel, mask=inside, other=0)
             new = new + (newest,)  # type: ignore[assignment]  # noqa: RUF005
         for i in tl.static_range(AHEAD):
-            window = window + (new[i].to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+            window = window + (as_float(new[i], NATIVE),)  # type: ignore[assignment]  # noqa: RUF005
             total = window[0] * tap[0]
             for k in tl.static_range(1, WIDTH):
                 total += window[k] * tap[k]
@@ -101,7 +107,7 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
             if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
                 u = _landed(u, grid, channel >= SPLIT, FIRST_ROUNDING, REST_ROUNDING, CODES)
             at = (row.to(tl.int64) * L + start + i) * C + place
-            tl.store(out + at, u.to(out.dtype.element_ty), mask=live & (channel * 0 + (start + i) < L))
+            tl.store(out + at, _stored(u, out.dtype.element_ty), mask=live & (channel * 0 + (start + i) < L))
             window = window[1:]
     if first == 0:
         last = tl.load(lengths + row)
@@ -157,7 +163,7 @@ def _one_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, po
         u = silu(total * factor_ + bias_, NATIVE)
         if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
             u = _landed(u, grid, channel >= SPLIT, FIRST_ROUNDING, REST_ROUNDING, CODES)
-        tl.store(out + row * C + place, u.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row * C + place, _stored(u, out.dtype.element_ty), mask=inside)
         slot = (now % WIDTH * ROWS + row) * C
         tl.store(ring + slot + channel, given[i][WIDTH - 1].to(ring.dtype.element_ty), mask=inside)
 
