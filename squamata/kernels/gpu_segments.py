@@ -19,9 +19,10 @@ from squamata.kernels.gpu_scan import _load_state, _store_state
 
 TOKENS = 8  # loaded together
 CHANNELS, WARPS = 32, 1  # a program
-# Programs that are enough without segments, which cost the exponentials twice; otherwise as many as leave no scheduler
-# of 528 with more than four; tokens a segment at least; tokens a sequence from which all this pays
-ENOUGH, PROGRAMS, LEAST, SEGMENTS_FROM = 320, 2112, 32, 128
+# Segments cost the exponentials twice: below FEW programs without them they are cut, PROGRAMS in all (four for each of
+# 528 schedulers) of at least LEAST tokens; from MANY on, one is enough; between, no lane owns a channel
+FEW, MANY, PROGRAMS, LEAST = 320, 1056, 2112, 32
+SHORTEST, MOST_STATES = 128, 32  # tokens a sequence; of a channel, which a lane holds
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Segments:
     count: int
 
 
-def segments(batch: int, length: int, state: Tensor) -> Segments:
-    """For sequences of ``length`` places and a state (B, E, N)."""
+def segments(batch: int, length: int, state: Tensor) -> Segments | None:
+    """For sequences of ``length`` places and a state (B, E, N); None where another kernel is better."""
     _, channels, states = state.shape
     alone = batch * triton.cdiv(channels, CHANNELS)
-    wanted = 1 if alone >= ENOUGH else PROGRAMS // alone
+    if length < SHORTEST or states % 4 or states > MOST_STATES or FEW <= alone < MANY:
+        return None
+    wanted = 1 if alone >= MANY else PROGRAMS // alone
     tokens = triton.cdiv(max(LEAST, triton.cdiv(length, wanted)), TOKENS) * TOKENS
     count = triton.cdiv(length, tokens)
     ends = torch.zeros(batch, count - 1, states, channels, device=state.device)

@@ -28,7 +28,6 @@ from squamata.kernels.gpu_tiles import Format, TiledLinear, tile_linear
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.ref import rotate as rotate_reference
 from squamata.kernels.linear import Linear
-from squamata.kernels.prefill import triton as prefill
 from squamata.kernels.qtensor import QTensor
 from squamata.models.lm import LanguageModel
 from squamata.run.graphs import CapturedDecoder
@@ -171,7 +170,7 @@ def test_rotation_of_rows_agrees_with_the_butterflies(size: int, groups: int, ex
 def test_prompt_and_what_follows_agree_with_the_reference(
     kind: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefill, "SEGMENTS_FROM", 16)  # the prompt of 19 tokens in segments of eight
+    monkeypatch.setattr(gpu_segments, "SHORTEST", 16)  # the prompt of 19 tokens in segments of eight
     monkeypatch.setattr(gpu_segments, "LEAST", 8)
     config = small(kind)
     checkpoint = quantized(config, perturbed_tensors(config), recipe(case), [random_ids(config, 2, 24)])

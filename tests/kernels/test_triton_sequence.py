@@ -20,7 +20,7 @@ from squamata.kernels import gpu_segments
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemm import permuted, unpermuted
 from squamata.kernels.gpu_scan import InputPlan, StatePlan
-from squamata.kernels.gpu_segments import SEGMENTS_FROM, segments
+from squamata.kernels.gpu_segments import segments
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import Sequences, conv_rows
 from squamata.kernels.gpu_ssd import scan_scratch, ssd_rows
@@ -158,14 +158,16 @@ def test_scan_in_steps_is_the_recurrence(length: int, integers: bool) -> None:
 @pytest.mark.parametrize("length", [1, 3, 11, 16, 131, 150])
 def test_selective_scan_is_the_recurrence(length: int, integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """150 tokens: segments, the last of which is shorter, and no multiple of the tokens loaded together; 131: one."""
-    monkeypatch.setattr(gpu_segments, "ENOUGH", 1 if length == 131 else 320)
+    if length == 131:
+        monkeypatch.setattr(gpu_segments, "FEW", 1)
+        monkeypatch.setattr(gpu_segments, "MANY", 1)
     torch.manual_seed(2)
     batch, channels, states = 2, 48, 16
     lengths = [length, max(1, length - 75)]
     u, dt = torch.randn(batch, length, channels), torch.rand(batch, length, channels)
     bc, A = torch.randn(batch, length, 2 * states), -torch.rand(channels, states) * 4
     skip, before = torch.rand(channels), torch.randn(batch, channels, states)
-    unit, grid, scratch = torch.ones(channels), None, None
+    unit, grid = torch.ones(channels), None
     state = before.clone().to(DEVICE)
     if integers:  # a state whose scale is taken at run time
         unit, u = torch.rand(channels) * 0.02, torch.randint(-127, 128, u.shape, dtype=torch.int8)
@@ -173,9 +175,8 @@ def test_selective_scan_is_the_recurrence(length: int, integers: bool, monkeypat
         codes = torch.randint(-127, 128, before.shape, dtype=torch.int8)
         before, state = codes * scale.view(batch, channels, 1), codes.to(DEVICE)
         grid = StatePlan(scale.to(DEVICE), scale.to(DEVICE), -127.0, 127.0, 0, False, 127.0)
-    if length >= SEGMENTS_FROM:
-        scratch = segments(batch, length, state)
-        assert scratch.count == (1 if length == 131 else 5)
+    if scratch := segments(batch, length, state):
+        assert scratch.count == {131: 1, 150: 5}[length]
         for memory in (scratch.ends, scratch.moved):
             memory.fill_(float("nan"))
     out = poisoned(batch * length, channels)

@@ -37,7 +37,7 @@ from squamata.kernels.gpu_expand import (
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
 from squamata.kernels.gpu_parts import norm_parts_apart
 from squamata.kernels.gpu_rows import norm_rows, rotate_rows
-from squamata.kernels.gpu_segments import SEGMENTS_FROM, Segments, segments
+from squamata.kernels.gpu_segments import Segments, segments
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import Sequences, conv_rows
 from squamata.kernels.gpu_ssd import ScanScratch, scan_scratch, ssd_rows
@@ -72,7 +72,7 @@ class Workspace:
     sums: Tensor | None = None
     scratch: Tensor | None = None
     of_states: dict[torch.Size, ScanScratch] = field(default_factory=dict)
-    of_segments: dict[torch.Size, Segments] = field(default_factory=dict)
+    of_segments: dict[torch.Size, Segments | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = self.batch * self.length
@@ -100,8 +100,6 @@ class Workspace:
 
     def segments(self, state: Tensor) -> Segments | None:
         """Scratch of Mamba-1's scan for a state of this shape; None where it runs token by token."""
-        if self.length < SEGMENTS_FROM or state.shape[2] % 4:
-            return None
         if state.shape not in self.of_segments:
             self.of_segments[state.shape] = segments(self.batch, self.length, state)
         return self.of_segments[state.shape]
