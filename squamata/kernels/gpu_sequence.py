@@ -100,7 +100,7 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
             new = new + (newest,)  # type: ignore[assignment]  # noqa: RUF005
         for i in tl.static_range(AHEAD):
             window = window + (as_float(new[i], NATIVE),)  # type: ignore[assignment]  # noqa: RUF005
-            total = window[0] * tap[0]
+            total = window[0] * tap[0]  # type: ignore[misc]
             for k in tl.static_range(1, WIDTH):
                 total += window[k] * tap[k]
             u = silu(total * factor_ + bias_, NATIVE)
