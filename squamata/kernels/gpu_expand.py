@@ -105,11 +105,13 @@ def scratch_bytes(linear: TiledLinear) -> int:
 
 
 def multiply(x: Tensor, weight: Tensor, sums: Tensor) -> None:
-    """sums float32 (M, N) = x (M, K) weight (N, K)^T."""
-    if x.is_cuda:
-        torch.mm(x, weight.T, out_dtype=torch.float32, out=sums)
+    """sums (M, N), float32 or bfloat16, = x (M, K) weight (N, K)^T."""
+    if not x.is_cuda:
+        sums.copy_(x.float() @ weight.float().T)
+    elif sums.dtype == x.dtype:
+        torch.mm(x, weight.T, out=sums)
     else:
-        torch.mm(x.float(), weight.float().T, out=sums)
+        torch.mm(x, weight.T, out_dtype=torch.float32, out=sums)
 
 
 @triton.jit

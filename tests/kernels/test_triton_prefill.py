@@ -249,3 +249,7 @@ def test_the_library_multiplies_weights_laid_out_by_rows(format: Format, bits: i
     finish_sums(sums, None, tiled, tiled.factor, None, Finish(PLAIN, values=out))
     error = float((out.cpu() - exact).norm() / exact.norm())
     assert error < (1e-6 if bits == 0 else 3e-3)
+    multiply(x.bfloat16(), weight, short := sums.bfloat16().fill_(float("nan")))
+    assert tiled.bias is not None
+    error = float((short.cpu() + tiled.bias[:OUTPUTS].cpu() - exact).norm() / exact.norm())
+    assert error < 5e-3

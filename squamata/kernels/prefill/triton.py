@@ -24,6 +24,7 @@ from squamata.kernels.decode.triton import (
     Projection,
     finish,
 )
+from squamata.kernels.gpu_configs import PACKED
 from squamata.kernels.gpu_expand import (
     OPERAND,
     as_rows,
@@ -41,7 +42,7 @@ from squamata.kernels.gpu_segments import Segments, segments
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import Sequences, conv_rows
 from squamata.kernels.gpu_ssd import ScanScratch, scan_scratch, ssd_rows
-from squamata.kernels.gpu_tiles import TiledLinear
+from squamata.kernels.gpu_tiles import Format, TiledLinear
 from squamata.kernels.gpu_vocabulary import embed, greedy
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
@@ -152,6 +153,16 @@ class Workspace:
         return first, values if values is not None else first
 
 
+def _unfinished(projection: Projection, finish: Finish) -> Tensor | None:
+    """Where the library's product can go as it is: no scale, no bias, no codes, values in the weights' type."""
+    linear, landing = projection.linear, projection.landing
+    scaled = linear.format != Format.BFLOAT16_FLOAT and (linear.format not in PACKED or linear.group_scale is None)
+    if scaled or linear.bias is not None or projection.site.quantized or finish.mode != LAND or finish.values is None:
+        return None
+    codes = landing is not None and landing.any_codes
+    return finish.values if finish.values.dtype == torch.bfloat16 and not codes else None
+
+
 @dataclass
 class SequencePlan:
     """``step`` takes ``work.ids`` (B L,) and ``work.lengths`` (B,) to the logits of every sequence's last token.
@@ -200,6 +211,9 @@ class SequencePlan:
         if linear.format.integer_activations:
             rows = as_rows(linear, weight)
             yield name, lambda: gemm(x, scale, rows, factor, landing, finish)
+            return
+        if (values := _unfinished(projection, finish)) is not None:
+            yield name, lambda: multiply(x, weight, values)
             return
         sums = self.work.sums_of(linear)
         yield name, lambda: multiply(x, weight, sums)
