@@ -183,12 +183,16 @@ def _rows_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, 
     m, n = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN)
     scale_at = _scales_of(group_scale, n, N, K // CHUNK, SCALE_ROWS)
     total = tl.zeros((BN, BM), tl.float32 if GROUPED else tl.int32)
+    if GROUPED:
+        scale_next = tl.load(scale_at)
     for start in range(0, K, BK):
         a, b = weight.load([first_n, start]), tl.trans(x.load([first_m, start]))
         if GROUPED:
+            scale_now = scale_next  # the next one is on its way while this group is multiplied
+            scale_at += tl.where(start + BK < K, SCALE_ROWS, 0)
+            scale_next = tl.load(scale_at)
             sums = tl.dot(a, b, out_dtype=tl.int32)
-            total += sums.to(tl.float32) * tl.load(scale_at).to(tl.float32)[:, None]
-            scale_at += SCALE_ROWS
+            total += sums.to(tl.float32) * scale_now.to(tl.float32)[:, None]
         else:
             total = tl.dot(a, b, total, out_dtype=tl.int32)
     _finish(tl.trans(total).to(tl.float32), m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shift, first,
