@@ -18,22 +18,23 @@ from squamata.kernels.gpu_scan import InputPlan, StatePlan, _store_state
 
 CHANNELS, WARPS = 32, 2  # of a head, a program
 PACKED_CHANNELS, PACKED_WARPS, PACKED_BLOCKS = 64, 2, 20  # where four codes are one word; blocks a program
-PACKED_REGISTERS: int | None = None
 _LEAST_RATIO = tl.constexpr(2.0**-40)
 _BYTE_AT_TOP = tl.constexpr(2.0**-24)  # undoes ``byte_to_float``
 
 
 @triton.jit
-def _time_step(dt, tables, head, row, limit, N_IN, START: tl.constexpr, CODES: tl.constexpr):
-    """dt and decay of one head; ``dt``: codes and values of in_proj's rows; ``tables``: scale, bias, A of heads."""
+def _time_step(dt, tables, head, live, row, limit, N_IN, START: tl.constexpr, CODES: tl.constexpr):
+    """dt and decay of a head, or of several that are ``live``; ``dt``: codes and values of in_proj's rows; ``tables``: scale, bias, A of heads."""
     codes, values = dt
     unit, bias, A = tables
     if CODES:
-        step = tl.load(codes + row * N_IN + START + head).to(tl.float32) * tl.load(unit + head)
+        step = tl.load(codes + row * N_IN + START + head, mask=live, other=0).to(tl.float32)
+        step = step * tl.load(unit + head, mask=live, other=0.0)
     else:
-        step = tl.load(values + row * N_IN + START + head).to(tl.float32)
-    step = tl.minimum(tl.maximum(softplus(step + tl.load(bias + head)), limit[0]), limit[1])
-    return step, tl.exp(step * tl.load(A + head))
+        step = tl.load(values + row * N_IN + START + head, mask=live, other=0.0).to(tl.float32)
+    step = softplus(step + tl.load(bias + head, mask=live, other=0.0))
+    step = tl.minimum(tl.maximum(step, limit[0]), limit[1])
+    return step, tl.exp(step * tl.load(A + head, mask=live, other=0.0))
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, D
         x = x * tl.load(u_scale + channel)
         B = B * tl.load(u_scale + group + n)
         C_ = C_ * tl.load(u_scale + group + GROUPS * N + n)
-    step, decay = _time_step(dt, tables, head, row, limit, N_IN, DT_START, DT_CODES)
+    step, decay = _time_step(dt, tables, head, head < H, row, limit, N_IN, DT_START, DT_CODES)
     if QUANTIZED:
         decay = decay * tl.load(state_scale + scale_place)
     s = s * decay + (step * x)[:, None] * B[None, :]
@@ -70,21 +71,6 @@ def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, D
     tl.store(out + row * (H * P) + channel, y.to(out.dtype.element_ty))
     _store_state(state, place, place >= 0, s, state_scale, state_inverse, scale_place, (channel >= 0)[:, None],
                  state_low, state_high, state_span, QUANTIZED, DYNAMIC, ROUNDING)  # fmt: skip
-
-
-@triton.jit
-def _time_steps(dt, tables, head, live, row, limit, N_IN, START: tl.constexpr, CODES: tl.constexpr):
-    """dt and decay of heads; ``dt``: codes and values of in_proj's rows; ``tables``: scale, bias, A of heads."""
-    codes, values = dt
-    unit, bias, A = tables
-    if CODES:
-        step = tl.load(codes + row * N_IN + START + head, mask=live, other=0).to(tl.float32)
-        step = step * tl.load(unit + head, mask=live, other=0.0)
-    else:
-        step = tl.load(values + row * N_IN + START + head, mask=live, other=0.0).to(tl.float32)
-    step = softplus(step + tl.load(bias + head, mask=live, other=0.0))
-    step = tl.minimum(tl.maximum(step, limit[0]), limit[1])
-    return step, tl.exp(step * tl.load(A + head, mask=live, other=0.0))
 
 
 @triton.jit
@@ -113,7 +99,7 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
     take_turn(PDL)  # not for the state, which the last step wrote
     x_next = tl.load(x_at)
     head = first_head + tl.arange(0, BH)
-    steps, decays = _time_steps(dt, tables, head, head < H, row, limit, N_IN, DT_START, DT_CODES)
+    steps, decays = _time_step(dt, tables, head, head < H, row, limit, N_IN, DT_START, DT_CODES)
     throughs = tl.load(skip + head, mask=head < H, other=0.0)
     B, packed, both = (), (), tl.zeros((W,), tl.float32)
     for j in tl.static_range(4):
@@ -178,7 +164,7 @@ def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, 
         _packed_kernel[(heads * head_dim // (channels * blocks), rows)](
             u, conv.scale, dt, tables, skip, state.view(torch.int32), grid.scale, 1 / grid.span, out, limit, columns,
             BP=channels, BLOCKS=blocks, BH=triton.next_power_of_2((blocks * channels - 1) // head_dim + 2),
-            NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, maxnreg=PACKED_REGISTERS, **shared,
+            NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, **shared,
         )  # fmt: skip
         return
     channels = min(CHANNELS, head_dim)
