@@ -24,7 +24,10 @@ _BYTE_AT_TOP = tl.constexpr(2.0**-24)  # undoes ``byte_to_float``
 
 @triton.jit
 def _time_step(dt, tables, head, live, row, limit, N_IN, START: tl.constexpr, CODES: tl.constexpr):
-    """dt and decay of a head, or of several that are ``live``; ``dt``: codes and values of in_proj's rows; ``tables``: scale, bias, A of heads."""
+    """dt and decay of a head, or of several that are ``live``.
+
+    ``dt``: codes and values of in_proj's rows; ``tables``: scale, bias, A of heads.
+    """
     codes, values = dt
     unit, bias, A = tables
     if CODES:
