@@ -255,7 +255,7 @@ def product(
     same = gcd(linear.quads_per_scale, count, 8) if grouped or halves else count  # 8: integer sums stay below 2^22
     integer = linear.format.integer_activations or halves
     block = blocks.channels if blocks is not None and blocks.scale is not None else 0
-    if block > linear.format.quad:
+    if block >= linear.format.quad:
         same = gcd(same, block // linear.format.quad)
     if block:
         x_scale = None
