@@ -23,6 +23,7 @@ INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 MOST_QUADS = 20
 MOST_QUADS_OF = {Format.INT4_INT8: 10, Format.INT4_INT16: 8}
 FEW_PROGRAMS, FEW_QUADS_OF = 400, {Format.INT8_INT8: 10}
+AHEAD = False
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
 
@@ -269,7 +270,8 @@ def product(
         x_length=linear.columns // 4 if integer else linear.columns,
         x_quad=linear.format.quad // (4 if integer else 1), grouped=grouped, dynamic=x_scale is not None,
         has_bias=linear.bias is not None, rounding=land.rounding, any_codes=land.any_codes,
-        any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, native=not INTERPRETED,
+        any_values=land.any_values, ring_codes=land.ring_codes, gate=gate,
+        ahead=AHEAD and quads_per_slice > count and not INTERPRETED, native=not INTERPRETED,
         **_ring_cut(land, convolution),
     )  # fmt: skip
     scale = blocks.scale if blocks is not None and block else x_scale
