@@ -93,9 +93,7 @@ class Projection:
         """The product for these rows, to be launched. ``blocks``: how the scan has left ``x``."""
         scale = buffers.row_scale if self.site.span > 0 or self.halves else None
         outputs = (out.codes, out.values)
-        return product(
-            x, scale, self.linear, self.factor, self.landing, outputs, convolution, self.shape, gate, blocks
-        )
+        return product(x, scale, self.linear, self.factor, self.landing, outputs, convolution, self.shape, gate, blocks)
 
     def run(self, x: Tensor, out: Outputs, buffers: Buffers, blocks: Blocks | None = None) -> None:
         """Launch the product."""
