@@ -37,8 +37,8 @@ def _load_quads(first, COUNT: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _into_cache(x, LENGTH: tl.constexpr):
-    """Read an activation row (32-bit words) as a whole into the first-level cache.
+def _into_cache(x, LENGTH: tl.constexpr, units, UNITS: tl.constexpr):
+    """Read an activation row (32-bit words) and its ``units`` as a whole into the first-level cache.
 
     The products then read it four words at a time, the same in every lane: such reads would each wait for the second
     level, one sector after the other.
@@ -46,9 +46,17 @@ def _into_cache(x, LENGTH: tl.constexpr):
     BLOCK: tl.constexpr = 2048
     for start in tl.static_range(0, LENGTH, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        words = tl.load(x + at, mask=at < LENGTH)
-        tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+        _use(tl.load(x + at, mask=at < LENGTH))
+    for start in tl.static_range(0, UNITS, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        _use(tl.load(units.to(tl.pointer_type(tl.int32)) + at, mask=at < UNITS))
     tl.debug_barrier()
+
+
+@triton.jit
+def _use(words):
+    """So that they are really read."""
+    tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -174,17 +182,26 @@ def _half_quad(tile, side: tl.constexpr, x, CUT: tl.constexpr):
 
 
 @triton.jit
-def _norm_of_slices(norm, row, CUT: tl.constexpr):
+def row_numbers(operands, row, CUT: tl.constexpr):
+    """What is known of an activation row besides its codes, asked for before they are: its scale, sums of squares."""
+    unit, squares = 1.0, 1.0
+    row = tl.minimum(row, operands[11] - 1)
+    if CUT.dynamic:
+        unit = tl.load(operands[1] + row)
+    if CUT.norm_groups > 0:
+        part = tl.arange(0, CUT.norm_padded)[None, :]
+        group = tl.arange(0, CUT.norm_groups)[:, None]
+        place = (row * CUT.norm_groups + group) * CUT.norm_parts + part
+        squares = tl.load(operands[9][0] + place, mask=part < CUT.norm_parts, other=0.0)
+    return unit, squares
+
+
+@triton.jit
+def _norm_of_slices(squares, epsilon, CUT: tl.constexpr):
     """1 / root mean square of what every slice of K [1, S, 1] multiplies: a slice lies within a group."""
-    squares, epsilon = norm
-    GROUPS: tl.constexpr = CUT.norm_groups
-    EACH: tl.constexpr = CUT.slices // GROUPS
-    part = tl.arange(0, CUT.norm_padded)[None, :]
-    group = tl.arange(0, GROUPS)[:, None]
-    place = (row * GROUPS + group) * CUT.norm_parts + part
-    total = tl.sum(tl.load(squares + place, mask=part < CUT.norm_parts, other=0.0), axis=1, keep_dims=True)
-    factor = tl.rsqrt(total / CUT.norm_width + epsilon)
-    return tl.reshape(tl.broadcast_to(factor, (GROUPS, EACH)), (1, CUT.slices, 1))
+    EACH: tl.constexpr = CUT.slices // CUT.norm_groups
+    factor = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / CUT.norm_width + epsilon)
+    return tl.reshape(tl.broadcast_to(factor, (CUT.norm_groups, EACH)), (1, CUT.slices, 1))
 
 
 @triton.jit
@@ -290,8 +307,8 @@ def load_grid(operands, n, CUT: tl.constexpr):
 
 
 @triton.jit
-def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
-    """y [BN] of a tile for one activation row."""
+def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
+    """y [BN] of a tile for one activation row. ``numbers``: ``row_numbers`` of it."""
     x, x_scale, _, _, _, _, _, _, _, norm, _, rows = operands
     first_words, tiles, scales, scale_factor, shift = weights
     row = tl.minimum(row, rows - 1)
@@ -299,9 +316,9 @@ def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr)
     blocks = x_scale
     if CUT.block > 0:
         blocks = x_scale + row * (CUT.quads * 32 // CUT.block)
-    row_norm = _norm_of_slices(norm, row, CUT) if CUT.norm_groups > 0 else 1.0
+    row_norm = _norm_of_slices(numbers[1], norm[1], CUT) if CUT.norm_groups > 0 else 1.0
     y = _row_sums(x_row, blocks, row_norm, tiles, scales, first_words, RELOAD, CUT)
-    y = y * (tl.load(x_scale + row) * scale_factor if CUT.dynamic else scale_factor)
+    y = y * (numbers[0] * scale_factor if CUT.dynamic else scale_factor)
     return y + shift if CUT.has_bias else y
 
 
@@ -321,8 +338,9 @@ def _fetch_rounds(first_words, CUT: tl.constexpr):
 
 
 @triton.jit
-def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl.constexpr):
-    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them."""
+def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr):
+    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them. READY: the rows are
+    there, in the first-level cache, from another tile."""
     x, x_scale, _, _, _, _, _, out, convolution, _, N, rows = operands
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
@@ -341,16 +359,19 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl
             past = conv_history(convolution[1], convolution[0], channel, in_ring, now, row, rows, CUT.channels,
                                 CUT.width)  # fmt: skip
             pasts = pasts + (past,)  # type: ignore[assignment]  # noqa: RUF005
-    let_next_start(PDL)
-    wait_for_previous(PDL)
-    if CUT.native:
-        _into_cache(x + first_row * CUT.x_stride, CUT.x_length * (2 if CUT.format == 6 else 1))
-        if CUT.block > 0:
-            BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block
-            _into_cache(x_scale.to(tl.pointer_type(tl.int32)) + first_row * BLOCKS, BLOCKS)
+    if not READY:
+        let_next_start(PDL)
+        wait_for_previous(PDL)
+    numbers = ()
+    for b in tl.static_range(ROWS):
+        numbers = numbers + (row_numbers(operands, first_row + b, CUT),)  # type: ignore[assignment]  # noqa: RUF005
+    if CUT.native and not READY:
+        BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block if CUT.block > 0 else 0
+        LENGTH: tl.constexpr = CUT.x_length * (2 if CUT.format == 6 else 1)
+        _into_cache(x + first_row * CUT.x_stride, LENGTH, x_scale + first_row * BLOCKS, BLOCKS)
     for b in tl.static_range(ROWS):
         row = first_row + b
-        y = row_product(operands, weights, row, b > 0 and CUT.rounds > 1, CUT)
+        y = row_product(operands, weights, numbers[b], row, b > 0 and CUT.rounds > 1, CUT)
         if row < rows:
             code = _store(y, row, n, grid, out, N, rows, CUT)
             if CUT.channels > 0:

@@ -120,7 +120,7 @@ class Blocks:
 
 @triton.jit
 def _gemv(operands, position, CUT: tl.constexpr, PDL: tl.constexpr):
-    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, PDL)
+    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, False, PDL)
 
 
 @triton.jit
@@ -130,10 +130,22 @@ def _gemv_pair(first, second, position, counter, TILES: tl.constexpr, CUT: tl.co
     program = tl.program_id(0)
     block = tl.program_id(1)
     if program < TILES:
-        product_tile(first, position, program, block * CUT.rows, CUT, PDL)
+        product_tile(first, position, program, block * CUT.rows, CUT, False, PDL)
         count_program(counter)
     else:
-        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, PDL)
+        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, False, PDL)
+
+
+@triton.jit
+def _gemv_after(first, second, position, counter, OTHER_TILES: tl.constexpr, CUT: tl.constexpr,
+                OTHER_CUT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Two products of the same rows, tile after tile in the same programs; the first counts, as soon as it is done."""
+    program = tl.program_id(0)
+    block = tl.program_id(1)
+    product_tile(first, position, program, block * CUT.rows, CUT, False, PDL)
+    count_program(counter)
+    if program < OTHER_TILES:
+        product_tile(second, position, program, block * CUT.rows, OTHER_CUT, True, PDL)
 
 
 @dataclass(frozen=True)
@@ -295,11 +307,22 @@ def gemv(made: Product, position: Tensor, pdl: bool) -> None:
     )  # fmt: skip
 
 
-def gemv_pair(first: Product, second: Product, position: Tensor, pdl: bool, counter: Tensor | None = None) -> None:
+def gemv_pair(
+    first: Product, second: Product, position: Tensor, pdl: bool, counter: Tensor | None = None, after: bool = False
+) -> None:
     """Launch two products for the same rows at once, neither of which waits for the other.
 
-    ``counter``: int64 (1,), raised by ``first.programs``, for the next kernel (``Count``).
+    ``counter``: int64 (1,), raised by ``first.programs``, for the next kernel (``Count``). ``after``: of the same
+    activations, the second in programs of the first when these are done with it.
     """
+    if after:
+        assert second.tiles <= first.tiles
+        _gemv_after[(first.tiles, first.row_blocks)](
+            first.operands, second.operands, position, counter, OTHER_TILES=second.tiles, CUT=first.cut,
+            OTHER_CUT=second.cut, PDL=pdl, num_warps=max(first.warps, second.warps),
+            **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+        return
     _gemv_pair[(first.tiles + second.tiles, first.row_blocks)](
         first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut,
         PDL=pdl, num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),

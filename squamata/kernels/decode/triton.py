@@ -49,6 +49,7 @@ from squamata.kernels.gpu_tiles import Format, TiledLinear
 from squamata.kernels.gpu_vocabulary import embed, greedy, greedy_scratch
 
 SSD_CHANNELS = 16  # of a head, a program
+Z_AFTER = True
 COUNTER_WORDS = 16  # int64 between counters: a line of cache each
 
 Kernel = tuple[str, Callable[[], None]]  # name, launch
@@ -199,7 +200,9 @@ class Mamba2Layer:
         blocks = self.exit.blocks(gate, buffers)
         left = scanned if blocks is None else self.exit.projection.input("rotated", buffers)
         yield "norm", lambda: enter(self.entry, x, buffers, first)
-        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.pdl, counter)
+        yield "in_proj", lambda: gemv_pair(
+            entering, gating, buffers.position, buffers.pdl, counter, z_after(entering, gating)
+        )  # fmt: skip
         yield "scan", lambda: ssd_step(
             mixed, buffers.both(out), self.scan.inputs["dt"], self.scan.tables, self.state.state, self.scan.grid,
             left, self.starts[1] - inner, self.groups, self.limit, channels, buffers.pdl, after, blocks,
@@ -231,8 +234,6 @@ class Mamba1Layer:
     def kernels(self, buffers: Buffers, first: bool, counter: Tensor | None = None) -> Iterator[Kernel]:
         """What the layer launches, in order. ``counter``: its own, if all of it is launched, in a step."""
         inner = self.exit.projection.linear.columns
-        if self.norms is not None:
-            counter = None  # the scan waits for the norms
         x = self.entry.projection.input("normed", buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
         gate, gated = buffers.get("gate", inner), buffers.get("gated", inner)
@@ -244,18 +245,17 @@ class Mamba1Layer:
         gating = self.z_proj.product(x, nothing, buffers, gate=True)
         mixing = self.x_proj.product(u, raw, buffers)
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
-        after = buffers.count(counter, mixing)
         blocks = self.exit.blocks(None, buffers)
         left = gated if blocks is None else self.exit.projection.input("rotated", buffers)
         yield "norm", lambda: enter(self.entry, x, buffers, first)
         yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
-        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl, counter)
+        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl)
         if self.norms is not None:
             assert raw.values is not None
             yield "part_norms", partial(norm_parts, raw.values, self.norms, low.codes, low.values)
         yield "scan", lambda: selective_step(
             u, gate, dt, buffers.both(low), self.scan.inputs, self.scan.tables, self.state.state, self.scan.grid,
-            left, self.low_rank, buffers.pdl, after, blocks,
+            left, self.low_rank, buffers.pdl, blocks,
         )  # fmt: skip
         yield from leave(self.exit, left, None, blocks, buffers)
 
@@ -265,6 +265,11 @@ class Mamba1Layer:
         landing, width = self.norms.landing, sum(self.norms.sizes)
         codes = buffers.get("low_normed", width, True) if landing.any_codes else None
         return Outputs(codes, buffers.get("low_normed", width) if landing.any_values else None)
+
+
+def z_after(entering: Product, gating: Product) -> bool:
+    """True if programs of the rows that the scan needs make those of z when they are done with theirs."""
+    return Z_AFTER and gating.tiles <= entering.tiles
 
 
 def enter(stage: InputStage, x: Tensor, buffers: Buffers, first: bool) -> None:
