@@ -21,6 +21,7 @@ from squamata.kernels.gpu_math import (
     to_codes,
     wait_for_previous,
 )
+from squamata.kernels.gpu_stream import leave_block
 
 
 @triton.jit
@@ -36,6 +37,11 @@ def _load_quads(first, COUNT: tl.constexpr, BN: tl.constexpr):
     return tiles
 
 
+# Reads a word for nothing but its place in the first-level cache. The assembler drops reads that nothing depends on, so
+# something does: a hint that is given if the word is one among four thousand million.
+_READ = tl.constexpr("{.reg .pred one; setp.eq.b32 one, $1, 0x7fc0dead; @one prefetch.global.L2 [$2]; mov.b32 $0, 0;}")
+
+
 @triton.jit
 def _into_cache(x, LENGTH: tl.constexpr):
     """Read an activation row (32-bit words) as a whole into the first-level cache.
@@ -43,11 +49,12 @@ def _into_cache(x, LENGTH: tl.constexpr):
     The products then read it four words at a time, the same in every lane: such reads would each wait for the second
     level, one sector after the other.
     """
-    BLOCK: tl.constexpr = 2048
+    BLOCK: tl.constexpr = 1024
     for start in tl.static_range(0, LENGTH, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        words = tl.load(x + at, mask=at < LENGTH)
-        tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+        words = tl.load(x + at, mask=at < LENGTH).to(tl.int32, bitcast=True)
+        where = (x + at).to(tl.int64)
+        tl.inline_asm_elementwise(_READ, "=r,r,l", [words, where], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
 
 
@@ -86,7 +93,7 @@ class Cut:
     summed in ``norm_parts`` parts a group (``norm_padded``: the next power of two).
     ``gate``: what is stored is SiLU(y), y as its site represents it, instead of y. ``width``: slots of the ring and
     taps of the convolution that its channels, ``split`` of u first, go through at once (1: none); ``conv_codes``: its
-    outputs are stored as codes.
+    outputs are stored as codes. ``stream``: width of the residual stream that the outputs are added to (0: none).
     """
 
     format: int
@@ -122,6 +129,7 @@ class Cut:
     ring_codes: bool
     gate: bool
     native: bool
+    stream: int
 
     @property
     def channels(self) -> int:
@@ -254,7 +262,7 @@ def _row_sums(x_row, x_scale, row_norm, tiles, scales, first_words, RELOAD: tl.c
 @triton.jit
 def load_weights(operands, tile, CUT: tl.constexpr):
     """What a tile of output rows needs besides activations: first quads, scales of groups, factor and bias of rows."""
-    _, _, words, group_scale, factor, bias, _, _, _, _, _, _ = operands
+    _, _, words, group_scale, factor, bias, _, _, _, _, _, _, _ = operands
     BN: tl.constexpr = CUT.tile_rows
     S: tl.constexpr = CUT.slices
     STEP: tl.constexpr = CUT.count * CUT.rounds
@@ -290,7 +298,7 @@ def load_grid(operands, n, CUT: tl.constexpr):
 @triton.jit
 def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
     """y [BN] of a tile for one activation row."""
-    x, x_scale, _, _, _, _, _, _, _, norm, _, rows = operands
+    x, x_scale, _, _, _, _, _, _, _, norm, _, rows, _ = operands
     first_words, tiles, scales, scale_factor, shift = weights
     row = tl.minimum(row, rows - 1)
     x_row = x + row * CUT.x_stride
@@ -306,7 +314,7 @@ def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr)
 @triton.jit
 def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl.constexpr):
     """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them."""
-    x, x_scale, _, _, _, _, _, out, convolution, _, N, rows = operands
+    x, x_scale, _, _, _, _, _, out, convolution, _, N, rows, sink = operands
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
     weights = load_weights(operands, tile, CUT)
@@ -322,8 +330,16 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl
             past = conv_history(convolution[1], convolution[0], channel, in_ring, now, row, rows, CUT.channels,
                                 CUT.width)  # fmt: skip
             pasts = pasts + (past,)  # type: ignore[assignment]  # noqa: RUF005
+    gain = 0.0
+    if sink is not None:
+        gain = tl.load(sink[1] + n)
     let_next_start(PDL)
     wait_for_previous(PDL)
+    befores = ()
+    if sink is not None:
+        for b in tl.static_range(ROWS):
+            before = tl.load(sink[0] + tl.minimum(first_row + b, rows - 1) * CUT.stream + n)
+            befores = befores + (before,)  # type: ignore[assignment]  # noqa: RUF005
     if CUT.native:
         _into_cache(x + first_row * CUT.x_stride, CUT.x_length * (2 if CUT.format == 6 else 1))
         if CUT.block > 0:
@@ -332,7 +348,10 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl
     for b in tl.static_range(ROWS):
         row = first_row + b
         y = row_product(operands, weights, row, b > 0 and CUT.rounds > 1, CUT)
-        if row < rows:
+        if sink is not None:
+            if row < rows:
+                leave_block(befores[b] + y, gain, sink, row, tile, n, n >= 0, CUT.stream, CUT.tile_rows)
+        elif row < rows:
             code = _store(y, row, n, grid, out, N, rows, CUT)
             if CUT.channels > 0:
                 newest = code if CUT.ring_codes else y
