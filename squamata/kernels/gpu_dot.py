@@ -21,6 +21,7 @@ from squamata.kernels.gpu_math import (
     to_codes,
     wait_for_previous,
 )
+from squamata.kernels.gpu_stream import leave_block
 
 
 @triton.jit
@@ -36,6 +37,11 @@ def _load_quads(first, COUNT: tl.constexpr, BN: tl.constexpr):
     return tiles
 
 
+# Reads a word for nothing but its place in the first-level cache. The assembler drops reads that nothing depends on, so
+# something does: a hint that is given if the word is one among four thousand million.
+_READ = tl.constexpr("{.reg .pred one; setp.eq.b32 one, $1, 0x7fc0dead; @one prefetch.global.L2 [$2]; mov.b32 $0, 0;}")
+
+
 @triton.jit
 def _into_cache(x, LENGTH: tl.constexpr, units, UNITS: tl.constexpr):
     """Read an activation row (32-bit words) and its ``units`` as a whole into the first-level cache.
@@ -43,20 +49,21 @@ def _into_cache(x, LENGTH: tl.constexpr, units, UNITS: tl.constexpr):
     The products then read it four words at a time, the same in every lane: such reads would each wait for the second
     level, one sector after the other.
     """
-    BLOCK: tl.constexpr = 2048
+    BLOCK: tl.constexpr = 1024
     for start in tl.static_range(0, LENGTH, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        _use(tl.load(x + at, mask=at < LENGTH))
+        _read_once(x + at, at < LENGTH)
     for start in tl.static_range(0, UNITS, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        _use(tl.load(units.to(tl.pointer_type(tl.int32)) + at, mask=at < UNITS))
+        _read_once(units + at, at < UNITS)
     tl.debug_barrier()
 
 
 @triton.jit
-def _use(words):
-    """So that they are really read."""
-    tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+def _read_once(where, mask):
+    """Words (32 bits each) at some places, for nothing but the cache."""
+    words = tl.load(where, mask=mask).to(tl.int32, bitcast=True)
+    tl.inline_asm_elementwise(_READ, "=r,r,l", [words, where.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -92,10 +99,9 @@ class Cut:
     (0: the row). ``x_quad``: words of them that meet a quad. ``rows``: activation rows a program.
     ``norm_groups``: of ``norm_width`` activations each, whose norm is still to be applied (0: none); their squares come
     summed in ``norm_parts`` parts a group (``norm_padded``: the next power of two).
-    ``ahead``: before it waits, a program has its later rounds brought to the second level of cache.
     ``gate``: what is stored is SiLU(y), y as its site represents it, instead of y. ``width``: slots of the ring and
     taps of the convolution that its channels, ``split`` of u first, go through at once (1: none); ``conv_codes``: its
-    outputs are stored as codes.
+    outputs are stored as codes. ``stream``: width of the residual stream that the outputs are added to (0: none).
     """
 
     format: int
@@ -130,8 +136,8 @@ class Cut:
     any_values: bool
     ring_codes: bool
     gate: bool
-    ahead: bool
     native: bool
+    stream: int
 
     @property
     def channels(self) -> int:
@@ -273,7 +279,7 @@ def _row_sums(x_row, x_scale, row_norm, tiles, scales, first_words, RELOAD: tl.c
 @triton.jit
 def load_weights(operands, tile, CUT: tl.constexpr):
     """What a tile of output rows needs besides activations: first quads, scales of groups, factor and bias of rows."""
-    _, _, words, group_scale, factor, bias, _, _, _, _, _, _ = operands
+    _, _, words, group_scale, factor, bias, _, _, _, _, _, _, _ = operands
     BN: tl.constexpr = CUT.tile_rows
     S: tl.constexpr = CUT.slices
     STEP: tl.constexpr = CUT.count * CUT.rounds
@@ -309,7 +315,7 @@ def load_grid(operands, n, CUT: tl.constexpr):
 @triton.jit
 def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
     """y [BN] of a tile for one activation row. ``numbers``: ``row_numbers`` of it."""
-    x, x_scale, _, _, _, _, _, _, _, norm, _, rows = operands
+    x, x_scale, _, _, _, _, _, _, _, norm, _, rows, _ = operands
     first_words, tiles, scales, scale_factor, shift = weights
     row = tl.minimum(row, rows - 1)
     x_row = x + row * CUT.x_stride
@@ -323,30 +329,13 @@ def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.c
 
 
 @triton.jit
-def _fetch_rounds(first_words, CUT: tl.constexpr):
-    """Have the quads of all rounds but the first brought to the second level of cache, slice by slice."""
-    BN: tl.constexpr = CUT.tile_rows
-    BYTES: tl.constexpr = CUT.count * (CUT.rounds - 1) * BN * 16
-    row = tl.arange(0, BN)[:, None, None]
-    start = first_words + CUT.count * (BN * 4) - row * 4  # [BN, S, 4]: the first row's, in the first word's lane
-    other = row + tl.arange(0, 4)[None, None, :]
-    tl.inline_asm_elementwise(
-        "{.reg .pred one; setp.eq.s32 one, $2, 0; @one cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
-        "=r,l,r,r", [start.to(tl.int64), tl.broadcast_to(other, start.shape), tl.full(start.shape, BYTES, tl.int32)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr):
     """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them. READY: the rows are
     there, in the first-level cache, from another tile."""
-    x, x_scale, _, _, _, _, _, out, convolution, _, N, rows = operands
+    x, x_scale, _, _, _, _, _, out, convolution, _, N, rows, sink = operands
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
     weights = load_weights(operands, tile, CUT)
-    if CUT.ahead:
-        _fetch_rounds(weights[0], CUT)
     grid = load_grid(operands, n, CUT)
     pasts = ()
     if CUT.channels > 0:
@@ -359,12 +348,18 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: 
             past = conv_history(convolution[1], convolution[0], channel, in_ring, now, row, rows, CUT.channels,
                                 CUT.width)  # fmt: skip
             pasts = pasts + (past,)  # type: ignore[assignment]  # noqa: RUF005
+    gain = 0.0
+    if sink is not None:
+        gain = tl.load(sink[1] + n)
     if not READY:
         let_next_start(PDL)
         wait_for_previous(PDL)
-    numbers = ()
+    befores, numbers = (), ()
     for b in tl.static_range(ROWS):
         numbers = numbers + (row_numbers(operands, first_row + b, CUT),)  # type: ignore[assignment]  # noqa: RUF005
+        if sink is not None:
+            before = tl.load(sink[0] + tl.minimum(first_row + b, rows - 1) * CUT.stream + n)
+            befores = befores + (before,)  # type: ignore[assignment]  # noqa: RUF005
     if CUT.native and not READY:
         BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block if CUT.block > 0 else 0
         LENGTH: tl.constexpr = CUT.x_length * (2 if CUT.format == 6 else 1)
@@ -372,7 +367,10 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: 
     for b in tl.static_range(ROWS):
         row = first_row + b
         y = row_product(operands, weights, numbers[b], row, b > 0 and CUT.rounds > 1, CUT)
-        if row < rows:
+        if sink is not None:
+            if row < rows:
+                leave_block(befores[b] + y, gain, sink, row, tile, n, n >= 0, CUT.stream, CUT.tile_rows)
+        elif row < rows:
             code = _store(y, row, n, grid, out, N, rows, CUT)
             if CUT.channels > 0:
                 newest = code if CUT.ring_codes else y

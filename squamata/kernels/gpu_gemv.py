@@ -15,6 +15,7 @@ from torch import Tensor
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_dot import Cut, product_tile
 from squamata.kernels.gpu_math import count_program, dot4
+from squamata.kernels.gpu_stream import Sink
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
@@ -23,7 +24,6 @@ INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 MOST_QUADS = 20
 MOST_QUADS_OF = {Format.INT4_INT8: 10, Format.INT4_INT16: 8}
 FEW_PROGRAMS, FEW_QUADS_OF = 400, {Format.INT8_INT8: 10}
-AHEAD = False
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
 
@@ -96,7 +96,8 @@ class Count:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the scan's programs leave the input of out_proj where nothing rotates it: a block of ``channels`` each.
+    """How the input of a product was left by programs with a block of ``channels`` each: out_proj's by the scan, where
+    nothing rotates it; in_proj's by out_proj (``gpu_stream``).
 
     ``gate`` (B, E): multiplied with by the scan (None: has been). ``gain`` (E,): of the norm in ``groups`` that follows
     (None: no norm); the scan multiplies with it and leaves the sums of squares before, ``squares`` (B, blocks), and the
@@ -251,9 +252,10 @@ def product(
     shape: Shape,
     gate: bool = False,
     blocks: Blocks | None = None,
+    sink: Sink | None = None,
 ) -> Product:
     """y = W x, each row times ``factor`` (and ``x_scale`` (rows,) if dynamic), plus bias, landed; ``gate``: its SiLU.
-    ``blocks``: how the scan has left x, whose scales are used instead of ``x_scale``.
+    ``blocks``: how x was left, whose scales are used instead of ``x_scale``; ``sink``: where rows go, not ``out``.
 
     ``x``: int8 or float32 (rows, K), rows 4-byte aligned; two int8 rows of K side by side for INT4_INT16. ``out``:
     codes int8 and values float32 (rows, N), one of them may be None.
@@ -284,9 +286,8 @@ def product(
         x_length=linear.columns // 4 if integer else linear.columns,
         x_quad=linear.format.quad // (4 if integer else 1), grouped=grouped, dynamic=x_scale is not None,
         has_bias=linear.bias is not None, rounding=land.rounding, any_codes=land.any_codes,
-        any_values=land.any_values, ring_codes=land.ring_codes, gate=gate,
-        ahead=AHEAD and quads_per_slice > count and not INTERPRETED, native=not INTERPRETED,
-        **_ring_cut(land, convolution),
+        any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, native=not INTERPRETED,
+        stream=0 if sink is None else linear.rows, **_ring_cut(land, convolution),
     )  # fmt: skip
     scale = blocks.scale if blocks is not None and block else x_scale
     squares = factor if blocks is None or blocks.squares is None else blocks.squares
@@ -296,6 +297,7 @@ def product(
         (land.inverse, land.low, land.high, land.scale if land.scale is not None else factor), (codes, values),
         (values, values, values) if convolution is None else convolution.operands,
         (squares, 0.0 if blocks is None else blocks.epsilon), linear.rows, rows,
+        None if sink is None else sink.operands,
     )  # fmt: skip
     return Product(operands, cut, int(linear.words.shape[0]), triton.cdiv(rows, per_program))
 

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The row-wise kernels of a decode step: residual and RMS norm; gate, gate norm and rotation."""
+"""The row-wise kernels of a decode step: RMS norm of the residual stream; gate, gate norm and rotation."""
 
 from __future__ import annotations
 
@@ -12,99 +12,50 @@ import triton.language as tl
 from torch import Tensor
 
 from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_landing import RowSite, land_halves, land_row
 from squamata.kernels.gpu_math import let_next_start, to_codes, wait_for_previous
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 ROTATE_WARPS = 4
 GATE_PART, GATE_WARPS = 256, 16  # channels and warps of a program, without a rotation
-_SMALLEST_SCALE = tl.constexpr(1e-8)  # of a dynamic site, as in site.range_to_scale
-_SPAN_16 = tl.constexpr(32512.0)  # 256 * 127: a 16-bit code is 256 times one int8 plus another
-
-
-@dataclass(frozen=True)
-class RowSite:
-    """A site that a whole row lands on: float, int8 with one static scale, or int8 with the row's own scale.
-
-    ``scale`` is used with ``span`` 0; a ``span`` above 0 means dynamic: absmax / span.
-    """
-
-    quantized: bool = False
-    scale: float = 1.0
-    inverse: float = 1.0
-    low: float = -127.0
-    high: float = 127.0
-    span: float = 0.0
-    rounding: int = 0
-
-    def empty(self, rows: int, features: int, device: torch.device | str) -> Tensor:
-        """Memory for rows that land here."""
-        return torch.zeros(rows, features, dtype=torch.int8 if self.quantized else torch.float32, device=device)
+NORM_PART = 256  # channels of a program of the norm, where programs need not know all of a row
 
 
 @triton.jit
-def _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED: tl.constexpr,
-              DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr):  # fmt: skip
-    if QUANTIZED:
-        if DYNAMIC:
-            scale = tl.maximum(tl.div_rn(tl.max(tl.abs(y), axis=0), span), _SMALLEST_SCALE)
-            tl.store(out_scale + row, scale)
-            inverse = tl.div_rn(1.0, scale)
-        tl.store(out + offsets, to_codes(y, inverse, low, high, ROUNDING).to(out.dtype.element_ty), mask=mask)
-    else:
-        tl.store(out + offsets, y, mask=mask)
-
-
-@triton.jit
-def _land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
-    """y in 16 bits, its row's own scale: the upper halves first, the lower WIDTH bytes on.
-
-    The scale that is stored knows that 4-bit codes sit in the upper half of a byte (``gpu_tiles``).
-    """
-    scale = tl.maximum(largest / _SPAN_16, _SMALLEST_SCALE)
-    tl.store(out_scale + row, scale * 0.0625)
-    code = to_codes(y, 1.0 / scale, -_SPAN_16, _SPAN_16, 0)
-    upper = tl.floor((code + 128.0) * 0.00390625)
-    tl.store(out + offsets, upper.to(tl.int8), mask=mask)
-    tl.store(out + WIDTH + offsets, (code - 256.0 * upper).to(tl.int8), mask=mask)
-
-
-@triton.jit
-def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, high, span,
-                 FIRST: tl.constexpr, QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
+def _norm_kernel(weighted, squares, out, out_scale, D, epsilon, inverse, low, high, span, PARTS: tl.constexpr,
+                 PARTS_PADDED: tl.constexpr, QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
                  HALVES: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0)
-    column = tl.arange(0, BD)
+    """BD channels of a row."""
+    row = tl.program_id(1)
+    column = tl.program_id(0) * BD + tl.arange(0, BD)
     mask = column < D
-    gain = tl.load(weight + column, mask=mask, other=0.0)
+    part = tl.arange(0, PARTS_PADDED)
     let_next_start(PDL)
     wait_for_previous(PDL)
-    offsets = row * D + column
-    x = tl.load(h + offsets, mask=mask, other=0.0)
-    if not FIRST:
-        x += tl.load(residual + offsets, mask=mask, other=0.0)
-    tl.store(residual + offsets, x, mask=mask)
-    length = tl.rsqrt(tl.sum(x * x, axis=0) / D + epsilon)
-    y = x * length * gain
+    y = tl.load(weighted + row * D + column, mask=mask, other=0.0)
+    total = tl.sum(tl.load(squares + row * PARTS + part, mask=part < PARTS, other=0.0), axis=0)
+    y = y * tl.rsqrt(total / D + epsilon)
     if HALVES:
-        largest = tl.max(tl.abs(x * gain), axis=0) * length  # both sums over the row at once
-        _land_halves(y, largest, out, out_scale, row, row * (2 * D) + column, mask, D)
+        land_halves(y, tl.max(tl.abs(y), axis=0), out, out_scale, row, row * (2 * D) + column, mask, D)
     else:
-        _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
+        land_row(y, out, out_scale, row, row * D + column, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
 
 
-def norm(h: Tensor, residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor,
-         out_scale: Tensor | None, first: bool, pdl: bool) -> None:  # fmt: skip
-    """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D).
+def norm(weighted: Tensor, squares: Tensor, epsilon: float, site: RowSite, out: Tensor, out_scale: Tensor,
+         pdl: bool) -> None:  # fmt: skip
+    """out = ``weighted`` (rows, D) / sqrt(mean square + epsilon), landed; ``squares`` (rows, parts) sum to the squares.
 
-    An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
+    An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale`` (rows,). All float32 but ``out``.
     """
-    rows, width = h.shape
-    _norm_kernel[(rows,)](
-        h, residual, weight, out, out_scale if out_scale is not None else residual, width, epsilon,
-        site.inverse, site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
-        ROUNDING=site.rounding, HALVES=out.shape[1] == 2 * width, BD=triton.next_power_of_2(width), PDL=pdl,
-        num_warps=16 if width > 2048 else 8,
+    rows, width = weighted.shape
+    halves, parts = out.shape[1] == 2 * width, squares.shape[1]
+    whole = halves or site.span > 0 or width % NORM_PART > 0  # a scale of the row's own needs all of it
+    block = triton.next_power_of_2(width) if whole else NORM_PART
+    _norm_kernel[(triton.cdiv(width, block), rows)](
+        weighted, squares, out, out_scale, width, epsilon, site.inverse, site.low, site.high, site.span, PARTS=parts,
+        PARTS_PADDED=triton.next_power_of_2(parts), QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
+        ROUNDING=site.rounding, HALVES=halves, BD=block, PDL=pdl, num_warps=max(1, min(16, block // 128)),
         **_launch(pdl),
     )  # fmt: skip
 
@@ -253,7 +204,7 @@ def _rotate_kernel(y, gate, gain, mix, left, right, out, out_scale, factor, epsi
             mixed = tl.sum(mixed[:, None] * H_right, axis=0)
         mixed = mixed * factor
     place = row * E + at * (A * B) + within
-    _land_row(mixed, out, out_scale, row, place, within >= 0, inverse, low, high, span, QUANTIZED, False, ROUNDING)
+    land_row(mixed, out, out_scale, row, place, within >= 0, inverse, low, high, span, QUANTIZED, False, ROUNDING)
 
 
 @triton.jit
@@ -289,9 +240,9 @@ def _gate_norm_kernel(rows, gate, gain, out, out_scale, epsilon, inverse, low, h
     if MIDDLE:
         part = to_codes(part, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
     if HALVES:
-        _land_halves(part, largest, out, out_scale, row, row * (2 * E) + own, own < E, E)
+        land_halves(part, largest, out, out_scale, row, row * (2 * E) + own, own < E, E)
     else:
-        _land_row(part, out, out_scale, row, row * E + own, own < E, inverse, low, high, span, QUANTIZED, False,
+        land_row(part, out, out_scale, row, row * E + own, own < E, inverse, low, high, span, QUANTIZED, False,
                   ROUNDING)  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from squamata.kernels.gpu_dot import load_grid, load_weights, row_numbers, row_product
 from squamata.kernels.gpu_formats import read_flagged
 from squamata.kernels.gpu_gemv import INTERPRETED, Blocks, Count, Product
+from squamata.kernels.gpu_landing import SMALLEST_SCALE, land_block
 from squamata.kernels.gpu_math import (
     STOCHASTIC,
     let_next_start,
@@ -24,7 +25,7 @@ from squamata.kernels.gpu_math import (
     wait_for_programs,
     wanted_programs,
 )
-from squamata.kernels.gpu_norm import _SMALLEST_SCALE, _land_halves, _launch
+from squamata.kernels.gpu_norm import _launch
 
 SSD_WARPS = 4
 EARLY = False
@@ -82,7 +83,7 @@ def _store_state(state, place, mask, s, state_scale, state_inverse, scale_place,
     if QUANTIZED:
         if DYNAMIC:
             magnitude = tl.max(tl.abs(s), axis=1)[:, None]  # zeros where there is no state
-            scale = tl.maximum(magnitude / span, _SMALLEST_SCALE)
+            scale = tl.maximum(magnitude / span, SMALLEST_SCALE)
             tl.store(state_scale + scale_place, scale, mask=live)
             inverse = 1.0 / scale
         else:
@@ -99,13 +100,6 @@ def _store_state(state, place, mask, s, state_scale, state_inverse, scale_place,
 @triton.jit
 def _load_grid(grid, scale_place, live, QUANTIZED: tl.constexpr):
     return tl.load(grid[0] + scale_place, mask=live, other=0.0) if QUANTIZED else 1.0
-
-
-@triton.jit
-def _land_block(y, scale, out, row, at, channel, live, E: tl.constexpr, CHANNELS: tl.constexpr):
-    """Leave y, the channels of one block, in 16 bits."""
-    largest = tl.max(tl.where(live, tl.abs(y), 0.0), axis=0)
-    _land_halves(y, largest, out, scale, row * (E // CHANNELS) + at, row * (2 * E) + channel, live, E)
 
 
 @triton.jit
@@ -159,7 +153,7 @@ def _ssd_kernel(mixed, entered, head_tables, grid, state, after, blocks, out, N_
         tl.store(blocks[2] + row * (H * P // BP) + at, tl.sum(y * y, axis=0))
         y *= gain
         if HALVES:
-            _land_block(y, blocks[3], out, row, at, channel, channel >= 0, H * P, BP)
+            land_block(y, blocks[3], out, row, at, channel, channel >= 0, H * P, BP)
         else:
             tl.store(out + row * (H * P) + channel, y)
 
@@ -253,7 +247,7 @@ def _selective_kernel(dt_product, u_rows, gate, low, channel_tables, b_scale, gr
                  QUANTIZED, DYNAMIC, ROUNDING)  # fmt: skip
     y = tl.sum(s * C[None, :], axis=1) + through * u
     if HALVES:
-        _land_block(y * gated, block_scale, out, row, tile, channel, live, E, CUT.tile_rows)
+        land_block(y * gated, block_scale, out, row, tile, channel, live, E, CUT.tile_rows)
     else:
         tl.store(out + row * E + channel, y * gated, mask=live)
 
@@ -264,7 +258,7 @@ def selective_step(u: Tensor, gate: Tensor, dt: Product, low: tuple[Tensor, Tens
     """Mamba-1: out (B, E) = (scan + skip) * gate; ``state`` (B, E, N) is updated. ``blocks``: landed so in ``out``.
 
     ``dt``: its product, which takes ``low`` (codes and values; B and C from ``b_start``); ``inputs``: u and BC (scales
-    of B, then of C); ``tables``: dt_bias (E,), A (E, N) and skip (E,). 
+    of B, then of C); ``tables``: dt_bias (E,), A (E, N) and skip (E,).
     """
     rows, channels, states = state.shape
     coarse = inputs["u"].coarse

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import prod
+from dataclasses import replace
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from squamata.kernels.decode.triton import (
 )
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import Landing, Shape, choose_shape
+from squamata.kernels.gpu_landing import RowSite
 from squamata.kernels.gpu_math import ROUNDINGS
-from squamata.kernels.gpu_norm import RowSite, plan_rotation
+from squamata.kernels.gpu_norm import plan_rotation
 from squamata.kernels.gpu_parts import PartNorms
 from squamata.kernels.gpu_rows import RowRotation, plan_row_rotation
 from squamata.kernels.gpu_scan import InputPlan, StatePlan
@@ -41,6 +43,8 @@ from squamata.models.block import Block
 from squamata.models.lm import LanguageModel
 from squamata.models.mamba1 import Mamba1
 from squamata.models.mamba2 import Mamba2
+
+BLOCKS_16 = (16, 32, 64, 128)  # channels that may share a scale in 16 bits
 
 
 class Planner:
@@ -63,6 +67,11 @@ class Planner:
                 check_weight(value)
         buffers = Buffers(self.batch, model.config.d_model, self.device, self.pdl)
         layers = [self.layer(block) for block in model.blocks]
+        tiles = [layer.exit.projection.linear.tile_rows for layer in layers]
+        layers = [
+            replace(layer, entry=replace(layer.entry, lands=self.lands(layer.entry.projection, size)))
+            for layer, size in zip(layers, tiles[:1] + tiles, strict=False)
+        ]
         head = InputStage(
             self.floats(model.final_norm),
             model.config.norm_epsilon,
@@ -117,6 +126,7 @@ class Planner:
                 config.gate_norm_epsilon,
                 config.n_groups,
                 min(SSD_CHANNELS, config.head_dim),
+                entry.projection.halves,
             ),
             state=self.state(channels, config.d_conv, entry.projection, sites["state"], shape),
             starts=(0, inner + channels),
@@ -158,7 +168,7 @@ class Planner:
             x_proj=x_proj,
             dt_proj=dt_proj,
             scan=self.scan(scan, sites["state"], inputs),
-            exit=self.exit(block, None, 0.0, 1, dt_proj.shape.tile_rows),
+            exit=self.exit(block, None, 0.0, 1, dt_proj.shape.tile_rows, entry.projection.halves),
             state=self.state(inner, config.d_conv, entry.projection, sites["state"], shape),
             z_start=inner,
             low_rank=config.dt_rank,
@@ -166,11 +176,18 @@ class Planner:
         )
 
     def exit(
-        self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int, channels: int
+        self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int, channels: int, halves: bool
     ) -> OutputStage:
-        """``channels``: of a program of the scan."""
+        """``channels``: of a program of the scan; ``halves``: in_proj takes 16 bits, a scale a tile of out_proj."""
         rotation = plan_rotation(block.out_rotation, block.config.d_inner, self.device)
-        projection = self.projection(block.out_proj, block.sites["out"], (None,), halves=block.out_rotation is None)
+        projection = self.projection(
+            block.out_proj,
+            block.sites["out"],
+            (None,),
+            halves=block.out_rotation is None,
+            least_rows=min(BLOCKS_16) if halves else 8,
+            whole=True,
+        )
         if projection.site.span > 0:
             raise SquamataError("the GPU kernels take a static scale before out_proj, not one a token")
         middle = row_site(block.sites["y"])
@@ -178,8 +195,13 @@ class Planner:
         rows = self.row_rotation(block.out_rotation, block.config.d_inner, int(projection.linear.format))
         alone = rotation.rotated or middle.quantized or projection.site.quantized
         alone = alone or (gain is not None and not self.norm_fits(projection, groups, channels))
-        alone = alone or (projection.halves and channels not in (16, 32, 64, 128))
+        alone = alone or (projection.halves and channels not in BLOCKS_16)
         return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection, 0 if alone else channels)
+
+    @staticmethod
+    def lands(projection: Projection, channels: int) -> bool:
+        """True if a row that was left ``channels`` a program needs a kernel that lands it before the product."""
+        return projection.site.quantized or (projection.halves and channels not in BLOCKS_16)
 
     @staticmethod
     def norm_fits(projection: Projection, groups: int, channels: int) -> bool:
@@ -212,9 +234,10 @@ class Planner:
         halves: bool = False,
         apart: int = 0,
         least_rows: int = 8,
+        whole: bool = False,
     ) -> Projection:
         """A product's plan: packed weight, scale of the input, and where its rows land. ``apart``: its first rows,
-        which are also a product of their own. ``least_rows``: of a tile.
+        which are also a product of their own. ``least_rows``: of a tile; ``whole``: tiles divide the rows.
 
         ``halves``: what writes its input can leave it in 16 bits, which is fast where few sequences meet 4-bit weights.
         """
@@ -227,6 +250,8 @@ class Planner:
         halves = halves and self.bfloat16 and self.batch <= FEW_SEQUENCES
         format = weight_format(layer, site.quantized, self.bfloat16, halves)
         shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format, apart, least_rows)
+        if whole:
+            shape = replace(shape, tile_rows=gcd(shape.tile_rows, int(layer.weight.shape[0])))
         if self.batch > FEW_SEQUENCES:
             shape = Shape(1, shape.slices)  # whole rows, as the products of many rows want them
         linear = tile_linear(layer, format, shape.tile_rows, self.device)

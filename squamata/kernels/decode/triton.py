@@ -1,8 +1,9 @@
 """A decode step on a GPU, layer by layer: what each kernel reads and writes, planned once, launched in order.
 
-A Mamba-2 layer is five kernels, a Mamba-1 layer six, one less where nothing rotates out_proj's input; a handful of
-microseconds each. Weights do not depend on what comes before, so with programmatic dependent launch a kernel streams
-its first weights while its predecessors run. All buffers are static, so a step can be captured in a CUDA graph.
+A Mamba-2 layer is five kernels, a Mamba-1 layer six, a handful of microseconds each: one less where in_proj takes float
+or 16-bit activations, because the norm's one number can then wait (``gpu_stream``), and one less where nothing rotates
+out_proj's input. Weights do not depend on what comes before, so with programmatic dependent launch a kernel streams its
+first weights while its predecessors run. All buffers are static, so a step can be captured in a CUDA graph.
 
 Who may read and write what, when
 ---------------------------------
@@ -41,10 +42,12 @@ from torch import Tensor
 
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import Blocks, Convolution, Count, Landing, Product, Shape, gemv, gemv_pair, product
-from squamata.kernels.gpu_norm import RotationPlan, RowSite, norm, rotate
+from squamata.kernels.gpu_landing import RowSite
+from squamata.kernels.gpu_norm import RotationPlan, norm, rotate
 from squamata.kernels.gpu_parts import PartNorms, norm_parts
 from squamata.kernels.gpu_rows import RowRotation
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, selective_step, ssd_step
+from squamata.kernels.gpu_stream import Sink
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 from squamata.kernels.gpu_vocabulary import embed, greedy, greedy_scratch
 
@@ -85,18 +88,21 @@ class Projection:
     def product(
         self,
         x: Tensor,
-        out: Outputs,
+        out: Outputs | Sink,
         buffers: Buffers,
         convolution: Convolution | None = None,
         gate: bool = False,
         blocks: Blocks | None = None,
     ) -> Product:
-        """The product for these rows, to be launched. ``blocks``: how the scan has left ``x``."""
+        """The product for these rows, to be launched. ``blocks``: how ``x`` was left."""
         scale = buffers.row_scale if self.site.span > 0 or self.halves else None
-        outputs = (out.codes, out.values)
-        return product(x, scale, self.linear, self.factor, self.landing, outputs, convolution, self.shape, gate, blocks)
+        sink = out if isinstance(out, Sink) else None
+        outputs = (None, out.stream) if isinstance(out, Sink) else (out.codes, out.values)
+        return product(
+            x, scale, self.linear, self.factor, self.landing, outputs, convolution, self.shape, gate, blocks, sink
+        )
 
-    def run(self, x: Tensor, out: Outputs, buffers: Buffers, blocks: Blocks | None = None) -> None:
+    def run(self, x: Tensor, out: Outputs | Sink, buffers: Buffers, blocks: Blocks | None = None) -> None:
         """Launch the product."""
         gemv(self.product(x, out, buffers, blocks=blocks), buffers.position, buffers.pdl)
 
@@ -111,11 +117,29 @@ class Outputs:
 
 @dataclass(frozen=True)
 class InputStage:
-    """Residual add, RMS norm and in_proj (or the head)."""
+    """RMS norm of the residual stream and in_proj (or the head).
+
+    ``lands``: the norm is a kernel of its own, which lands rows; otherwise the products apply its one number a row.
+    """
 
     gain: Tensor
     epsilon: float
     projection: Projection
+    lands: bool = True
+
+    def input(self, sink: Sink, buffers: Buffers) -> tuple[Tensor, Blocks | None]:
+        """What the products read, and how it was left."""
+        if self.lands:
+            return self.projection.input("normed", buffers), None
+        return sink.left, Blocks(sink.channels, None, sink.gain, 1, self.epsilon, sink.squares, sink.scale)
+
+    def norm(self, sink: Sink, buffers: Buffers) -> Iterator[Kernel]:
+        """The norm's kernel, if there is one."""
+        if self.lands:
+            x, site = self.projection.input("normed", buffers), self.projection.site
+            yield "norm", lambda: norm(
+                sink.left, sink.squares, self.epsilon, site, x, buffers.row_scale, buffers.pdl
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,27 +211,28 @@ class Mamba2Layer:
     groups: int
     limit: tuple[float, float]
 
-    def kernels(self, buffers: Buffers, first: bool, counter: Tensor | None = None) -> Iterator[Kernel]:
-        """What the layer launches, in order. ``counter``: its own, if all of it is launched, in a step."""
+    def kernels(self, buffers: Buffers, before: Sink, after: Sink, counter: Tensor | None = None) -> Iterator[Kernel]:
+        """What the layer launches, in order. ``before``, ``after``: the residual stream as it is left for this layer
+        and the next; ``counter``: the layer's own, if all of it is launched, in a step."""
         inner, ring = self.exit.projection.linear.columns, self.state.ring
-        x = self.entry.projection.input("normed", buffers)
+        x, norm = self.entry.input(before, buffers)
         out, mixed = buffers.outputs("entered", self.scan_proj), buffers.get("mixed", ring.shape[2])
         scanned, gate = buffers.get("scanned", inner), buffers.get("gate", inner)
-        entering = self.scan_proj.product(x, out, buffers, Convolution(self.conv, ring, mixed))
-        gating = self.z_proj.product(x, Outputs(None, gate), buffers, gate=True)
+        entering = self.scan_proj.product(x, out, buffers, Convolution(self.conv, ring, mixed), blocks=norm)
+        gating = self.z_proj.product(x, Outputs(None, gate), buffers, gate=True, blocks=norm)
         channels = min(SSD_CHANNELS, self.state.state.shape[2])
-        after = buffers.count(counter, entering)
+        count = buffers.count(counter, entering)
         blocks = self.exit.blocks(gate, buffers)
         left = scanned if blocks is None else self.exit.projection.input("rotated", buffers)
-        yield "norm", lambda: enter(self.entry, x, buffers, first)
+        yield from self.entry.norm(before, buffers)
         yield "in_proj", lambda: gemv_pair(
             entering, gating, buffers.position, buffers.pdl, counter, z_after(entering, gating)
         )  # fmt: skip
         yield "scan", lambda: ssd_step(
             mixed, buffers.both(out), self.scan.inputs["dt"], self.scan.tables, self.state.state, self.scan.grid,
-            left, self.starts[1] - inner, self.groups, self.limit, channels, buffers.pdl, after, blocks,
+            left, self.starts[1] - inner, self.groups, self.limit, channels, buffers.pdl, count, blocks,
         )  # fmt: skip
-        yield from leave(self.exit, left, gate, blocks, buffers)
+        yield from leave(self.exit, left, gate, blocks, after, buffers)
 
 
 @dataclass(frozen=True)
@@ -231,23 +256,25 @@ class Mamba1Layer:
     low_rank: int
     norms: PartNorms | None = None
 
-    def kernels(self, buffers: Buffers, first: bool, counter: Tensor | None = None) -> Iterator[Kernel]:
-        """What the layer launches, in order. ``counter``: its own, if all of it is launched, in a step."""
+    def kernels(self, buffers: Buffers, before: Sink, after: Sink, counter: Tensor | None = None) -> Iterator[Kernel]:
+        """What the layer launches, in order. ``before``, ``after``: the residual stream as it is left for this layer
+        and the next; ``counter``: the layer's own, if all of it is launched, in a step."""
         inner = self.exit.projection.linear.columns
-        x = self.entry.projection.input("normed", buffers)
+        x, norm = self.entry.input(before, buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
         gate, gated = buffers.get("gate", inner), buffers.get("gated", inner)
         raw, nothing = buffers.outputs("low", self.x_proj), Outputs(None, gate)
         low = raw if self.norms is None else self._normed(buffers)
         dt_low = low.codes if self.dt_proj.linear.format.integer_activations else low.values
         assert dt_low is not None
-        entering = self.conv_proj.product(x, nothing, buffers, Convolution(self.conv, self.state.ring, u))
-        gating = self.z_proj.product(x, nothing, buffers, gate=True)
+        convolution = Convolution(self.conv, self.state.ring, u)
+        entering = self.conv_proj.product(x, nothing, buffers, convolution, blocks=norm)
+        gating = self.z_proj.product(x, nothing, buffers, gate=True, blocks=norm)
         mixing = self.x_proj.product(u, raw, buffers)
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
         blocks = self.exit.blocks(None, buffers)
         left = gated if blocks is None else self.exit.projection.input("rotated", buffers)
-        yield "norm", lambda: enter(self.entry, x, buffers, first)
+        yield from self.entry.norm(before, buffers)
         yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
         yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl)
         if self.norms is not None:
@@ -257,7 +284,7 @@ class Mamba1Layer:
             u, gate, dt, buffers.both(low), self.scan.inputs, self.scan.tables, self.state.state, self.scan.grid,
             left, self.low_rank, buffers.pdl, blocks,
         )  # fmt: skip
-        yield from leave(self.exit, left, None, blocks, buffers)
+        yield from leave(self.exit, left, None, blocks, after, buffers)
 
     def _normed(self, buffers: Buffers) -> Outputs:
         """Memory for what the norms leave."""
@@ -272,24 +299,17 @@ def z_after(entering: Product, gating: Product) -> bool:
     return Z_AFTER and gating.tiles <= entering.tiles
 
 
-def enter(stage: InputStage, x: Tensor, buffers: Buffers, first: bool) -> None:
-    """residual += h and norm, to ``x``, where the stage's product takes it."""
-    site = stage.projection.site
-    norm(buffers.h, buffers.residual, stage.gain, stage.epsilon, site, x, buffers.row_scale, first,
-         buffers.pdl)  # fmt: skip
-
-
-def finish(head: InputStage, logits: Tensor, buffers: Buffers, first: bool) -> Iterator[Kernel]:
+def finish(head: InputStage, stream: Sink, logits: Tensor, buffers: Buffers) -> Iterator[Kernel]:
     """Final norm and head."""
-    x = head.projection.input("normed", buffers)
-    yield "norm", lambda: enter(head, x, buffers, first)
-    yield "head", lambda: head.projection.run(x, Outputs(None, logits), buffers)
+    yield from head.norm(stream, buffers)
+    x, norm = head.input(stream, buffers)
+    yield "head", lambda: head.projection.run(x, Outputs(None, logits), buffers, norm)
 
 
 def leave(
-    stage: OutputStage, y: Tensor, gate: Tensor | None, blocks: Blocks | None, buffers: Buffers
+    stage: OutputStage, y: Tensor, gate: Tensor | None, blocks: Blocks | None, after: Sink, buffers: Buffers
 ) -> Iterator[Kernel]:
-    """Gate (unless the scan has done it), norm and rotation, unless ``blocks``; then the product: the new h."""
+    """Gate (unless the scan has done it), norm and rotation, unless ``blocks``; then the product, to the stream."""
     projection = stage.projection
     x = y
     if blocks is None:
@@ -298,13 +318,16 @@ def leave(
             y, gate, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle, projection.site, x,
             buffers.row_scale, buffers.pdl,
         )  # fmt: skip
-    yield "out_proj", lambda: projection.run(x, Outputs(None, buffers.h), buffers, blocks)
+    yield "out_proj", lambda: projection.run(x, after, buffers, blocks)
 
 
 @dataclass
 class Buffers:
-    """Static memory of a step. ``position``: int32 (1,), the tokens taken in so far, modulo nothing. ``steps``: int64
-    (1,), runs of ``DecodePlan.step`` so far."""
+    """Static memory of a step.
+
+    ``h``: the residual stream. ``position``: int32 (1,), the tokens taken in so far, modulo nothing. ``steps``: int64
+    (1,), runs of ``DecodePlan.step`` so far.
+    """
 
     rows: int
     width: int
@@ -314,11 +337,17 @@ class Buffers:
 
     def __post_init__(self) -> None:
         self.h = torch.zeros(self.rows, self.width, device=self.device)
-        self.residual = torch.zeros_like(self.h)
         self.row_scale = torch.ones(self.rows, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.steps = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.ids = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
+
+    def stream(self, stage: InputStage, channels: int) -> Sink:
+        """The residual stream as it is left for a stage, by programs of ``channels`` each."""
+        halves, parts = stage.projection.halves and not stage.lands, self.width // channels
+        left = self.get("stream left", self.width * (2 if halves else 1), halves)
+        scale = self.get("stream scale", parts) if halves else None
+        return Sink(channels, self.h, stage.gain, left, self.get("stream squares", parts), scale)
 
     def count(self, counter: Tensor | None, product: Product) -> Count | None:
         """What those who need a product's rows wait for, if they do not wait for its whole kernel."""
@@ -349,7 +378,10 @@ class Buffers:
 
 @dataclass
 class DecodePlan:
-    """A whole model: ``step`` takes ``buffers.ids`` to ``logits`` (B, V), and puts the likeliest next ids back."""
+    """A whole model: ``step`` takes ``buffers.ids`` to ``logits`` (B, V), and puts the likeliest next ids back.
+
+    ``streams``: the residual stream as it is left for every layer, and for the head.
+    """
 
     table: Tensor
     table_scale: Tensor | None
@@ -361,6 +393,11 @@ class DecodePlan:
         vocabulary = self.head.projection.linear.rows
         self.logits = self.buffers.get("logits", vocabulary)
         self.scratch = greedy_scratch(self.buffers.rows, vocabulary, self.buffers.device)
+        tiles = [layer.exit.projection.linear.tile_rows for layer in self.layers] or [1]
+        stages = [layer.entry for layer in self.layers] + [self.head]
+        self.streams = [
+            self.buffers.stream(stage, size) for stage, size in zip(stages, tiles[:1] + tiles, strict=False)
+        ]
         size = (len(self.layers), COUNTER_WORDS)
         self.counters = torch.zeros(size, dtype=torch.int64, device=self.buffers.device)
 
@@ -368,14 +405,24 @@ class DecodePlan:
         """Every launch of one token, in order, with the name of what it does; each may be repeated without the others,
         unless ``counted``."""
         buffers = self.buffers
-        yield "embedding", lambda: embed(buffers.ids, self.table, self.table_scale, buffers.h, pdl=False)
-        for index, layer in enumerate(self.layers):
-            yield from layer.kernels(buffers, index == 0, self.counters[index, :1] if counted else None)
-        yield from finish(self.head, self.logits, buffers, first=not self.layers)
+        yield "embedding", lambda: embed(buffers.ids, self.table, self.table_scale, self.streams[0], pdl=False)
+        for index in range(len(self.layers)):
+            yield from self.layer(index, counted)
+        yield from finish(self.head, self.streams[-1], self.logits, buffers)
         steps = buffers.steps if counted else None
         yield "greedy", lambda: greedy(
             self.logits, self.scratch, buffers.ids, buffers.position, buffers.pdl, steps=steps
         )  # fmt: skip
+
+    def layer(self, index: int, counted: bool = False) -> Iterator[Kernel]:
+        """The launches of one layer."""
+        counter = self.counters[index, :1] if counted else None
+        return self.layers[index].kernels(self.buffers, self.streams[index], self.streams[index + 1], counter)
+
+    def begin(self, index: int, stream: Tensor) -> None:
+        """Put a residual stream, float32 (B, D), before a layer or the head."""
+        rows = torch.arange(self.buffers.rows, device=self.buffers.device)
+        embed(rows, stream.to(self.buffers.device).contiguous(), None, self.streams[index], pdl=False)
 
     def step(self) -> None:
         """Launch one token. Its first kernel waits for all of the last token: states are read ahead of time later."""

@@ -269,7 +269,7 @@ class SequencePlan:
         work = self.work
         yield "last", self._take_last
         if work.batch <= FEW_SEQUENCES:
-            yield from finish(head, self.plan.logits, buffers, first=True)
+            yield from finish(head, self.plan.streams[-1], self.plan.logits, buffers)
             return
         site, linear = head.projection.site, head.projection.linear
         dtype = torch.int8 if linear.format.integer_activations else work.float
@@ -285,8 +285,9 @@ class SequencePlan:
         )
 
     def _take_last(self) -> None:
-        """The residual of every sequence's last token: ``buffers.h``."""
+        """The residual stream of every sequence's last token: ``buffers.h``, and as the head wants it."""
         work = self.work
         torch.add(work.offsets, work.lengths, out=work.last)
         work.last.clamp_(min=0)  # a sequence without tokens has no last one
-        torch.index_select(work.residual, 0, work.last, out=self.plan.buffers.h)
+        out = self.plan.streams[-1] if work.batch <= FEW_SEQUENCES else self.plan.buffers.h
+        embed(work.last, work.residual, None, out, pdl=False)
