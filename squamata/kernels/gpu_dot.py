@@ -37,14 +37,22 @@ def _load_quads(first, COUNT: tl.constexpr, BN: tl.constexpr):
     return tiles
 
 
-# Reads a word for nothing but its place in the first-level cache. The assembler drops reads that nothing depends on, so
-# something does: a hint that is given if the word is one among four thousand million.
-_READ = tl.constexpr("{.reg .pred one; setp.eq.b32 one, $1, 0x7fc0dead; @one prefetch.global.L2 [$2]; mov.b32 $0, 0;}")
+# The assembler drops reads that nothing depends on, whatever they would leave in a cache. So something does: a hint that
+# is given if the word is one among four thousand million.
+_USED = tl.constexpr("{.reg .pred one; setp.eq.b32 one, $1, 0x7fc0dead; @one prefetch.global.L2 [$2]; mov.b32 $0, 0;}")
 
 
 @triton.jit
-def _into_cache(x, LENGTH: tl.constexpr):
-    """Read an activation row (32-bit words) as a whole into the first-level cache.
+def _read(words, mask):
+    """Read 32-bit words for nothing but their place in the first-level cache."""
+    read = tl.load(words, mask=mask).to(tl.int32, bitcast=True)
+    where = words.to(tl.int64)
+    tl.inline_asm_elementwise(_USED, "=r,r,l", [read, where], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _into_cache(x, LENGTH: tl.constexpr, units, UNITS: tl.constexpr):
+    """Read an activation row (32-bit words) and its ``units`` as a whole into the first-level cache.
 
     The products then read it four words at a time, the same in every lane: such reads would each wait for the second
     level, one sector after the other.
@@ -52,9 +60,10 @@ def _into_cache(x, LENGTH: tl.constexpr):
     BLOCK: tl.constexpr = 1024
     for start in tl.static_range(0, LENGTH, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        words = tl.load(x + at, mask=at < LENGTH).to(tl.int32, bitcast=True)
-        where = (x + at).to(tl.int64)
-        tl.inline_asm_elementwise(_READ, "=r,r,l", [words, where], dtype=tl.int32, is_pure=False, pack=1)
+        _read(x + at, at < LENGTH)
+    for start in tl.static_range(0, UNITS, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        _read(units + at, at < UNITS)
     tl.debug_barrier()
 
 
@@ -91,6 +100,7 @@ class Cut:
     (0: the row). ``x_quad``: words of them that meet a quad. ``rows``: activation rows a program.
     ``norm_groups``: of ``norm_width`` activations each, whose norm is still to be applied (0: none); their squares come
     summed in ``norm_parts`` parts a group (``norm_padded``: the next power of two).
+    ``ahead``: before it waits, a program has its later rounds brought to the second level of cache.
     ``gate``: what is stored is SiLU(y), y as its site represents it, instead of y. ``width``: slots of the ring and
     taps of the convolution that its channels, ``split`` of u first, go through at once (1: none); ``conv_codes``: its
     outputs are stored as codes. ``stream``: width of the residual stream that the outputs are added to (0: none).
@@ -128,8 +138,11 @@ class Cut:
     any_values: bool
     ring_codes: bool
     gate: bool
+    ahead: bool
     native: bool
     stream: int
+    stream_halves: bool
+    cached: bool
 
     @property
     def channels(self) -> int:
@@ -180,17 +193,26 @@ def _half_quad(tile, side: tl.constexpr, x, CUT: tl.constexpr):
 
 
 @triton.jit
-def _norm_of_slices(norm, row, CUT: tl.constexpr):
+def row_numbers(operands, row, CUT: tl.constexpr):
+    """What is known of an activation row besides its codes, asked for before they are: its scale, sums of squares."""
+    unit, squares = 1.0, 1.0
+    row = tl.minimum(row, operands[11] - 1)
+    if CUT.dynamic:
+        unit = tl.load(operands[1] + row)
+    if CUT.norm_groups > 0:
+        part = tl.arange(0, CUT.norm_padded)[None, :]
+        group = tl.arange(0, CUT.norm_groups)[:, None]
+        place = (row * CUT.norm_groups + group) * CUT.norm_parts + part
+        squares = tl.load(operands[9][0] + place, mask=part < CUT.norm_parts, other=0.0)
+    return unit, squares
+
+
+@triton.jit
+def _norm_of_slices(squares, epsilon, CUT: tl.constexpr):
     """1 / root mean square of what every slice of K [1, S, 1] multiplies: a slice lies within a group."""
-    squares, epsilon = norm
-    GROUPS: tl.constexpr = CUT.norm_groups
-    EACH: tl.constexpr = CUT.slices // GROUPS
-    part = tl.arange(0, CUT.norm_padded)[None, :]
-    group = tl.arange(0, GROUPS)[:, None]
-    place = (row * GROUPS + group) * CUT.norm_parts + part
-    total = tl.sum(tl.load(squares + place, mask=part < CUT.norm_parts, other=0.0), axis=1, keep_dims=True)
-    factor = tl.rsqrt(total / CUT.norm_width + epsilon)
-    return tl.reshape(tl.broadcast_to(factor, (GROUPS, EACH)), (1, CUT.slices, 1))
+    EACH: tl.constexpr = CUT.slices // CUT.norm_groups
+    factor = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / CUT.norm_width + epsilon)
+    return tl.reshape(tl.broadcast_to(factor, (CUT.norm_groups, EACH)), (1, CUT.slices, 1))
 
 
 @triton.jit
@@ -296,8 +318,8 @@ def load_grid(operands, n, CUT: tl.constexpr):
 
 
 @triton.jit
-def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
-    """y [BN] of a tile for one activation row."""
+def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
+    """y [BN] of a tile for one activation row. ``numbers``: ``row_numbers`` of it."""
     x, x_scale, _, _, _, _, _, _, _, norm, _, rows, _ = operands
     first_words, tiles, scales, scale_factor, shift = weights
     row = tl.minimum(row, rows - 1)
@@ -305,19 +327,37 @@ def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr)
     blocks = x_scale
     if CUT.block > 0:
         blocks = x_scale + row * (CUT.quads * 32 // CUT.block)
-    row_norm = _norm_of_slices(norm, row, CUT) if CUT.norm_groups > 0 else 1.0
+    row_norm = _norm_of_slices(numbers[1], norm[1], CUT) if CUT.norm_groups > 0 else 1.0
     y = _row_sums(x_row, blocks, row_norm, tiles, scales, first_words, RELOAD, CUT)
-    y = y * (tl.load(x_scale + row) * scale_factor if CUT.dynamic else scale_factor)
+    y = y * (numbers[0] * scale_factor if CUT.dynamic else scale_factor)
     return y + shift if CUT.has_bias else y
 
 
 @triton.jit
-def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl.constexpr):
-    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them."""
+def _fetch_rounds(first_words, CUT: tl.constexpr):
+    """Have the quads of all rounds but the first brought to the second level of cache, slice by slice."""
+    BN: tl.constexpr = CUT.tile_rows
+    BYTES: tl.constexpr = CUT.count * (CUT.rounds - 1) * BN * 16
+    row = tl.arange(0, BN)[:, None, None]
+    start = first_words + CUT.count * (BN * 4) - row * 4  # [BN, S, 4]: the first row's, in the first word's lane
+    other = row + tl.arange(0, 4)[None, None, :]
+    tl.inline_asm_elementwise(
+        "{.reg .pred one; setp.eq.s32 one, $2, 0; @one cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
+        "=r,l,r,r", [start.to(tl.int64), tl.broadcast_to(other, start.shape), tl.full(start.shape, BYTES, tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr):
+    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them. READY: the rows are
+    there, in the first-level cache, from another tile."""
     x, x_scale, _, _, _, _, _, out, convolution, _, N, rows, sink = operands
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
     weights = load_weights(operands, tile, CUT)
+    if CUT.ahead:
+        _fetch_rounds(weights[0], CUT)
     grid = load_grid(operands, n, CUT)
     pasts = ()
     if CUT.channels > 0:
@@ -331,26 +371,28 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl
                                 CUT.width)  # fmt: skip
             pasts = pasts + (past,)  # type: ignore[assignment]  # noqa: RUF005
     gain = 0.0
-    if sink is not None:
+    if CUT.stream > 0:
         gain = tl.load(sink[1] + n)
-    let_next_start(PDL)
-    wait_for_previous(PDL)
-    befores = ()
-    if sink is not None:
-        for b in tl.static_range(ROWS):
+    if not READY:
+        let_next_start(PDL)
+        wait_for_previous(PDL)
+    numbers, befores = (), ()
+    for b in tl.static_range(ROWS):
+        numbers = numbers + (row_numbers(operands, first_row + b, CUT),)  # type: ignore[assignment]  # noqa: RUF005
+        if CUT.stream > 0:
             before = tl.load(sink[0] + tl.minimum(first_row + b, rows - 1) * CUT.stream + n)
             befores = befores + (before,)  # type: ignore[assignment]  # noqa: RUF005
-    if CUT.native:
-        _into_cache(x + first_row * CUT.x_stride, CUT.x_length * (2 if CUT.format == 6 else 1))
-        if CUT.block > 0:
-            BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block
-            _into_cache(x_scale.to(tl.pointer_type(tl.int32)) + first_row * BLOCKS, BLOCKS)
+    if CUT.cached and not READY:
+        BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block if CUT.block > 0 else 0
+        LENGTH: tl.constexpr = CUT.x_length * (2 if CUT.format == 6 else 1)
+        _into_cache(x + first_row * CUT.x_stride, LENGTH, x_scale + first_row * BLOCKS, BLOCKS)
     for b in tl.static_range(ROWS):
         row = first_row + b
-        y = row_product(operands, weights, row, b > 0 and CUT.rounds > 1, CUT)
-        if sink is not None:
+        y = row_product(operands, weights, numbers[b], row, b > 0 and CUT.rounds > 1, CUT)
+        if CUT.stream > 0:
             if row < rows:
-                leave_block(befores[b] + y, gain, sink, row, tile, n, n >= 0, CUT.stream, CUT.tile_rows)
+                leave_block(befores[b] + y, gain, sink, row, tile, n, n >= 0, CUT.stream, CUT.tile_rows,
+                            CUT.stream_halves)  # fmt: skip
         elif row < rows:
             code = _store(y, row, n, grid, out, N, rows, CUT)
             if CUT.channels > 0:

@@ -24,6 +24,8 @@ INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 MOST_QUADS = 20
 MOST_QUADS_OF = {Format.INT4_INT8: 10, Format.INT4_INT16: 8}
 FEW_PROGRAMS, FEW_QUADS_OF = 400, {Format.INT8_INT8: 10}
+AHEAD = False
+CACHED, MOST_REGISTERS, MOST_FLOAT_REGISTERS = True, None, None
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
 
@@ -121,7 +123,7 @@ class Blocks:
 
 @triton.jit
 def _gemv(operands, position, CUT: tl.constexpr, PDL: tl.constexpr):
-    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, PDL)
+    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, False, PDL)
 
 
 @triton.jit
@@ -131,10 +133,22 @@ def _gemv_pair(first, second, position, counter, TILES: tl.constexpr, CUT: tl.co
     program = tl.program_id(0)
     block = tl.program_id(1)
     if program < TILES:
-        product_tile(first, position, program, block * CUT.rows, CUT, PDL)
+        product_tile(first, position, program, block * CUT.rows, CUT, False, PDL)
         count_program(counter)
     else:
-        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, PDL)
+        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, False, PDL)
+
+
+@triton.jit
+def _gemv_after(first, second, position, counter, OTHER_TILES: tl.constexpr, CUT: tl.constexpr,
+                OTHER_CUT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Two products of the same rows, tile after tile in the same programs; the first counts, as soon as it is done."""
+    program = tl.program_id(0)
+    block = tl.program_id(1)
+    product_tile(first, position, program, block * CUT.rows, CUT, False, PDL)
+    count_program(counter)
+    if program < OTHER_TILES:
+        product_tile(second, position, program, block * CUT.rows, OTHER_CUT, True, PDL)
 
 
 @dataclass(frozen=True)
@@ -152,6 +166,11 @@ class Product:
         return self.tiles * self.row_blocks
 
     @property
+    def registers(self) -> int | None:
+        """A thread may have, so that several programs fit on a multiprocessor."""
+        return MOST_REGISTERS if self.cut.format in (Format.INT8_INT8, Format.INT4_INT8, Format.INT4_INT16) else MOST_FLOAT_REGISTERS
+
+    @property
     def warps(self) -> int:
         """Warps of a program."""
         return max(1, self.cut.slices * self.cut.tile_rows // 32)
@@ -166,7 +185,8 @@ class Shape:
 
 
 def choose_shape(rows: int, columns: int, format: Format, apart: int = 0, least: int = 8) -> Shape:
-    """The cut for a weight (rows, columns); its first rows ``apart`` are a product of their own; tiles of ``least`` rows.
+    """The cut for a weight (rows, columns); its first rows ``apart`` are a product of their own; tiles of at least
+    ``least`` rows.
 
     A rule that comes within a tenth of the best cut of every shape measured (H200, docs/log.md): 256 threads a program
     where K allows it, three quads a thread at least, some 200 programs at least.
@@ -218,7 +238,7 @@ def _ring_cut(land: Landing, convolution: Convolution | None) -> dict[str, Any]:
     }
 
 
-def _norm_cut(columns: int, blocks: Blocks | None) -> dict[str, int]:
+def _norm_cut(columns: int, blocks: Blocks | None) -> dict[str, Any]:
     """Of ``Cut``: the norm that is still to be applied."""
     if blocks is None or blocks.squares is None:
         return {"norm_groups": 0, "norm_parts": 0, "norm_padded": 0, "norm_width": 0}
@@ -242,7 +262,7 @@ def product(
     sink: Sink | None = None,
 ) -> Product:
     """y = W x, each row times ``factor`` (and ``x_scale`` (rows,) if dynamic), plus bias, landed; ``gate``: its SiLU.
-    ``blocks``: how x was left, whose scales are used instead of ``x_scale``; ``sink``: where rows go instead of ``out``.
+    ``blocks``: how x was left, with scales instead of ``x_scale``; ``sink``: where rows go instead of ``out``.
 
     ``x``: int8 or float32 (rows, K), rows 4-byte aligned; two int8 rows of K side by side for INT4_INT16. ``out``:
     codes int8 and values float32 (rows, N), one of them may be None.
@@ -268,12 +288,15 @@ def product(
     cut = Cut(
         format=int(linear.format), tile_rows=linear.tile_rows, slices=shape.slices, count=count,
         rounds=quads_per_slice // count, same=same, quads=linear.quads, quads_per_scale=linear.quads_per_scale,
-        block=block, **_norm_cut(linear.columns, blocks), rows=per_program, x_stride=x.stride(0) // 4 if integer else x.stride(0),
+        block=block, **_norm_cut(linear.columns, blocks), rows=per_program,
+        x_stride=x.stride(0) // 4 if integer else x.stride(0),
         x_length=linear.columns // 4 if integer else linear.columns,
         x_quad=linear.format.quad // (4 if integer else 1), grouped=grouped, dynamic=x_scale is not None,
         has_bias=linear.bias is not None, rounding=land.rounding, any_codes=land.any_codes,
-        any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, native=not INTERPRETED,
-        stream=0 if sink is None else linear.rows, **_ring_cut(land, convolution),
+        any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, stream=0 if sink is None else linear.rows,
+        cached=CACHED and not INTERPRETED, stream_halves=sink is not None and sink.halves,
+        ahead=AHEAD and quads_per_slice > count and not INTERPRETED, native=not INTERPRETED,
+        **_ring_cut(land, convolution),
     )  # fmt: skip
     scale = blocks.scale if blocks is not None and block else x_scale
     squares = factor if blocks is None or blocks.squares is None else blocks.squares
@@ -283,7 +306,7 @@ def product(
         (land.inverse, land.low, land.high, land.scale if land.scale is not None else factor), (codes, values),
         (values, values, values) if convolution is None else convolution.operands,
         (squares, 0.0 if blocks is None else blocks.epsilon), linear.rows, rows,
-        None if sink is None else sink.operands,
+        (factor,) if sink is None else sink.operands,
     )  # fmt: skip
     return Product(operands, cut, int(linear.words.shape[0]), triton.cdiv(rows, per_program))
 
@@ -291,16 +314,27 @@ def product(
 def gemv(made: Product, position: Tensor, pdl: bool) -> None:
     """Launch a product by itself. ``position``: int32 (1,), which slot of the ring its rows go into."""
     _gemv[(made.tiles, made.row_blocks)](
-        made.operands, position, CUT=made.cut, PDL=pdl, num_warps=made.warps, **({"launch_pdl": True} if pdl else {})
+        made.operands, position, CUT=made.cut, PDL=pdl, num_warps=made.warps, maxnreg=made.registers, **({"launch_pdl": True} if pdl else {})
     )  # fmt: skip
 
 
-def gemv_pair(first: Product, second: Product, position: Tensor, pdl: bool, counter: Tensor | None = None) -> None:
+def gemv_pair(
+    first: Product, second: Product, position: Tensor, pdl: bool, counter: Tensor | None = None, after: bool = False
+) -> None:
     """Launch two products for the same rows at once, neither of which waits for the other.
 
-    ``counter``: int64 (1,), raised by ``first.programs``, for the next kernel (``Count``).
+    ``counter``: int64 (1,), raised by ``first.programs``, for the next kernel (``Count``). ``after``: of the same
+    activations, the second in programs of the first when these are done with it.
     """
+    if after:
+        assert second.tiles <= first.tiles
+        _gemv_after[(first.tiles, first.row_blocks)](
+            first.operands, second.operands, position, counter, OTHER_TILES=second.tiles, CUT=first.cut,
+            OTHER_CUT=second.cut, PDL=pdl, num_warps=max(first.warps, second.warps), maxnreg=first.registers,
+            **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+        return
     _gemv_pair[(first.tiles + second.tiles, first.row_blocks)](
-        first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut, PDL=pdl,
-        num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
+        first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut,
+        PDL=pdl, num_warps=max(first.warps, second.warps), maxnreg=first.registers, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -178,7 +178,7 @@ class Planner:
     def exit(
         self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int, channels: int, halves: bool
     ) -> OutputStage:
-        """``channels``: of a program of the scan; ``halves``: in_proj takes 16 bits, with a scale a tile of out_proj."""
+        """``channels``: of a program of the scan; ``halves``: in_proj takes 16 bits, a scale a tile of out_proj."""
         rotation = plan_rotation(block.out_rotation, block.config.d_inner, self.device)
         projection = self.projection(
             block.out_proj,
@@ -200,7 +200,7 @@ class Planner:
 
     @staticmethod
     def lands(projection: Projection, channels: int) -> bool:
-        """True if the row that a product reads needs a kernel that lands it, when it was left ``channels`` a program."""
+        """True if a product's row, left by programs of ``channels`` each, needs a kernel that lands it."""
         return projection.site.quantized or (projection.halves and channels not in BLOCKS_16)
 
     @staticmethod

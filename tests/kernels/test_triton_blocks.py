@@ -27,8 +27,8 @@ from squamata.spec.quant import QuantSpec
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 EPSILON = 1e-3
-W4A16 = [{"site": "*.in_proj.weight", "spec": {"bits": 4, "granularity": "group(32)", "full_range": True}},
-         {"site": "*.out_proj.weight", "spec": {"bits": 4, "granularity": "group(32)", "full_range": True}}]  # fmt: skip
+INT4 = {"bits": 4, "granularity": "group(32)", "full_range": True}
+W4A16 = [{"site": "*.in_proj.weight", "spec": INT4}, {"site": "*.out_proj.weight", "spec": INT4}]
 
 
 def in_blocks(x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -52,6 +52,7 @@ from squamata.kernels.gpu_tiles import Format, TiledLinear
 from squamata.kernels.gpu_vocabulary import embed, greedy, greedy_scratch
 
 SSD_CHANNELS = 16  # of a head, a program
+Z_AFTER = True
 COUNTER_WORDS = 16  # int64 between counters: a line of cache each
 
 Kernel = tuple[str, Callable[[], None]]  # name, launch
@@ -211,8 +212,8 @@ class Mamba2Layer:
     limit: tuple[float, float]
 
     def kernels(self, buffers: Buffers, before: Sink, after: Sink, counter: Tensor | None = None) -> Iterator[Kernel]:
-        """What the layer launches, in order. ``before``, ``after``: the residual stream as it is left for this layer and
-        the next; ``counter``: the layer's own, if all of it is launched, in a step."""
+        """What the layer launches, in order. ``before``, ``after``: the residual stream as left for this layer and the
+        next; ``counter``: the layer's own, if all of it is launched, in a step."""
         inner, ring = self.exit.projection.linear.columns, self.state.ring
         x, norm = self.entry.input(before, buffers)
         out, mixed = buffers.outputs("entered", self.scan_proj), buffers.get("mixed", ring.shape[2])
@@ -224,7 +225,9 @@ class Mamba2Layer:
         blocks = self.exit.blocks(gate, buffers)
         left = scanned if blocks is None else self.exit.projection.input("rotated", buffers)
         yield from self.entry.norm(before, buffers)
-        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.pdl, counter)
+        yield "in_proj", lambda: gemv_pair(
+            entering, gating, buffers.position, buffers.pdl, counter, z_after(entering, gating)
+        )  # fmt: skip
         yield "scan", lambda: ssd_step(
             mixed, buffers.both(out), self.scan.inputs["dt"], self.scan.tables, self.state.state, self.scan.grid,
             left, self.starts[1] - inner, self.groups, self.limit, channels, buffers.pdl, count, blocks,
@@ -254,11 +257,9 @@ class Mamba1Layer:
     norms: PartNorms | None = None
 
     def kernels(self, buffers: Buffers, before: Sink, after: Sink, counter: Tensor | None = None) -> Iterator[Kernel]:
-        """What the layer launches, in order. ``before``, ``after``: the residual stream as it is left for this layer and
-        the next; ``counter``: the layer's own, if all of it is launched, in a step."""
+        """What the layer launches, in order. ``before``, ``after``: the residual stream as left for this layer and the
+        next; ``counter``: the layer's own, if all of it is launched, in a step."""
         inner = self.exit.projection.linear.columns
-        if self.norms is not None:
-            counter = None  # the scan waits for the norms
         x, norm = self.entry.input(before, buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
         gate, gated = buffers.get("gate", inner), buffers.get("gated", inner)
@@ -271,18 +272,17 @@ class Mamba1Layer:
         gating = self.z_proj.product(x, nothing, buffers, gate=True, blocks=norm)
         mixing = self.x_proj.product(u, raw, buffers)
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
-        count = buffers.count(counter, mixing)
         blocks = self.exit.blocks(None, buffers)
         left = gated if blocks is None else self.exit.projection.input("rotated", buffers)
         yield from self.entry.norm(before, buffers)
         yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
-        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl, counter)
+        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl)
         if self.norms is not None:
             assert raw.values is not None
             yield "part_norms", partial(norm_parts, raw.values, self.norms, low.codes, low.values)
         yield "scan", lambda: selective_step(
             u, gate, dt, buffers.both(low), self.scan.inputs, self.scan.tables, self.state.state, self.scan.grid,
-            left, self.low_rank, buffers.pdl, count, blocks,
+            left, self.low_rank, buffers.pdl, blocks,
         )  # fmt: skip
         yield from leave(self.exit, left, None, blocks, after, buffers)
 
@@ -292,6 +292,11 @@ class Mamba1Layer:
         landing, width = self.norms.landing, sum(self.norms.sizes)
         codes = buffers.get("low_normed", width, True) if landing.any_codes else None
         return Outputs(codes, buffers.get("low_normed", width) if landing.any_values else None)
+
+
+def z_after(entering: Product, gating: Product) -> bool:
+    """True if programs of the rows that the scan needs make those of z when they are done with theirs."""
+    return Z_AFTER and gating.tiles <= entering.tiles
 
 
 def finish(head: InputStage, stream: Sink, logits: Tensor, buffers: Buffers) -> Iterator[Kernel]:
@@ -318,8 +323,8 @@ def leave(
 
 @dataclass
 class Buffers:
-    """Static memory of a step. ``h``: the residual stream. ``position``: int32 (1,), the tokens taken in so far, modulo nothing. ``steps``: int64
-    (1,), runs of ``DecodePlan.step`` so far."""
+    """Static memory of a step. ``h``: the residual stream. ``position``: int32 (1,), the tokens taken in so far, modulo
+    nothing. ``steps``: int64 (1,), runs of ``DecodePlan.step`` so far."""
 
     rows: int
     width: int
