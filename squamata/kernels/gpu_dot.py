@@ -37,9 +37,17 @@ def _load_quads(first, COUNT: tl.constexpr, BN: tl.constexpr):
     return tiles
 
 
-# Reads a word for nothing but its place in the first-level cache. The assembler drops reads that nothing depends on, so
-# something does: a hint that is given if the word is one among four thousand million.
-_READ = tl.constexpr("{.reg .pred one; setp.eq.b32 one, $1, 0x7fc0dead; @one prefetch.global.L2 [$2]; mov.b32 $0, 0;}")
+# The assembler drops reads that nothing depends on, whatever they would leave in a cache. So something does: a hint that
+# is given if the word is one among four thousand million.
+_USED = tl.constexpr("{.reg .pred one; setp.eq.b32 one, $1, 0x7fc0dead; @one prefetch.global.L2 [$2]; mov.b32 $0, 0;}")
+
+
+@triton.jit
+def _read(words, mask):
+    """Read 32-bit words for nothing but their place in the first-level cache."""
+    read = tl.load(words, mask=mask).to(tl.int32, bitcast=True)
+    where = words.to(tl.int64)
+    tl.inline_asm_elementwise(_USED, "=r,r,l", [read, where], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -52,18 +60,11 @@ def _into_cache(x, LENGTH: tl.constexpr, units, UNITS: tl.constexpr):
     BLOCK: tl.constexpr = 1024
     for start in tl.static_range(0, LENGTH, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        _read_once(x + at, at < LENGTH)
+        _read(x + at, at < LENGTH)
     for start in tl.static_range(0, UNITS, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        _read_once(units + at, at < UNITS)
+        _read(units + at, at < UNITS)
     tl.debug_barrier()
-
-
-@triton.jit
-def _read_once(where, mask):
-    """Words (32 bits each) at some places, for nothing but the cache."""
-    words = tl.load(where, mask=mask).to(tl.int32, bitcast=True)
-    tl.inline_asm_elementwise(_READ, "=r,r,l", [words, where.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -138,6 +139,8 @@ class Cut:
     gate: bool
     native: bool
     stream: int
+    stream_halves: bool
+    cached: bool
 
     @property
     def channels(self) -> int:
@@ -329,6 +332,21 @@ def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.c
 
 
 @triton.jit
+def _fetch_rounds(first_words, CUT: tl.constexpr):
+    """Have the quads of all rounds but the first brought to the second level of cache, slice by slice."""
+    BN: tl.constexpr = CUT.tile_rows
+    BYTES: tl.constexpr = CUT.count * (CUT.rounds - 1) * BN * 16
+    row = tl.arange(0, BN)[:, None, None]
+    start = first_words + CUT.count * (BN * 4) - row * 4  # [BN, S, 4]: the first row's, in the first word's lane
+    other = row + tl.arange(0, 4)[None, None, :]
+    tl.inline_asm_elementwise(
+        "{.reg .pred one; setp.eq.s32 one, $2, 0; @one cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
+        "=r,l,r,r", [start.to(tl.int64), tl.broadcast_to(other, start.shape), tl.full(start.shape, BYTES, tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr):
     """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them. READY: the rows are
     there, in the first-level cache, from another tile."""
@@ -349,27 +367,28 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: 
                                 CUT.width)  # fmt: skip
             pasts = pasts + (past,)  # type: ignore[assignment]  # noqa: RUF005
     gain = 0.0
-    if sink is not None:
+    if CUT.stream > 0:
         gain = tl.load(sink[1] + n)
     if not READY:
         let_next_start(PDL)
         wait_for_previous(PDL)
-    befores, numbers = (), ()
+    numbers, befores = (), ()
     for b in tl.static_range(ROWS):
         numbers = numbers + (row_numbers(operands, first_row + b, CUT),)  # type: ignore[assignment]  # noqa: RUF005
-        if sink is not None:
+        if CUT.stream > 0:
             before = tl.load(sink[0] + tl.minimum(first_row + b, rows - 1) * CUT.stream + n)
             befores = befores + (before,)  # type: ignore[assignment]  # noqa: RUF005
-    if CUT.native and not READY:
+    if CUT.cached and not READY:
         BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block if CUT.block > 0 else 0
         LENGTH: tl.constexpr = CUT.x_length * (2 if CUT.format == 6 else 1)
         _into_cache(x + first_row * CUT.x_stride, LENGTH, x_scale + first_row * BLOCKS, BLOCKS)
     for b in tl.static_range(ROWS):
         row = first_row + b
         y = row_product(operands, weights, numbers[b], row, b > 0 and CUT.rounds > 1, CUT)
-        if sink is not None:
+        if CUT.stream > 0:
             if row < rows:
-                leave_block(befores[b] + y, gain, sink, row, tile, n, n >= 0, CUT.stream, CUT.tile_rows)
+                leave_block(befores[b] + y, gain, sink, row, tile, n, n >= 0, CUT.stream, CUT.tile_rows,
+                            CUT.stream_halves)  # fmt: skip
         elif row < rows:
             code = _store(y, row, n, grid, out, N, rows, CUT)
             if CUT.channels > 0:

@@ -24,6 +24,8 @@ INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 MOST_QUADS = 20
 MOST_QUADS_OF = {Format.INT4_INT8: 10, Format.INT4_INT16: 8}
 FEW_PROGRAMS, FEW_QUADS_OF = 400, {Format.INT8_INT8: 10}
+AHEAD = False
+CACHED, MOST_REGISTERS, MOST_FLOAT_REGISTERS = True, None, None
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
 
@@ -164,6 +166,11 @@ class Product:
         return self.tiles * self.row_blocks
 
     @property
+    def registers(self) -> int | None:
+        """A thread may have, so that several programs fit on a multiprocessor."""
+        return MOST_REGISTERS if self.cut.format in (Format.INT8_INT8, Format.INT4_INT8, Format.INT4_INT16) else MOST_FLOAT_REGISTERS
+
+    @property
     def warps(self) -> int:
         """Warps of a program."""
         return max(1, self.cut.slices * self.cut.tile_rows // 32)
@@ -255,7 +262,7 @@ def product(
     sink: Sink | None = None,
 ) -> Product:
     """y = W x, each row times ``factor`` (and ``x_scale`` (rows,) if dynamic), plus bias, landed; ``gate``: its SiLU.
-    ``blocks``: how x was left, whose scales are used instead of ``x_scale``; ``sink``: where rows go, not ``out``.
+    ``blocks``: how x was left, with scales instead of ``x_scale``; ``sink``: where rows go instead of ``out``.
 
     ``x``: int8 or float32 (rows, K), rows 4-byte aligned; two int8 rows of K side by side for INT4_INT16. ``out``:
     codes int8 and values float32 (rows, N), one of them may be None.
@@ -286,8 +293,10 @@ def product(
         x_length=linear.columns // 4 if integer else linear.columns,
         x_quad=linear.format.quad // (4 if integer else 1), grouped=grouped, dynamic=x_scale is not None,
         has_bias=linear.bias is not None, rounding=land.rounding, any_codes=land.any_codes,
-        any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, native=not INTERPRETED,
-        stream=0 if sink is None else linear.rows, **_ring_cut(land, convolution),
+        any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, stream=0 if sink is None else linear.rows,
+        cached=CACHED and not INTERPRETED, stream_halves=sink is not None and sink.halves,
+        ahead=AHEAD and quads_per_slice > count and not INTERPRETED, native=not INTERPRETED,
+        **_ring_cut(land, convolution),
     )  # fmt: skip
     scale = blocks.scale if blocks is not None and block else x_scale
     squares = factor if blocks is None or blocks.squares is None else blocks.squares
@@ -297,7 +306,7 @@ def product(
         (land.inverse, land.low, land.high, land.scale if land.scale is not None else factor), (codes, values),
         (values, values, values) if convolution is None else convolution.operands,
         (squares, 0.0 if blocks is None else blocks.epsilon), linear.rows, rows,
-        None if sink is None else sink.operands,
+        (factor,) if sink is None else sink.operands,
     )  # fmt: skip
     return Product(operands, cut, int(linear.words.shape[0]), triton.cdiv(rows, per_program))
 
@@ -305,7 +314,7 @@ def product(
 def gemv(made: Product, position: Tensor, pdl: bool) -> None:
     """Launch a product by itself. ``position``: int32 (1,), which slot of the ring its rows go into."""
     _gemv[(made.tiles, made.row_blocks)](
-        made.operands, position, CUT=made.cut, PDL=pdl, num_warps=made.warps, **({"launch_pdl": True} if pdl else {})
+        made.operands, position, CUT=made.cut, PDL=pdl, num_warps=made.warps, maxnreg=made.registers, **({"launch_pdl": True} if pdl else {})
     )  # fmt: skip
 
 
@@ -321,11 +330,11 @@ def gemv_pair(
         assert second.tiles <= first.tiles
         _gemv_after[(first.tiles, first.row_blocks)](
             first.operands, second.operands, position, counter, OTHER_TILES=second.tiles, CUT=first.cut,
-            OTHER_CUT=second.cut, PDL=pdl, num_warps=max(first.warps, second.warps),
+            OTHER_CUT=second.cut, PDL=pdl, num_warps=max(first.warps, second.warps), maxnreg=first.registers,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
         return
     _gemv_pair[(first.tiles + second.tiles, first.row_blocks)](
         first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut,
-        PDL=pdl, num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
+        PDL=pdl, num_warps=max(first.warps, second.warps), maxnreg=first.registers, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

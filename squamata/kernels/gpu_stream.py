@@ -30,18 +30,25 @@ class Sink:
     scale: Tensor | None
 
     @property
-    def operands(self) -> tuple[Tensor | None, ...]:
+    def operands(self) -> tuple[Tensor, ...]:
         """As kernels take it."""
-        return self.stream, self.gain, self.left, self.squares, self.scale
+        scale = self.squares if self.scale is None else self.scale
+        return self.stream, self.gain, self.left, self.squares, scale
+
+    @property
+    def halves(self) -> bool:
+        """True if it is left in 16 bits."""
+        return self.scale is not None
 
 
 @triton.jit
-def leave_block(after, gain, sink, row, at, channel, live, D: tl.constexpr, CHANNELS: tl.constexpr):
+def leave_block(after, gain, sink, row, at, channel, live, D: tl.constexpr, CHANNELS: tl.constexpr,
+                HALVES: tl.constexpr):  # fmt: skip
     """Leave the new stream of the channels of block ``at``."""
     stream, _, left, squares, scale = sink
     tl.store(stream + row * D + channel, after, mask=live)
     tl.store(squares + row * (D // CHANNELS) + at, tl.sum(tl.where(live, after * after, 0.0), axis=0))
-    if scale is None:
-        tl.store(left + row * D + channel, after * gain, mask=live)
-    else:
+    if HALVES:
         land_block(after * gain, scale, left, row, at, channel, live, D, CHANNELS)
+    else:
+        tl.store(left + row * D + channel, after * gain, mask=live)

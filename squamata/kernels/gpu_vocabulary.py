@@ -17,7 +17,7 @@ GREEDY_PART = 1024  # logits a program
 
 @triton.jit
 def _embed_kernel(ids, table, scale, out, sink, D: tl.constexpr, CODES: tl.constexpr, BD: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  STREAM: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BD channels of a row. CODES: 0 float table, 8 int8, 4 int4 (canonical nibbles); ``scale``: float32, one a row of
     the table."""
     row = tl.program_id(0)
@@ -35,11 +35,11 @@ def _embed_kernel(ids, table, scale, out, sink, D: tl.constexpr, CODES: tl.const
     value = value.to(tl.float32)
     if CODES > 0:
         value = value * tl.load(scale + token)
-    if sink is None:
-        tl.store(out + row * D + column, value, mask=mask)
-    else:
+    if STREAM:
         gain = tl.load(sink[1] + column, mask=mask, other=0.0)
-        leave_block(value, gain, sink, row, block, column, mask, D, BD)
+        leave_block(value, gain, sink, row, block, column, mask, D, BD, HALVES)
+    else:
+        tl.store(out + row * D + column, value, mask=mask)
 
 
 def embed(ids: Tensor, table: Tensor, scale: Tensor | None, out: Tensor | Sink, pdl: bool) -> None:
@@ -52,8 +52,8 @@ def embed(ids: Tensor, table: Tensor, scale: Tensor | None, out: Tensor | Sink, 
     part = triton.next_power_of_2(width) if sink is None else sink.channels
     kinds = {torch.int8: 8, torch.uint8: 4}
     _embed_kernel[(rows, triton.cdiv(width, part))](
-        ids, table, scale if scale is not None else out, out, None if sink is None else sink.operands, width,
-        CODES=kinds.get(table.dtype, 0), BD=part, PDL=pdl, num_warps=4 if sink is None else 1, **_launch(pdl),
+        ids, table, scale if scale is not None else out, out, (out,) if sink is None else sink.operands, width,
+        CODES=kinds.get(table.dtype, 0), BD=part, STREAM=sink is not None, HALVES=sink is not None and sink.halves, PDL=pdl, num_warps=4 if sink is None else 1, **_launch(pdl),
     )  # fmt: skip
 
 

@@ -200,7 +200,7 @@ class Planner:
 
     @staticmethod
     def lands(projection: Projection, channels: int) -> bool:
-        """True if a row that was left ``channels`` a program needs a kernel that lands it before the product."""
+        """True if a product's row, left by programs of ``channels`` each, needs a kernel that lands it."""
         return projection.site.quantized or (projection.halves and channels not in BLOCKS_16)
 
     @staticmethod

@@ -212,8 +212,8 @@ class Mamba2Layer:
     limit: tuple[float, float]
 
     def kernels(self, buffers: Buffers, before: Sink, after: Sink, counter: Tensor | None = None) -> Iterator[Kernel]:
-        """What the layer launches, in order. ``before``, ``after``: the residual stream as it is left for this layer
-        and the next; ``counter``: the layer's own, if all of it is launched, in a step."""
+        """What the layer launches, in order. ``before``, ``after``: the residual stream as left for this layer and the
+        next; ``counter``: the layer's own, if all of it is launched, in a step."""
         inner, ring = self.exit.projection.linear.columns, self.state.ring
         x, norm = self.entry.input(before, buffers)
         out, mixed = buffers.outputs("entered", self.scan_proj), buffers.get("mixed", ring.shape[2])
@@ -257,8 +257,8 @@ class Mamba1Layer:
     norms: PartNorms | None = None
 
     def kernels(self, buffers: Buffers, before: Sink, after: Sink, counter: Tensor | None = None) -> Iterator[Kernel]:
-        """What the layer launches, in order. ``before``, ``after``: the residual stream as it is left for this layer
-        and the next; ``counter``: the layer's own, if all of it is launched, in a step."""
+        """What the layer launches, in order. ``before``, ``after``: the residual stream as left for this layer and the
+        next; ``counter``: the layer's own, if all of it is launched, in a step."""
         inner = self.exit.projection.linear.columns
         x, norm = self.entry.input(before, buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
@@ -323,11 +323,8 @@ def leave(
 
 @dataclass
 class Buffers:
-    """Static memory of a step.
-
-    ``h``: the residual stream. ``position``: int32 (1,), the tokens taken in so far, modulo nothing. ``steps``: int64
-    (1,), runs of ``DecodePlan.step`` so far.
-    """
+    """Static memory of a step. ``h``: the residual stream. ``position``: int32 (1,), the tokens taken in so far, modulo
+    nothing. ``steps``: int64 (1,), runs of ``DecodePlan.step`` so far."""
 
     rows: int
     width: int
