@@ -100,6 +100,7 @@ class Cut:
     (0: the row). ``x_quad``: words of them that meet a quad. ``rows``: activation rows a program.
     ``norm_groups``: of ``norm_width`` activations each, whose norm is still to be applied (0: none); their squares come
     summed in ``norm_parts`` parts a group (``norm_padded``: the next power of two).
+    ``ahead``: before it waits, a program has its later rounds brought to the second level of cache.
     ``gate``: what is stored is SiLU(y), y as its site represents it, instead of y. ``width``: slots of the ring and
     taps of the convolution that its channels, ``split`` of u first, go through at once (1: none); ``conv_codes``: its
     outputs are stored as codes. ``stream``: width of the residual stream that the outputs are added to (0: none).
@@ -137,6 +138,7 @@ class Cut:
     any_values: bool
     ring_codes: bool
     gate: bool
+    ahead: bool
     native: bool
     stream: int
     stream_halves: bool
@@ -354,6 +356,8 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: 
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
     weights = load_weights(operands, tile, CUT)
+    if CUT.ahead:
+        _fetch_rounds(weights[0], CUT)
     grid = load_grid(operands, n, CUT)
     pasts = ()
     if CUT.channels > 0:
