@@ -168,7 +168,8 @@ class Product:
     @property
     def registers(self) -> int | None:
         """A thread may have, so that several programs fit on a multiprocessor."""
-        return MOST_REGISTERS if self.cut.format in (Format.INT8_INT8, Format.INT4_INT8, Format.INT4_INT16) else MOST_FLOAT_REGISTERS
+        whole = self.cut.format in (Format.INT8_INT8, Format.INT4_INT8, Format.INT4_INT16)
+        return MOST_REGISTERS if whole else MOST_FLOAT_REGISTERS
 
     @property
     def warps(self) -> int:
@@ -314,7 +315,8 @@ def product(
 def gemv(made: Product, position: Tensor, pdl: bool) -> None:
     """Launch a product by itself. ``position``: int32 (1,), which slot of the ring its rows go into."""
     _gemv[(made.tiles, made.row_blocks)](
-        made.operands, position, CUT=made.cut, PDL=pdl, num_warps=made.warps, maxnreg=made.registers, **({"launch_pdl": True} if pdl else {})
+        made.operands, position, CUT=made.cut, PDL=pdl, num_warps=made.warps, maxnreg=made.registers,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
@@ -336,5 +338,6 @@ def gemv_pair(
         return
     _gemv_pair[(first.tiles + second.tiles, first.row_blocks)](
         first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut,
-        PDL=pdl, num_warps=max(first.warps, second.warps), maxnreg=first.registers, **({"launch_pdl": True} if pdl else {}),
+        PDL=pdl, num_warps=max(first.warps, second.warps), maxnreg=first.registers,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

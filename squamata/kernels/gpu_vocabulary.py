@@ -53,7 +53,8 @@ def embed(ids: Tensor, table: Tensor, scale: Tensor | None, out: Tensor | Sink, 
     kinds = {torch.int8: 8, torch.uint8: 4}
     _embed_kernel[(rows, triton.cdiv(width, part))](
         ids, table, scale if scale is not None else out, out, (out,) if sink is None else sink.operands, width,
-        CODES=kinds.get(table.dtype, 0), BD=part, STREAM=sink is not None, HALVES=sink is not None and sink.halves, PDL=pdl, num_warps=4 if sink is None else 1, **_launch(pdl),
+        CODES=kinds.get(table.dtype, 0), BD=part, STREAM=sink is not None, HALVES=sink is not None and sink.halves,
+        PDL=pdl, num_warps=4 if sink is None else 1, **_launch(pdl),
     )  # fmt: skip
 
 
