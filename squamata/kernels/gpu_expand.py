@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemm import PACKED, Finish, _finish, choose_outputs
+from squamata.kernels.gpu_configs import PACKED
+from squamata.kernels.gpu_gemm import Finish, _finish, choose_outputs
 from squamata.kernels.gpu_gemv import Landing
-from squamata.kernels.gpu_math import nibble_to_float
+from squamata.kernels.gpu_math import nibble_to_float, take_turn
+from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 OPERAND = {
@@ -114,7 +116,8 @@ def multiply(x: Tensor, weight: Tensor, sums: Tensor) -> None:
 def _finish_kernel(sums, x_scale, factor, bias, inverse, scale, low, high, shift, first, values, residual, M, N,
                    BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, DYNAMIC: tl.constexpr,
                    HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
-                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr):  # fmt: skip
+                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    take_turn(PDL)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     mask = (m < M)[:, None] & (n < N)[None, :]
@@ -130,5 +133,13 @@ def finish_sums(sums: Tensor, x_scale: Tensor | None, linear: TiledLinear, facto
     pointers, flags = choose_outputs(x_scale, linear, factor, landing, finish)
     grid = (triton.cdiv(outputs, FINISH_OUTPUTS), triton.cdiv(rows, FINISH_ROWS))
     _finish_kernel[grid](
-        sums, *pointers, rows, outputs, BM=FINISH_ROWS, BN=FINISH_OUTPUTS, num_warps=FINISH_WARPS, **flags
+        sums,
+        *pointers,
+        rows,
+        outputs,
+        BM=FINISH_ROWS,
+        BN=FINISH_OUTPUTS,
+        num_warps=FINISH_WARPS,
+        **flags,
+        **_launch(finish.pdl),
     )

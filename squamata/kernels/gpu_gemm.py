@@ -17,86 +17,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from squamata.kernels.gpu_configs import PACKED, Config, by_rows, choose_config
 from squamata.kernels.gpu_gemv import INTERPRETED, Landing
-from squamata.kernels.gpu_math import dot_float, small_to_float, softplus, to_codes
+from squamata.kernels.gpu_math import dot_float, small_to_float, softplus, take_turn, to_codes, to_int8
+from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
-PACKED = (Format.INT4_INT8, Format.INT4_FLOAT, Format.INT4_INT16)
 LAND, RESIDUAL, SPLIT, SOFTPLUS, PLAIN = range(5)  # what becomes of a product: see ``Finish``
-
-
-@dataclass(frozen=True)
-class Config:
-    """Rows of activations and of weights a program, depth of a step (weights), warps, steps in flight."""
-
-    rows: int
-    outputs: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# The best of sweeps on one H200, by activation rows: (up to, configuration). Small programs win: three or four of them
-# share a multiprocessor, and one finishes while another multiplies.
-_INT8 = [
-    (64, Config(64, 64, 128, 4, 5)),
-    (256, Config(128, 64, 128, 4, 4)),
-    (2**31, Config(128, 128, 128, 4, 3)),
-]
-_INT4 = [(32, Config(32, 64, 128, 4, 4)), (2**31, Config(64, 128, 128, 4, 4))]
-_FLOAT = [
-    (64, Config(64, 64, 64, 4, 5)),
-    (256, Config(128, 64, 64, 4, 4)),
-    (2**31, Config(128, 128, 64, 4, 3)),
-]
-CONFIGS = {
-    Format.INT8_INT8: _INT8,
-    Format.INT4_INT8: _INT4,
-    Format.INT4_FLOAT: _INT4,
-    Format.INT4_INT16: _INT4,
-    Format.BFLOAT16_FLOAT: _FLOAT,
-    Format.FLOAT32_FLOAT: [(2**31, Config(32, 32, 32, 4, 2))],
-    Format.INT8_FLOAT: _FLOAT,
-}
-_PROGRAMS = 128  # fewer than that leave multiprocessors idle
-_NARROW = Config(64, 32, 128, 4, 5)
-_SHALLOW = Config(128, 64, 64, 4, 3)
-# Weights by rows, which are a product's left operand: 64 outputs or more
-_ROWS = [
-    (32, Config(32, 64, 256, 4, 4)),
-    (128, Config(64, 64, 128, 4, 4)),
-    (256, Config(64, 128, 128, 4, 3)),
-    (2**31, Config(128, 128, 128, 4, 3)),
-]
-_ROWS_GROUPED = [
-    (32, Config(32, 64, 128, 4, 5)),
-    (128, Config(64, 64, 128, 4, 4)),
-    (2**31, Config(128, 64, 128, 4, 3)),
-]
-
-
-def by_rows(linear: TiledLinear) -> bool:
-    """True if every tile is one row of int8 weights."""
-    return linear.tile_rows == 1 and linear.format == Format.INT8_INT8
-
-
-def choose_config(linear: TiledLinear, rows: int) -> Config:
-    """The committed configuration for a product; nothing is tuned at run time."""
-    if by_rows(linear):
-        return _filling(_ROWS if linear.group_scale is None else _ROWS_GROUPED, linear.rows, rows)
-    if linear.format == Format.INT8_INT8 and linear.columns < 512 and rows > 64:
-        return _SHALLOW
-    found = _filling(CONFIGS[linear.format], linear.rows, rows)
-    narrow = triton.cdiv(rows, found.rows) * triton.cdiv(linear.rows, found.outputs) < _PROGRAMS // 2
-    return _NARROW if narrow and linear.format == Format.INT8_INT8 and rows > 64 else found
-
-
-def _filling(table: list[tuple[int, Config]], outputs: int, rows: int) -> Config:
-    """The table's configuration for so many rows, or an earlier one where that leaves too few programs."""
-    at = next(index for index, (limit, _) in enumerate(table) if rows <= limit)
-    while at > 0 and triton.cdiv(rows, table[at][1].rows) * triton.cdiv(outputs, table[at][1].outputs) < _PROGRAMS:
-        at -= 1
-    return table[at][1]
 
 
 @triton.jit
@@ -162,13 +89,16 @@ def _finish(y, m, n, M, N, x_scale, factor, bias, inverse, scale, low, high, shi
         low_ = tl.load(low + n, mask=live_n, other=0.0)[None, :]
         high_ = tl.load(high + n, mask=live_n, other=0.0)[None, :]
         to_grid = inverse_ != 0
-        code = to_codes(y, inverse_, low_, high_, ROUNDING)
+        if MODE == 0:
+            code = to_int8(y, inverse_, low_, high_, ROUNDING)
+        else:
+            code = to_codes(y, inverse_, low_, high_, ROUNDING)
         if MODE == 2 or MODE == 3:  # landed and read again by whoever takes values
             y = tl.where(to_grid, code * tl.load(scale + n, mask=live_n, other=0.0)[None, :], y)
     if MODE == 0:
         if ANY_CODES:
             # a mask that is read from memory makes every store a byte wide
-            tl.store(first + row * N + column, code.to(tl.int8), mask=(mask & to_grid) if ANY_VALUES else mask)
+            tl.store(first + row * N + column, code, mask=(mask & to_grid) if ANY_VALUES else mask)
         if ANY_VALUES:
             floats = mask & (inverse_ == 0) if ANY_CODES else mask
             tl.store(values + row * N + column, y.to(values.dtype.element_ty), mask=floats)
@@ -201,9 +131,10 @@ def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale,
                   CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                   BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
                   MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
-                  ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
+                  ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr, PDL: tl.constexpr,
                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Tiles that the tensor cores take as they are, or after one conversion (int8 to the activations' type)."""
+    take_turn(PDL)
     first_m, first_n = _program(M, N, BM, BN, BAND)
     m, n, k = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
     row, tile_row = tl.minimum(m, M - 1).to(tl.int64), tl.minimum(n, (N + TR - 1) // TR * TR - 1)
@@ -241,12 +172,13 @@ def _rows_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, 
                  CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
                  MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
-                 ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
+                 ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr, PDL: tl.constexpr,
                  SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """int8 weights by rows. ``x`` and ``weight`` are descriptors: the chip's copy engine needs no registers.
 
     The weights are the left operand, so that a thread needs two scales a step.
     """
+    take_turn(PDL)
     first_m, first_n = _program(M, N, BM, BN, BAND)
     m, n = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN)
     scale_at = _scales_of(group_scale, n, N, K // CHUNK, SCALE_ROWS)
@@ -285,12 +217,13 @@ def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale
                    CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
                    MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
-                   ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
+                   ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr, PDL: tl.constexpr,
                    SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Two 4-bit codes a byte, unpacked in registers: the weights are the left operand, W x^T.
 
     CHUNK codes share a scale; their integer sums stay below 2^22.
     """
+    take_turn(PDL)
     first_m, first_n = _program(M, N, BM, BN, BAND)
     m, n, j = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK // 2)
     row, tile_row = tl.minimum(m, M - 1).to(tl.int64), tl.minimum(n, (N + TR - 1) // TR * TR - 1)
@@ -333,7 +266,8 @@ class Finish:
 
     LAND: those with a grid go to ``first`` as int8, the others to ``values``. RESIDUAL: added to ``residual``. SPLIT:
     outputs below ``split_at`` go to ``first`` (in the order of ``split_format``), the others, landed and read again,
-    to ``values``. SOFTPLUS: landed, read again, softplus(y + ``shift``) to ``values``. PLAIN: to ``values``.
+    to ``values``. SOFTPLUS: landed, read again, softplus(y + ``shift``) to ``values``. PLAIN: to ``values``. ``pdl``:
+    the product starts while the kernel before ends (programmatic dependent launch), and waits for it.
     """
 
     mode: int
@@ -343,6 +277,7 @@ class Finish:
     shift: Tensor | None = None
     split_at: int = 0
     split_format: int = 0
+    pdl: bool = False
 
 
 def _depth(linear: TiledLinear, config: Config) -> tuple[int, int]:
@@ -366,7 +301,7 @@ def choose_outputs(x_scale: Tensor | None, linear: TiledLinear, factor: Tensor, 
         "MODE": finish.mode, "DYNAMIC": x_scale is not None, "HAS_BIAS": linear.bias is not None,
         "ROUNDING": landing.rounding if landing is not None and any_codes else 0, "ANY_CODES": any_codes,
         "ANY_VALUES": landing is None or landing.values_anywhere, "SPLIT_AT": finish.split_at,
-        "SPLIT_FORMAT": finish.split_format,
+        "SPLIT_FORMAT": finish.split_format, "PDL": finish.pdl,
     }  # fmt: skip
     return tuple(factor if part is None else part for part in given), flags
 
@@ -396,4 +331,5 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
         SCALE_ROWS=1 if linear.group_scale is None else group_scale.shape[2], BM=config.rows, BN=config.outputs,
         BK=depth, BAND=8, FORMAT=int(linear.format), GROUPED=linear.group_scale is not None, NATIVE=not INTERPRETED,
         num_warps=config.warps, num_stages=config.stages, **flags,
+        **_launch(finish.pdl),
     )  # fmt: skip

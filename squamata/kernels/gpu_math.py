@@ -60,18 +60,31 @@ def to_int8(x, inverse, low, high, ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def silu(x):
-    return x / (1.0 + tl.exp(-x))
+def silu(x, NATIVE: tl.constexpr = False):
+    """x / (1 + exp(-x)). NATIVE: by a reciprocal to one last place, a third of the instructions."""
+    if NATIVE:
+        whole = 1.0 + tl.exp2(x * -1.4426950408889634)  # log2(e)
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [whole], dtype=tl.float32, is_pure=True, pack=1
+        )
+        y = x * inverse
+    else:
+        y = x / (1.0 + tl.exp(-x))
+    return y
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), accurate where exp(x) is small; x itself above 20, as torch does."""
-    e = tl.exp(tl.minimum(x, 20.0))
-    one_more = 1.0 + e
-    small = one_more == 1.0
-    accurate = tl.log(one_more) * (e / tl.where(small, 1.0, one_more - 1.0))
-    return tl.where(x > 20.0, x, tl.where(small, e, accurate))
+    """log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), by 2 artanh(z), z = e / (2 + e) <= 1/3.
+
+    The polynomial is artanh(z) / z in z^2, to 4e-9; small results keep their relative precision.
+    """
+    e = tl.exp2(tl.abs(x) * -1.4426950408889634)  # log2(e)
+    z = e / (2.0 + e)
+    square = z * z
+    series = (0.14087328631737464 * square + 0.13980709417399922) * square + 0.20012426861731436
+    series = (series * square + 0.33333157967540605) * square + 1.0000000039388741
+    return tl.maximum(x, 0.0) + 2.0 * z * series
 
 
 @triton.jit
@@ -101,6 +114,14 @@ def dot_float(a, b, accumulator, NATIVE: tl.constexpr):
 def small_to_float(x):
     """int32 of magnitude below 2^22 as float32, by addition: integer conversions run at a quarter of the rate."""
     return (x + _MAGIC_BITS).to(tl.float32, bitcast=True) - _MAGIC
+
+
+@triton.jit
+def as_float(x, NATIVE: tl.constexpr):
+    """int8 codes or floats as float32. Integers' own conversions share a unit with exponentials and reciprocals."""
+    if x.dtype == tl.int8 and NATIVE:
+        x = small_to_float(x.to(tl.int32))
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -147,6 +168,14 @@ def wait_for_previous(PDL: tl.constexpr):
     """Wait until the kernels before this one have finished and their writes are visible."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def take_turn(PDL: tl.constexpr):
+    """Wait for the kernels before this one; the next one's programs may then take what room there is, and wait."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -12,21 +12,24 @@ from torch import Tensor
 
 from squamata.errors import SquamataError
 from squamata.kernels.gpu_gemm import permuted
+from squamata.kernels.gpu_gemv import INTERPRETED
 from squamata.kernels.gpu_landing import RowSite, land_row
-from squamata.kernels.gpu_math import silu, to_codes
+from squamata.kernels.gpu_math import as_float, silu, take_turn, to_codes, to_int8
+from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_scan import InputPlan
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 WIDEST_SIDE = 128  # channels of a row that one small product turns
 ROTATE_WARPS = 4
-_HEADROOM = tl.constexpr(0.0625)  # float16 between the two products of a rotation: a power of two
+HEADROOM = 0.0625  # of float16 between the two products of a rotation, in ``right``: a power of two
 
 
 @triton.jit
 def _norm_kernel(residual, weight, out, out_scale, D, epsilon, inverse, low, high, span, FORMAT: tl.constexpr,
                  QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
-                 BD: tl.constexpr):  # fmt: skip
+                 BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BD)
     mask = column < D
@@ -40,13 +43,13 @@ def _norm_kernel(residual, weight, out, out_scale, D, epsilon, inverse, low, hig
 
 
 def norm_rows(residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor, out_scale: Tensor,
-              format: int) -> None:  # fmt: skip
+              format: int, pdl: bool = False) -> None:  # fmt: skip
     """out = RMS norm of the residual (M, D) float32 times weight, landed, in the column order of ``format``."""
     rows, width = residual.shape
     _norm_kernel[(rows,)](
         residual, weight, out, out_scale, width, epsilon, site.inverse, site.low, site.high, site.span, FORMAT=format,
         QUANTIZED=site.quantized, DYNAMIC=site.span > 0, ROUNDING=site.rounding, BD=triton.next_power_of_2(width),
-        num_warps=8 if width > 1024 else 4,
+        PDL=pdl, num_warps=8 if width > 1024 else 4, **_launch(pdl),
     )  # fmt: skip
 
 
@@ -55,7 +58,8 @@ class RowRotation:
     """A rotation of whole rows as two products: ``left`` (parts, parts), row (parts, side), ``right`` (side, side).
 
     H_m (x) H_{2^k} with ``side`` of the 2^k; ``left`` is padded to a power of two of at least 16, block-diagonal if the
-    rotation is. ``left`` and ``right``: float16, or float32 for a check. ``turned``: ``right`` does anything.
+    rotation is. ``left`` and ``right``: float16, or float32 for a check. ``turned``: ``right`` does anything. What the
+    products give is to be multiplied with ``factor``.
     """
 
     left: Tensor
@@ -81,7 +85,7 @@ def plan_row_rotation(
         raise SquamataError(f"the GPU kernels take inner sizes that are multiples of 16, not {size}: run on the CPU")
     with torch.device("cpu"):
         left, right, moved = _row_matrices(rotation, size, side, format)
-    factor = 1.0 if rotation is None else rotation.block**-0.5
+    factor = 1.0 if rotation is None else rotation.block**-0.5 / HEADROOM
     parts = size // side
     left, right = left.to(device, dtype), right.to(device, dtype)
     return RowRotation(left, right, parts, factor, rotation is not None, moved)
@@ -93,7 +97,7 @@ def _row_matrices(rotation: Rotation | None, size: int, side: int, format: int) 
     padded = max(16, triton.next_power_of_2(parts))
     left, right = torch.zeros(padded, padded), torch.eye(side)
     if rotation is not None:
-        right = hadamard_matrix(side)
+        right = hadamard_matrix(side) * HEADROOM
         mix = torch.kron(rotation.base, hadamard_matrix(rotation.parts[1] // side))
         left[:parts, :parts] = torch.kron(torch.eye(rotation.size // rotation.block), mix)
     places = permuted.fn(torch.arange(side), format)
@@ -109,19 +113,25 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
                    Z_CODES: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, TURNED: tl.constexpr,
                    MIDDLE: tl.constexpr,
                    MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr,
-                   EXACT: tl.constexpr):  # fmt: skip
+                   EXACT: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """One row: out = H (norm(y * SiLU(z)) * gain) * factor, landed."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PADDED)
     channel = part[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
     mask = channel < E
+    if TURNED:  # asked for first: nothing before the products needs them
+        side = tl.arange(0, SIDE)
+        H_right = tl.load(right + side[:, None] * SIDE + side[None, :])
+        if ROTATED:
+            H_left = tl.load(left + part[:, None] * PADDED + part[None, :])
+    take_turn(PDL)
     v = tl.load(y + row * E + channel, mask=mask, other=0.0).to(tl.float32)
     if Z_CODES:
-        z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0).to(tl.float32)
-        z = z * tl.load(z_scale + channel, mask=mask, other=0.0)
+        z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0)
+        z = as_float(z, NATIVE) * tl.load(z_scale + channel, mask=mask, other=0.0)
     else:
         z = tl.load(z_values + row * N_IN + Z_START + channel, mask=mask, other=0.0).to(tl.float32)
-    v = v * silu(z)
+    v = v * silu(z, NATIVE)
     if NORM:
         width: tl.constexpr = E // GROUPS
         squares = tl.sum(v * v, axis=1)
@@ -148,22 +158,21 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
         if not NORM and not EXACT:  # float16 has no room for any magnitude: the row's largest becomes 1
             unit = tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), 1e-20)
             v = v * tl.div_rn(1.0, unit)
-        side = tl.arange(0, SIDE)
-        H_right = tl.load(right + side[:, None] * SIDE + side[None, :])
         v = tl.dot(v.to(H_right.dtype), H_right, input_precision="ieee")
         if ROTATED:
-            H_left = tl.load(left + part[:, None] * PADDED + part[None, :])
-            v = tl.dot(H_left, (v * _HEADROOM).to(H_left.dtype), input_precision="ieee") / _HEADROOM
-        v = v * (factor * unit)
+            v = tl.dot(H_left, v.to(H_left.dtype), input_precision="ieee")
+        inverse = inverse * (factor * unit)
+        if not QUANTIZED:
+            v = v * (factor * unit)
     if QUANTIZED:
-        tl.store(out + row * E + channel, to_codes(v, inverse, low, high, ROUNDING).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + row * E + channel, to_int8(v, inverse, low, high, ROUNDING), mask=mask)
     else:
         tl.store(out + row * E + channel, v.to(out.dtype.element_ty), mask=mask)
 
 
 def rotate_rows(y: Tensor, z: tuple[Tensor, Tensor], z_input: InputPlan, z_start: int, gain: Tensor | None,
                 epsilon: float, groups: int, plan: RowRotation, middle: RowSite, site: RowSite,
-                out: Tensor) -> None:  # fmt: skip
+                out: Tensor, pdl: bool = False) -> None:  # fmt: skip
     """Gate, RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site``.
 
     ``y``: (M, E), float16 or float32; ``z``: codes and values of in_proj's outputs, (M, N) both.
@@ -175,5 +184,6 @@ def rotate_rows(y: Tensor, z: tuple[Tensor, Tensor], z_input: InputPlan, z_start
         Z_START=z_start, E=width, PARTS=plan.parts, PADDED=plan.left.shape[0], SIDE=plan.right.shape[0], GROUPS=groups,
         Z_CODES=z_input.codes, NORM=gain is not None, ROTATED=plan.rotated, TURNED=plan.turned, MIDDLE=middle.quantized,
         MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
-        EXACT=plan.left.dtype == torch.float32, num_warps=ROTATE_WARPS,
+        EXACT=plan.left.dtype == torch.float32, PDL=pdl, NATIVE=not INTERPRETED,
+        num_warps=ROTATE_WARPS, **_launch(pdl),
     )  # fmt: skip

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,8 +12,10 @@ from torch import Tensor
 
 from squamata.kernels.gpu_gemm import permuted
 from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import small_to_float
+from squamata.kernels.gpu_math import as_float, take_turn
+from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
+from squamata.kernels.gpu_segments import CHANNELS, TOKENS, WARPS, Segments, _ends_kernel, _segment_kernel
 from squamata.kernels.gpu_sequence import Sequences
 
 SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; channels a program
@@ -32,20 +36,13 @@ def _tokens(u_at, dt_at, bc_at, at, start, last, channel, E: tl.constexpr, N: tl
 
 
 @triton.jit
-def _as_float(x, NATIVE: tl.constexpr):
-    """int8 codes or floats as float32. Conversions of integers would share a unit with the exponential."""
-    if x.dtype == tl.int8 and NATIVE:
-        x = small_to_float(x.to(tl.int32))
-    return x.to(tl.float32)
-
-
-@triton.jit
 def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inverse, state_low, state_high,
                       state_span, lengths, out, L, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr,
                       T: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr,
                       ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr,
-                      NATIVE: tl.constexpr):  # fmt: skip
+                      PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BE channels of one sequence, token by token, T loaded together (Gu and Dao 2023, algorithm 2)."""
+    take_turn(PDL)
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
     row = tl.program_id(1)
     n = tl.arange(0, N)
@@ -69,7 +66,7 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
         given = _tokens(u_at, dt_at, bc_at, at, start, last, channel, E, N, T)
         y = tl.zeros((BE, N), tl.float32)  # of T tokens, whose places are the states'
         for i in tl.static_range(T):
-            x, delta = _as_float(given[i][0], NATIVE) * unit, given[i][1].to(tl.float32)
+            x, delta = as_float(given[i][0], NATIVE) * unit, given[i][1].to(tl.float32)
             s = tl.exp2(delta[:, None] * rate) * s + (delta * x)[:, None] * given[i][2][None, :]
             out_i = tl.sum(s * given[i][3][None, :], axis=1) + through * x
             y = tl.where(n[None, :] == i, out_i[:, None], y)
@@ -82,20 +79,38 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
 
 
 def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Tensor, skip: Tensor, state: Tensor,
-                   grid: StatePlan | None, sequences: Sequences, out: Tensor, format: int) -> None:  # fmt: skip
+                   grid: StatePlan | None, sequences: Sequences, out: Tensor, format: int,
+                   scratch: Segments | None = None) -> None:  # fmt: skip
     """Mamba-1's scan with skip: out (B L, E); ``state`` (B, E, N) is moved on.
 
     ``u``: int8 or float (B L, E), columns in the order of ``format``; ``dt``: after its softplus, (B L, E); ``bc``:
-    float32 (B L, 2 N).
+    float32 (B L, 2 N). With ``scratch`` segments of the tokens are worked on at once.
     """
     rows, channels, states = state.shape
-    filler = skip
-    grids = (grid.scale, grid.inverse, grid.low, grid.high, grid.span) if grid else (filler, filler, 0.0, 0.0, 0.0)
-    _selective_kernel[(triton.cdiv(channels, SCAN_CHANNELS), rows)](
-        u, u_input.scale, dt, bc, A, skip, state, *grids, sequences.lengths, out, sequences.length, E=channels,
-        N=states, BE=SCAN_CHANNELS, T=min(SCAN_TOKENS, states, sequences.length), FORMAT=format,
-        CODES=u.dtype == torch.int8, QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
-        DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0,
-        NATIVE=not INTERPRETED, num_warps=1,
-        maxnreg=255,  # with fewer registers the assembler moves every load to its use, each with the whole latency
+    grids = (grid.scale, grid.inverse, grid.low, grid.high, grid.span) if grid else (skip, skip, 0.0, 0.0, 0.0)
+    sizes: dict[str, Any] = {
+        "E": channels, "N": states, "FORMAT": format, "CODES": u.dtype == torch.int8, "NATIVE": not INTERPRETED,
+        "PDL": sequences.pdl, **_launch(sequences.pdl),
+    }  # fmt: skip
+    stored = {
+        "QUANTIZED": grid is not None, "ALONG": grid.along_states if grid else False,
+        "DYNAMIC": grid is not None and grid.span > 0, "STATE_ROUNDING": grid.rounding if grid else 0,
+    }  # fmt: skip
+    length = sequences.length
+    if scratch is None:
+        _selective_kernel[(triton.cdiv(channels, SCAN_CHANNELS), rows)](
+            u, u_input.scale, dt, bc, A, skip, state, *grids, sequences.lengths, out, length, BE=SCAN_CHANNELS,
+            T=min(SCAN_TOKENS, states, length), num_warps=1, **sizes, **stored,
+            maxnreg=255,  # with fewer registers the assembler moves every load to its use, each with the whole latency
+        )  # fmt: skip
+        return
+    sizes |= {"BE": CHANNELS, "T": TOKENS, "num_warps": WARPS}
+    blocks, given = triton.cdiv(channels, CHANNELS), (u, u_input.scale, dt, bc, A)
+    if scratch.count > 1:
+        _ends_kernel[(blocks, scratch.count - 1, rows)](
+            *given, sequences.lengths, scratch.ends, scratch.moved, length, scratch.tokens, **sizes
+        )
+    _segment_kernel[(blocks, scratch.count, rows)](
+        *given, skip, state, *grids, sequences.lengths, scratch.ends, scratch.moved, out, length, scratch.tokens,
+        **sizes, **stored,
     )  # fmt: skip

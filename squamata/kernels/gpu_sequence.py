@@ -7,6 +7,7 @@ Sequences of one call have L places; of sequence b the first ``lengths[b]`` hold
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -15,9 +16,11 @@ from torch import Tensor
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemm import unpermuted
 from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import silu, to_codes
+from squamata.kernels.gpu_math import as_float, rounded_bits, silu, take_turn, to_codes
+from squamata.kernels.gpu_norm import _launch
 
 CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 16, 8, 256, 2  # a program
+ONE_ROWS, ONE_CHANNELS, ONE_WARPS = 8, 256, 2  # a program, where every sequence has one token
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Sequences:
     lengths: Tensor
     position: Tensor
     length: int
+    pdl: bool = False
 
     @property
     def batch(self) -> int:
@@ -44,6 +48,12 @@ def _landed(x, grid, second, ROUNDING: tl.constexpr, SECOND_ROUNDING: tl.constex
 
 
 @triton.jit
+def _stored(u, kind: tl.constexpr):
+    """u as ``kind``; int8 from whole numbers without the conversion, for the same reason."""
+    return rounded_bits(u).to(tl.int8) if kind == tl.int8 else u.to(kind)
+
+
+@triton.jit
 def _conv_input(sequence, ring, time, channel, live, now, row, rows, L, N_IN, C: tl.constexpr, WIDTH: tl.constexpr):
     """What entered some channels at one time of this call, or, where that is negative, before it."""
     time_ = channel * 0 + time
@@ -56,11 +66,12 @@ def _conv_input(sequence, ring, time, channel, live, now, row, rows, L, N_IN, C:
 def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, lengths, position, out, L, N_IN,
                  START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr,
                  BC: tl.constexpr, WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr,
-                 CODES: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                 CODES: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BC channels of BT tokens of one sequence, token by token, AHEAD of them loaded together.
 
     The last inputs stay in registers. The program of the first tokens moves the ring on.
     """
+    take_turn(PDL)
     place = tl.program_id(0) * BC + tl.arange(0, BC)
     channel = unpermuted(place, FORMAT)  # stores stay whole
     first = tl.program_id(1) * BT
@@ -88,15 +99,15 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
             newest = tl.load(sequence + (start + i) * N_IN + channel, mask=inside, other=0)
             new = new + (newest,)  # type: ignore[assignment]  # noqa: RUF005
         for i in tl.static_range(AHEAD):
-            window = window + (new[i].to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-            total = window[0] * tap[0]
+            window = window + (as_float(new[i], NATIVE),)  # type: ignore[assignment]  # noqa: RUF005
+            total = window[0] * tap[0]  # type: ignore[misc]
             for k in tl.static_range(1, WIDTH):
                 total += window[k] * tap[k]
-            u = silu(total * factor_ + bias_)
+            u = silu(total * factor_ + bias_, NATIVE)
             if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
                 u = _landed(u, grid, channel >= SPLIT, FIRST_ROUNDING, REST_ROUNDING, CODES)
             at = (row.to(tl.int64) * L + start + i) * C + place
-            tl.store(out + at, u.to(out.dtype.element_ty), mask=live & (channel * 0 + (start + i) < L))
+            tl.store(out + at, _stored(u, out.dtype.element_ty), mask=live & (channel * 0 + (start + i) < L))
             window = window[1:]
     if first == 0:
         last = tl.load(lengths + row)
@@ -111,20 +122,76 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
             tl.store(ring + slot, kept[k].to(ring.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def _one_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, position, out, ROWS, N_IN,
+                START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+                WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr, CODES: tl.constexpr,
+                FORMAT: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """BC channels of BR sequences of one token: tables are read once, the newest input takes the oldest one's slot."""
+    take_turn(PDL)
+    place = tl.program_id(0) * BC + tl.arange(0, BC)
+    channel = unpermuted(place, FORMAT)  # stores stay whole
+    live = place < C
+    now = tl.load(position)
+    first = tl.program_id(1) * BR
+    tap = ()
+    for k in tl.static_range(WIDTH):
+        tap = tap + (tl.load(taps + k * C + channel, mask=live, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    factor_ = tl.load(factor + channel, mask=live, other=0.0)
+    bias_ = tl.load(bias + channel, mask=live, other=0.0)
+    if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
+        grid = (
+            tl.load(inverse + channel, mask=live, other=0.0), tl.load(scale + channel, mask=live, other=0.0),
+            tl.load(low + channel, mask=live, other=0.0), tl.load(high + channel, mask=live, other=0.0),
+        )  # fmt: skip
+    given = ()
+    for i in tl.static_range(BR):
+        row = (first + i).to(tl.int64)
+        inside = live & (channel * 0 + (first + i) < ROWS)
+        window = ()
+        for k in tl.static_range(WIDTH - 1):
+            slot = ((now + 1 + k) % WIDTH * ROWS + row) * C
+            window = window + (tl.load(ring + slot + channel, mask=inside, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+        newest = tl.load(entered + row * N_IN + START + channel, mask=inside, other=0)
+        given = given + (window + (newest,),)  # type: ignore[assignment]  # noqa: RUF005
+    for i in tl.static_range(BR):
+        row = (first + i).to(tl.int64)
+        inside = live & (channel * 0 + (first + i) < ROWS)
+        total = given[i][0].to(tl.float32) * tap[0]  # type: ignore[misc]
+        for k in tl.static_range(1, WIDTH):
+            total += given[i][k].to(tl.float32) * tap[k]
+        u = silu(total * factor_ + bias_, NATIVE)
+        if FIRST_ROUNDING >= 0 or REST_ROUNDING >= 0:
+            u = _landed(u, grid, channel >= SPLIT, FIRST_ROUNDING, REST_ROUNDING, CODES)
+        tl.store(out + row * C + place, _stored(u, out.dtype.element_ty), mask=inside)
+        slot = (now % WIDTH * ROWS + row) * C
+        tl.store(ring + slot + channel, given[i][WIDTH - 1].to(ring.dtype.element_ty), mask=inside)
+
+
 def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, split: int, sequences: Sequences,
               out: Tensor, codes: bool, format: int) -> None:  # fmt: skip
     """Depthwise causal convolution and SiLU, landed. ``entered`` (B L, N): channels from ``start``, int8 or float.
 
     ``ring`` (K, B, C) holds what came before and then the last K inputs. ``out`` (B L, C): ``codes`` (in any type), or
     values, in the column order of ``format``. Channels below ``split`` round as u does, the others as B and C do.
+    Where there is one place a sequence, every sequence has a token.
     """
     length, channels = sequences.length, out.shape[1]
+    tables = (conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high)
+    shared: dict[str, Any] = {
+        "START": start, "C": channels, "SPLIT": split, "WIDTH": conv.taps.shape[0], "FIRST_ROUNDING": conv.rounding,
+        "REST_ROUNDING": conv.rounding_bc, "CODES": codes, "FORMAT": format,
+        "NATIVE": not INTERPRETED, "PDL": sequences.pdl, **_launch(sequences.pdl),
+    }  # fmt: skip
+    if length == 1:
+        _one_kernel[(triton.cdiv(channels, ONE_CHANNELS), triton.cdiv(sequences.batch, ONE_ROWS))](
+            entered, ring, *tables, sequences.position, out, sequences.batch, entered.shape[1], BR=ONE_ROWS,
+            BC=ONE_CHANNELS, num_warps=ONE_WARPS, **shared,
+        )  # fmt: skip
+        return
     tokens = min(CONV_TOKENS, triton.next_power_of_2(length))
     grid = (triton.cdiv(channels, CONV_CHANNELS), triton.cdiv(length, tokens), sequences.batch)
     _conv_kernel[grid](
-        entered, ring, conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high,
-        sequences.lengths, sequences.position, out, length, entered.shape[1], START=start, C=channels, SPLIT=split,
-        BT=tokens, AHEAD=min(CONV_AHEAD, tokens), BC=CONV_CHANNELS, WIDTH=conv.taps.shape[0],
-        FIRST_ROUNDING=conv.rounding, REST_ROUNDING=conv.rounding_bc, CODES=codes, FORMAT=format,
-        NATIVE=not INTERPRETED, num_warps=CONV_WARPS,
+        entered, ring, *tables, sequences.lengths, sequences.position, out, length, entered.shape[1], BT=tokens,
+        AHEAD=min(CONV_AHEAD, tokens), BC=CONV_CHANNELS, num_warps=CONV_WARPS, **shared,
     )  # fmt: skip

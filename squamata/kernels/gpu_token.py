@@ -13,11 +13,13 @@ from torch import Tensor
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import INTERPRETED
 from squamata.kernels.gpu_landing import SMALLEST_SCALE
-from squamata.kernels.gpu_math import byte_to_float, dot4, pack_bytes, rounded_bits, softplus
+from squamata.kernels.gpu_math import byte_to_float, dot4, pack_bytes, rounded_bits, softplus, take_turn
+from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _store_state
 
 CHANNELS, WARPS = 32, 2  # of a head, a program
 PACKED_CHANNELS, PACKED_WARPS, PACKED_BLOCKS = 64, 2, 20  # where four codes are one word; blocks a program
+PACKED_REGISTERS: int | None = None
 _LEAST_RATIO = tl.constexpr(2.0**-40)
 _BYTE_AT_TOP = tl.constexpr(2.0**-24)  # undoes ``byte_to_float``
 
@@ -39,7 +41,7 @@ def _time_step(dt, tables, head, row, limit, N_IN, START: tl.constexpr, CODES: t
 def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, DT_START: tl.constexpr,
                   H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, BP: tl.constexpr,
                   CODES: tl.constexpr, DT_CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
-                  DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr):  # fmt: skip
+                  DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BP channels of one head of one sequence, a state of any kind."""
     state_scale, state_inverse, state_low, state_high, state_span = grid
     C: tl.constexpr = H * P + 2 * GROUPS * N
@@ -51,7 +53,8 @@ def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, D
     scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
     if DYNAMIC:
         scale_place += row * (H * P)
-    s = tl.load(state + place).to(tl.float32)
+    s = tl.load(state + place).to(tl.float32)  # which the last step wrote
+    take_turn(PDL)
     group = H * P + (head * GROUPS // H) * N
     token = u + row * C
     x, B = tl.load(token + channel).to(tl.float32), tl.load(token + group + n).to(tl.float32)
@@ -71,24 +74,48 @@ def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, D
 
 
 @triton.jit
+def _time_steps(dt, tables, head, live, row, limit, N_IN, START: tl.constexpr, CODES: tl.constexpr):
+    """dt and decay of heads; ``dt``: codes and values of in_proj's rows; ``tables``: scale, bias, A of heads."""
+    codes, values = dt
+    unit, bias, A = tables
+    if CODES:
+        step = tl.load(codes + row * N_IN + START + head, mask=live, other=0).to(tl.float32)
+        step = step * tl.load(unit + head, mask=live, other=0.0)
+    else:
+        step = tl.load(values + row * N_IN + START + head, mask=live, other=0.0).to(tl.float32)
+    step = softplus(step + tl.load(bias + head, mask=live, other=0.0))
+    step = tl.minimum(tl.maximum(step, limit[0]), limit[1])
+    return step, tl.exp(step * tl.load(A + head, mask=live, other=0.0))
+
+
+@triton.jit
 def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, out, limit, N_IN, DT_START: tl.constexpr,
                    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, BP: tl.constexpr,
-                   BLOCKS: tl.constexpr, DT_CODES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                   BLOCKS: tl.constexpr, BH: tl.constexpr, DT_CODES: tl.constexpr, PDL: tl.constexpr,
+                   NATIVE: tl.constexpr):  # fmt: skip
     """BLOCKS times BP channels of one group of one sequence: int8 states with a scale a channel, four to a word.
 
     y = C (a s + b B) = a (C s) + b (C B), so that old codes meet the codes of C four at a time. The new state over b is
-    (a / b) s + B: one operation an element, with a ratio that a b near zero cannot make infinite. A block's state is
-    on its way while the one before is worked on.
+    (a / b) s + B: one operation an element, with a ratio that a b near zero cannot make infinite. All that a block
+    reads is on its way while the one before is worked on.
     """
     C: tl.constexpr = H * P + 2 * GROUPS * N
     W: tl.constexpr = N // 4
     at, row = tl.program_id(0) * BLOCKS, tl.program_id(1).to(tl.int64)
-    group = H * P + ((at * BP // P) * GROUPS // H) * N
+    first_head = at * BP // P
+    group = H * P + (first_head * GROUPS // H) * N
     token = u + row * C
     at_b = token + group + 4 * tl.arange(0, W)
     channel = at * BP + tl.arange(0, BP)
     first = words + row * (H * P * W) + channel[:, None] * W + tl.arange(0, W)[None, :]
-    following = tl.load(first)
+    scale_at, x_at, unit_at = scales + row * (H * P) + channel, token + channel, u_scale + channel
+    out_at = out + row * (H * P) + channel
+    following, scale_next, unit_next = tl.load(first), tl.load(scale_at), tl.load(unit_at)
+    take_turn(PDL)  # not for the state, which the last step wrote
+    x_next = tl.load(x_at)
+    head = first_head + tl.arange(0, BH)
+    steps, decays = _time_steps(dt, tables, head, head < H, row, limit, N_IN, DT_START, DT_CODES)
+    throughs = tl.load(skip + head, mask=head < H, other=0.0)
     B, packed, both = (), (), tl.zeros((W,), tl.float32)
     for j in tl.static_range(4):
         b_code, c_code = tl.load(at_b + j).to(tl.float32), tl.load(at_b + GROUPS * N + j).to(tl.float32)
@@ -98,16 +125,18 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
     c_words, met = pack_bytes(packed, NATIVE)[None, :], tl.sum(both, axis=0)
     b_unit, c_unit = tl.load(u_scale + group), tl.load(u_scale + group + GROUPS * N)
     for block in range(BLOCKS):
-        s = following
-        following = tl.load(first + tl.minimum(block + 1, BLOCKS - 1) * (BP * W))
-        head = (at + block) * BP // P
-        place = row * (H * P) + channel + block * BP
-        x = tl.load(token + channel + block * BP).to(tl.float32) * tl.load(u_scale + channel + block * BP)
-        step, decay = _time_step(dt, tables, head, row, limit, N_IN, DT_START, DT_CODES)
-        a, b = tl.load(scales + place) * decay, x * (step * b_unit)
+        s, old, x, unit_x = following, scale_next, x_next, unit_next
+        ahead = tl.minimum(block + 1, BLOCKS - 1) * BP
+        following = tl.load(first + ahead * W)
+        scale_next, x_next, unit_next = tl.load(scale_at + ahead), tl.load(x_at + ahead), tl.load(unit_at + ahead)
+        mine = head == (at + block) * BP // P
+        step, decay = tl.sum(tl.where(mine, steps, 0.0), axis=0), tl.sum(tl.where(mine, decays, 0.0), axis=0)
+        through = tl.sum(tl.where(mine, throughs, 0.0), axis=0)
+        x = x.to(tl.float32) * unit_x
+        a, b = old * decay, x * (step * b_unit)
         seen = tl.sum(dot4(s, c_words, tl.zeros((BP, W), tl.int32), NATIVE), axis=1).to(tl.float32)
-        y = c_unit * (a * seen + b * met) + tl.load(skip + head) * x
-        tl.store(out + place, y.to(out.dtype.element_ty))
+        y = c_unit * (a * seen + b * met) + through * x
+        tl.store(out_at + block * BP, y.to(out.dtype.element_ty))
         size = tl.maximum(tl.maximum(tl.abs(b), a * _LEAST_RATIO), 1e-30)
         unit = tl.where(b < 0, -size, size)
         ratio = (a * _BYTE_AT_TOP / unit)[:, None]
@@ -117,7 +146,7 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
         one, two, three, four = new  # type: ignore[misc]
         largest = tl.maximum(tl.maximum(tl.abs(one), tl.abs(two)), tl.maximum(tl.abs(three), tl.abs(four)))
         scale = tl.maximum(tl.max(largest, axis=1) * (size * span_inverse), SMALLEST_SCALE)
-        tl.store(scales + place, scale)
+        tl.store(scale_at + block * BP, scale)
         inverse = (unit / scale)[:, None]
         codes = ()
         for j in tl.static_range(4):
@@ -127,7 +156,8 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
 
 def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Tensor], dt_input: InputPlan,
                dt_start: int, parameters: tuple[Tensor, Tensor, Tensor], state: Tensor, grid: StatePlan | None,
-               groups: int, limit: tuple[float, float], out: Tensor) -> None:  # fmt: skip
+               groups: int, limit: tuple[float, float], out: Tensor,
+               pdl: bool = False) -> None:  # fmt: skip
     """Mamba-2's scan with skip for one token a sequence, as ``gpu_sequence.ssd_rows``: out (B, E)."""
     rows, heads, head_dim, states = state.shape
     dt_bias, A, skip = parameters
@@ -138,6 +168,8 @@ def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, 
         "N": states,
         "GROUPS": groups,
         "DT_CODES": dt_input.codes,
+        "PDL": pdl,
+        **_launch(pdl),
     }
     tables, columns = (dt_input.scale, dt_bias, A), dt[0].shape[1]
     dynamic = grid is not None and grid.span > 0
@@ -146,7 +178,8 @@ def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, 
         blocks = gcd(heads * head_dim // (groups * channels), PACKED_BLOCKS)
         _packed_kernel[(heads * head_dim // (channels * blocks), rows)](
             u, conv.scale, dt, tables, skip, state.view(torch.int32), grid.scale, 1 / grid.span, out, limit, columns,
-            BP=channels, BLOCKS=blocks, NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, **shared,
+            BP=channels, BLOCKS=blocks, BH=triton.next_power_of_2((blocks * channels - 1) // head_dim + 2),
+            NATIVE=not INTERPRETED, num_warps=PACKED_WARPS, maxnreg=PACKED_REGISTERS, **shared,
         )  # fmt: skip
         return
     channels = min(CHANNELS, head_dim)

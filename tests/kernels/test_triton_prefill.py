@@ -15,9 +15,11 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 from test_triton_decode import CASES, DEVICE, random_weight, recipe, small
 from tiny import perturbed_tensors, quantized, random_ids
 
+from squamata.kernels import gpu_segments
 from squamata.kernels.dispatch import use_backend
+from squamata.kernels.gpu_configs import Config
 from squamata.kernels.gpu_expand import as_rows, expand, finish_sums, multiply, rows_of, scratch_bytes
-from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Config, Finish, gemm, permuted
+from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm, permuted
 from squamata.kernels.gpu_gemv import Landing, choose_shape
 from squamata.kernels.gpu_landing import RowSite
 from squamata.kernels.gpu_rows import plan_row_rotation, rotate_rows
@@ -165,7 +167,11 @@ def test_rotation_of_rows_agrees_with_the_butterflies(size: int, groups: int, ex
     if DEVICE == "cuda"
     else [("mamba1", "w4a16"), ("mamba2", "w8a8")],  # interpreted, one takes half a minute
 )
-def test_prompt_and_what_follows_agree_with_the_reference(kind: str, case: str) -> None:
+def test_prompt_and_what_follows_agree_with_the_reference(
+    kind: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_segments, "SHORTEST", 16)  # the prompt of 19 tokens in segments of eight
+    monkeypatch.setattr(gpu_segments, "LEAST", 8)
     config = small(kind)
     checkpoint = quantized(config, perturbed_tensors(config), recipe(case), [random_ids(config, 2, 24)])
     model = LanguageModel(checkpoint)

@@ -16,9 +16,11 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 
 from test_triton_decode import DEVICE
 
+from squamata.kernels import gpu_segments
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemm import permuted, unpermuted
 from squamata.kernels.gpu_scan import InputPlan, StatePlan
+from squamata.kernels.gpu_segments import segments
 from squamata.kernels.gpu_selective import selective_rows
 from squamata.kernels.gpu_sequence import Sequences, conv_rows
 from squamata.kernels.gpu_ssd import scan_scratch, ssd_rows
@@ -74,6 +76,26 @@ def test_convolution_goes_on_from_the_ring_and_leaves_the_last_inputs(format: Fo
     for row, last in enumerate(lengths):
         for k in range(4):  # the token after the call sits at slot (position + length) % 4
             assert torch.equal(ring[(position + length + k) % 4, row].cpu().double(), whole[row, last + k])
+
+
+@pytest.mark.parametrize("format", [Format.INT8_INT8, Format.BFLOAT16_FLOAT])
+@pytest.mark.parametrize("position", [0, 7])
+def test_one_token_a_sequence_takes_the_oldest_ones_slot(format: Format, position: int) -> None:
+    torch.manual_seed(3)
+    batch, channels, start = 11, 304, 16  # rows and channels that no program's are a multiple of
+    entered, before = torch.randn(batch, start + channels), torch.randn(4, batch, channels)
+    taps = torch.randn(4, channels)
+    ring, out = before.clone().to(DEVICE), poisoned(batch, channels)
+    conv_rows(
+        entered.to(DEVICE), start, ring, plain_convolution(channels, taps), channels,
+        sequences(1, [1] * batch, position), out, False, int(format),
+    )  # fmt: skip
+    after = before.clone()
+    after[position % 4] = entered[:, start:]
+    window = torch.stack([after[(position + 1 + k) % 4] for k in range(4)]).double()
+    wanted = silu((window * taps.double()[:, None]).sum(0))
+    assert relative(out[:, permuted.fn(torch.arange(channels), int(format))], wanted) < 1e-6
+    assert torch.equal(ring.cpu(), after)
 
 
 def recurrence(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,25 +154,47 @@ def test_scan_in_steps_is_the_recurrence(length: int, integers: bool) -> None:
             assert relative(state[row], end) < tolerance
 
 
-@pytest.mark.parametrize("length", [1, 3, 11, 16])
-def test_selective_scan_is_the_recurrence(length: int) -> None:
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 11, 16, 131, 150])
+def test_selective_scan_is_the_recurrence(length: int, integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """150 tokens: segments, the last of which is shorter, and no multiple of the tokens loaded together; 131: one."""
+    if length == 131:
+        monkeypatch.setattr(gpu_segments, "FEW", 1)
+        monkeypatch.setattr(gpu_segments, "MANY", 1)
     torch.manual_seed(2)
     batch, channels, states = 2, 48, 16
-    lengths = [length, max(1, length - 5)]
+    lengths = [length, max(1, length - 75)]
     u, dt = torch.randn(batch, length, channels), torch.rand(batch, length, channels)
     bc, A = torch.randn(batch, length, 2 * states), -torch.rand(channels, states) * 4
     skip, before = torch.rand(channels), torch.randn(batch, channels, states)
-    state, out = before.clone().to(DEVICE), poisoned(batch * length, channels)
+    unit, grid = torch.ones(channels), None
+    state = before.clone().to(DEVICE)
+    if integers:  # a state whose scale is taken at run time
+        unit, u = torch.rand(channels) * 0.02, torch.randint(-127, 128, u.shape, dtype=torch.int8)
+        scale = torch.rand(batch * channels) * 0.1
+        codes = torch.randint(-127, 128, before.shape, dtype=torch.int8)
+        before, state = codes * scale.view(batch, channels, 1), codes.to(DEVICE)
+        grid = StatePlan(scale.to(DEVICE), scale.to(DEVICE), -127.0, 127.0, 0, False, 127.0)
+    if scratch := segments(batch, length, state):
+        assert scratch.count == {131: 1, 150: 5}[length]
+        for memory in (scratch.ends, scratch.moved):
+            memory.fill_(float("nan"))
+    out = poisoned(batch * length, channels)
     selective_rows(
-        u.view(-1, channels).to(DEVICE), InputPlan(False, torch.ones(channels, device=DEVICE)),
-        dt.view(-1, channels).to(DEVICE), bc.view(-1, 2 * states).to(DEVICE), A.to(DEVICE), skip.to(DEVICE), state,
-        None, sequences(length, lengths), out, 0,
+        u.view(-1, channels).to(DEVICE), InputPlan(integers, unit.to(DEVICE)), dt.view(-1, channels).to(DEVICE),
+        bc.view(-1, 2 * states).to(DEVICE), A.to(DEVICE), skip.to(DEVICE), state, grid, sequences(length, lengths),
+        out, 0, scratch,
     )  # fmt: skip
     for row, last in enumerate(lengths):
         s, wanted = before[row].double(), []
         for t in range(last):
-            delta, x = dt[row, t].double()[:, None], u[row, t].double()[:, None]
+            delta, x = dt[row, t].double()[:, None], (u[row, t].double() * unit)[:, None]
             s = torch.exp(delta * A) * s + delta * x * bc[row, t, :states]
             wanted.append((s * bc[row, t, states:]).sum(-1) + skip * x[:, 0])
         assert relative(out.view(batch, length, channels)[row, :last], torch.stack(wanted)) < 1e-5
-        assert relative(state[row], s) < 1e-5
+        if grid is None:
+            assert relative(state[row], s) < 1e-5
+        else:
+            ours = grid.scale.cpu().double().view(batch, channels, 1)[row]
+            assert relative(ours, s.abs().amax(-1, keepdim=True) / 127) < 1e-5
+            assert float(((state[row].cpu() * ours - s).abs() / ours).max()) < 0.501
