@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from squamata.kernels.gpu_cache import into_cache
 from squamata.kernels.gpu_conv import conv_history, conv_tables, convolve
 from squamata.kernels.gpu_math import (
     dot4,
@@ -35,36 +36,6 @@ def _load_quads(first, COUNT: tl.constexpr, BN: tl.constexpr):
         tile = tl.load(first + i * (BN * 4), eviction_policy="evict_first")
         tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005
     return tiles
-
-
-# The assembler drops reads that nothing depends on, whatever they would leave in a cache. So something does: a hint
-# that is given if the word is one among four thousand million.
-_USED = tl.constexpr("{.reg .pred one; setp.eq.b32 one, $1, 0x7fc0dead; @one prefetch.global.L2 [$2]; mov.b32 $0, 0;}")
-
-
-@triton.jit
-def _read(words, mask):
-    """Read 32-bit words for nothing but their place in the first-level cache."""
-    read = tl.load(words, mask=mask).to(tl.int32, bitcast=True)
-    where = words.to(tl.int64)
-    tl.inline_asm_elementwise(_USED, "=r,r,l", [read, where], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _into_cache(x, LENGTH: tl.constexpr, units, UNITS: tl.constexpr):
-    """Read an activation row (32-bit words) and its ``units`` as a whole into the first-level cache.
-
-    The products then read it four words at a time, the same in every lane: such reads would each wait for the second
-    level, one sector after the other.
-    """
-    BLOCK: tl.constexpr = 1024
-    for start in tl.static_range(0, LENGTH, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        _read(x + at, at < LENGTH)
-    for start in tl.static_range(0, UNITS, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        _read(units + at, at < UNITS)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -392,7 +363,7 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: 
     if CUT.cached and not READY:
         BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block if CUT.block > 0 else 0
         LENGTH: tl.constexpr = CUT.x_length * (2 if CUT.format == 6 else 1)
-        _into_cache(x + first_row * CUT.x_stride, LENGTH, x_scale + first_row * BLOCKS, BLOCKS)
+        into_cache(x + first_row * CUT.x_stride, LENGTH, x_scale + first_row * BLOCKS, BLOCKS)
     for b in tl.static_range(ROWS):
         row = first_row + b
         y = row_product(operands, weights, numbers[b], row, b > 0 and CUT.rounds > 1, CUT)

@@ -13,17 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from squamata.kernels.decode.triton import (
-    Buffers,
-    DecodePlan,
-    InputStage,
-    Kernel,
-    Mamba1Layer,
-    Mamba2Layer,
-    OutputStage,
-    Projection,
-    finish,
-)
+from squamata.kernels.decode.gpu_stages import Buffers, InputStage, Kernel, OutputStage, Projection, finish
+from squamata.kernels.decode.triton import DecodePlan, Mamba1Layer, Mamba2Layer
 from squamata.kernels.gpu_expand import (
     OPERAND,
     as_rows,
