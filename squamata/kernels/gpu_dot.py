@@ -37,8 +37,8 @@ def _load_quads(first, COUNT: tl.constexpr, BN: tl.constexpr):
     return tiles
 
 
-# The assembler drops reads that nothing depends on, whatever they would leave in a cache. So something does: a hint that
-# is given if the word is one among four thousand million.
+# The assembler drops reads that nothing depends on, whatever they would leave in a cache. So something does: a hint
+# that is given if the word is one among four thousand million.
 _USED = tl.constexpr("{.reg .pred one; setp.eq.b32 one, $1, 0x7fc0dead; @one prefetch.global.L2 [$2]; mov.b32 $0, 0;}")
 
 
