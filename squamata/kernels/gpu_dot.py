@@ -209,10 +209,15 @@ def row_numbers(operands, row, CUT: tl.constexpr):
 
 @triton.jit
 def _norm_of_slices(squares, epsilon, CUT: tl.constexpr):
-    """1 / root mean square of what every slice of K [1, S, 1] multiplies: a slice lies within a group."""
+    """1 / root mean square of what every slice of K [1, S, 1] multiplies: a slice lies within a group. Of one group: a
+    number, for sums of all slices, because the layout of a tensor would be forced upon all that follows."""
     EACH: tl.constexpr = CUT.slices // CUT.norm_groups
-    factor = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / CUT.norm_width + epsilon)
-    return tl.reshape(tl.broadcast_to(factor, (CUT.norm_groups, EACH)), (1, CUT.slices, 1))
+    if CUT.norm_groups == 1:
+        factor = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / CUT.norm_width + epsilon)
+    else:
+        factor = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / CUT.norm_width + epsilon)
+        factor = tl.reshape(tl.broadcast_to(factor, (CUT.norm_groups, EACH)), (1, CUT.slices, 1))
+    return factor
 
 
 @triton.jit
@@ -276,7 +281,7 @@ def _row_sums(x_row, x_scale, row_norm, tiles, scales, first_words, RELOAD: tl.c
     if integer and not CUT.grouped:
         return tl.sum(tl.reshape(whole, (BN, S)), axis=1).to(tl.float32)
     else:
-        if CUT.norm_groups > 0:
+        if CUT.norm_groups > 1:
             total *= row_norm
         return tl.sum(tl.reshape(total, (BN, S)), axis=1)
 
@@ -330,6 +335,8 @@ def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.c
     row_norm = _norm_of_slices(numbers[1], norm[1], CUT) if CUT.norm_groups > 0 else 1.0
     y = _row_sums(x_row, blocks, row_norm, tiles, scales, first_words, RELOAD, CUT)
     y = y * (numbers[0] * scale_factor if CUT.dynamic else scale_factor)
+    if CUT.norm_groups == 1:
+        y *= row_norm
     return y + shift if CUT.has_bias else y
 
 

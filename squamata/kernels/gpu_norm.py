@@ -84,6 +84,11 @@ class RotationPlan:
         return int(self.left.shape[0] * self.right.shape[0])
 
 
+def norms_apart(plan: RotationPlan, groups: int) -> bool:
+    """True if the rotation's kernel takes the norm's numbers from sums of squares: one group, or groups of parts."""
+    return groups == 1 or (plan.blocks == 1 and plan.parts % groups == 0 and plan.parts & (plan.parts - 1) == 0)
+
+
 def plan_rotation(rotation: Rotation | None, size: int, device: torch.device | str) -> RotationPlan:
     """Split a rotation (or none) of ``size`` channels into parts of at most 256 channels."""
     if rotation is None:
@@ -113,53 +118,75 @@ def _gated(y, gate, place, mask, GATED: tl.constexpr):
 
 
 @triton.jit
-def _mix_whole(row, gate, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr, AB: tl.constexpr,
-               GATED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One row of the mixing matrix times the parts of a whole row, normed: a part after the other, none padded.
-
-    The norm is one number, so the sum need not wait for it.
-    """
-    factors = ()
-    for j in tl.static_range(PARTS):
-        gain_ = tl.load(gain + j * AB + within) if NORM else 1.0
-        factors = factors + (tl.load(signs + j) * gain_,)  # type: ignore[assignment]  # noqa: RUF005
-    let_next_start(PDL)
-    wait_for_previous(PDL)
-    parts = ()
-    for j in tl.static_range(PARTS):
-        part = _gated(row, gate, j * AB + within, within >= 0, GATED)
-        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
-    mixed, squares = tl.zeros((AB,), tl.float32), tl.zeros((AB,), tl.float32)
-    for j in tl.static_range(PARTS):
-        mixed += parts[j] * factors[j]
-        squares += parts[j] * parts[j]
-    if NORM:
-        mixed = mixed * tl.rsqrt(tl.sum(squares, axis=0) / E + epsilon)
-    return mixed
+def _norm_of_groups(squares, row, epsilon, WIDTH, GROUPS: tl.constexpr, SQUARES: tl.constexpr,
+                    SQUARES_PADDED: tl.constexpr):  # fmt: skip
+    """1 / root mean square [GROUPS] of groups of WIDTH channels, of their sums of squares in SQUARES parts each."""
+    group, part = tl.arange(0, GROUPS)[:, None], tl.arange(0, SQUARES_PADDED)[None, :]
+    sums = tl.load(squares + (row * GROUPS + group) * SQUARES + part, mask=part < SQUARES, other=0.0)
+    return tl.rsqrt(tl.sum(sums, axis=1) / WIDTH + epsilon)
 
 
 @triton.jit
-def _mix_tile(y_rows, gate, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low, middle_high,
+def _mix_whole(y_rows, gate, gain, squares, signs, row, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr,
+               AB: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, SQUARES: tl.constexpr,
+               SQUARES_PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One row of the mixing matrix times the parts of a whole row, normed: a part after the other, none padded.
+
+    The norm is one number, so the sum need not wait for it. SQUARES: its parts, if the gain has been applied (else 0).
+    """
+    factors = ()
+    for j in tl.static_range(PARTS):
+        gain_ = tl.load(gain + j * AB + within) if NORM and SQUARES == 0 else 1.0
+        factors = factors + (tl.load(signs + j) * gain_,)  # type: ignore[assignment]  # noqa: RUF005
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    norm = 1.0
+    if SQUARES > 0:
+        norm = tl.sum(_norm_of_groups(squares, row, epsilon, E, 1, SQUARES, SQUARES_PADDED), axis=0)
+    parts = ()
+    for j in tl.static_range(PARTS):
+        part = _gated(y_rows, gate, row * E + j * AB + within, within >= 0, GATED)
+        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+    mixed, own = tl.zeros((AB,), tl.float32), tl.zeros((AB,), tl.float32)
+    for j in tl.static_range(PARTS):
+        mixed += parts[j] * factors[j]
+        own += parts[j] * parts[j]
+    if NORM and SQUARES == 0:
+        norm = tl.rsqrt(tl.sum(own, axis=0) / E + epsilon)
+    return mixed * norm
+
+
+@triton.jit
+def _mix_tile(y_rows, gate, gain, squares, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
+              middle_high,
               E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
               AB: tl.constexpr, BE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
-              MIDDLE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+              MIDDLE_ROUNDING: tl.constexpr, SQUARES: tl.constexpr, SQUARES_PADDED: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
     """The same for any number of blocks and groups, and with a site in the middle."""
     block = at // PARTS
     j = tl.arange(0, PARTS_PADDED)
     signs = tl.load(mix + (at % PARTS) * PARTS + j, mask=j < PARTS, other=0.0)
     channel = (block * PARTS + j)[:, None] * AB + within[None, :]
     mask = (j < PARTS)[:, None] & (within >= 0)[None, :]
-    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
+    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM and SQUARES == 0 else 1.0
     let_next_start(PDL)
     wait_for_previous(PDL)
     y = _gated(y_rows, gate, row * E + channel, mask, GATED)
-    if NORM:
-        width: tl.constexpr = E // GROUPS
+    width: tl.constexpr = E // GROUPS
+    if SQUARES > 0:
+        scale = _norm_of_groups(squares, row, epsilon, width, GROUPS, SQUARES, SQUARES_PADDED)
+        if GROUPS == 1:
+            y = y * tl.sum(scale, axis=0)
+        else:
+            spread = tl.broadcast_to(scale[:, None], (GROUPS, PARTS // GROUPS))
+            y = y * tl.reshape(spread, (PARTS,))[:, None]
+    elif NORM:
         if GROUPS == 1 and PARTS * AB == E:  # the tile is the whole row
             y = y * tl.rsqrt(tl.sum(tl.sum(y * y, axis=1), axis=0) / width + epsilon)
         elif PARTS * AB == E and PARTS_PADDED % GROUPS == 0 and PARTS == PARTS_PADDED:
-            squares = tl.reshape(tl.sum(y * y, axis=1), (GROUPS, PARTS // GROUPS))
-            scale = tl.rsqrt(tl.sum(squares, axis=1) / width + epsilon)
+            own = tl.reshape(tl.sum(y * y, axis=1), (GROUPS, PARTS // GROUPS))
+            scale = tl.rsqrt(tl.sum(own, axis=1) / width + epsilon)
             spread = tl.broadcast_to(scale[:, None], (GROUPS, PARTS // GROUPS))
             y = y * tl.reshape(spread, (PARTS,))[:, None]
         else:
@@ -175,13 +202,14 @@ def _mix_tile(y_rows, gate, gain, mix, at, row, within, epsilon, middle_inverse,
 
 
 @triton.jit
-def _rotate_kernel(y, gate, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
+def _rotate_kernel(y, gate, gain, squares, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
                    middle_inverse, middle_scale, middle_low, middle_high,
                    E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
                    A: tl.constexpr,
                    B: tl.constexpr, BE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
                    MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
-                   QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   SQUARES: tl.constexpr, SQUARES_PADDED: tl.constexpr, QUANTIZED: tl.constexpr,
+                   ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One part (A * B outputs) of one row: out = H (norm(y gate) * gain) * factor, landed."""
     at = tl.program_id(0)
     row = tl.program_id(1)
@@ -189,12 +217,12 @@ def _rotate_kernel(y, gate, gain, mix, left, right, out, out_scale, factor, epsi
     H_left = tl.load(left + tl.arange(0, A)[:, None] * A + tl.arange(0, A)[None, :])
     H_right = tl.load(right + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
     if PARTS * A * B == E and GROUPS == 1 and PARTS < PARTS_PADDED and not MIDDLE:
-        mixed = _mix_whole(y + row * E, gate + row * E, gain, mix + at * PARTS, within, epsilon, E, PARTS, A * B,
-                           GATED, NORM, PDL)  # fmt: skip
+        mixed = _mix_whole(y, gate, gain, squares, mix + at * PARTS, row, within, epsilon, E, PARTS, A * B, GATED, NORM,
+                           SQUARES, SQUARES_PADDED, PDL)  # fmt: skip
     else:
-        mixed = _mix_tile(y, gate, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
-                          middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, GATED, NORM, MIDDLE,
-                          MIDDLE_ROUNDING, PDL)  # fmt: skip
+        mixed = _mix_tile(y, gate, gain, squares, mix, at, row, within, epsilon, middle_inverse, middle_scale,
+                          middle_low, middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, GATED, NORM, MIDDLE,
+                          MIDDLE_ROUNDING, SQUARES, SQUARES_PADDED, PDL)  # fmt: skip
     if ROTATED:
         if A == 16:
             square = tl.reshape(mixed, (A, B))
@@ -263,10 +291,11 @@ def _gate_norm(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: flo
 
 def rotate(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: float, groups: int,
            plan: RotationPlan, middle: RowSite, site: RowSite, out: Tensor, out_scale: Tensor,
-           pdl: bool) -> None:  # fmt: skip
+           pdl: bool, squares: Tensor | None = None) -> None:  # fmt: skip
     """y gate, RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site``.
 
-    ``site`` is not dynamic.
+    ``site`` is not dynamic. ``squares``: float32 (rows, parts), if y is gated and times ``gain`` already:
+    the sums of its squares before that; of several groups only where ``norms_apart``.
 
     Without a rotation, an ``out`` of 2 E columns takes it in 16 bits, its scale in ``out_scale`` (rows,).
     """
@@ -275,13 +304,16 @@ def rotate(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: float, 
         _gate_norm(y, gate, gain, epsilon, groups, middle, site, out, out_scale, pdl)
         return
     a, b = plan.left.shape[0], plan.right.shape[0]
+    parts = 0 if squares is None else squares.shape[1] // groups
     _rotate_kernel[(plan.blocks * plan.parts, rows)](
-        y, gate if gate is not None else y, gain if gain is not None else y, plan.mix, plan.left, plan.right, out, y,
+        y, gate if gate is not None else y, gain if gain is not None else y, y if squares is None else squares,
+        plan.mix, plan.left, plan.right, out, y,
         plan.factor, epsilon, site.inverse, site.low, site.high, site.span, middle.inverse, middle.scale, middle.low,
         middle.high, E=width, GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a,
         B=b, BE=triton.next_power_of_2(width // groups), GATED=gate is not None, NORM=gain is not None,
         ROTATED=plan.rotated, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized,
-        ROUNDING=site.rounding, PDL=pdl, num_warps=ROTATE_WARPS, **_launch(pdl),
+        ROUNDING=site.rounding, SQUARES=parts, SQUARES_PADDED=triton.next_power_of_2(max(1, parts)), PDL=pdl,
+        num_warps=ROTATE_WARPS, **_launch(pdl),
     )  # fmt: skip
 
 

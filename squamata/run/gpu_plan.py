@@ -28,7 +28,7 @@ from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import Landing, Shape, choose_shape
 from squamata.kernels.gpu_landing import RowSite
 from squamata.kernels.gpu_math import ROUNDINGS
-from squamata.kernels.gpu_norm import plan_rotation
+from squamata.kernels.gpu_norm import norms_apart, plan_rotation
 from squamata.kernels.gpu_parts import PartNorms
 from squamata.kernels.gpu_rows import RowRotation, plan_row_rotation
 from squamata.kernels.gpu_scan import InputPlan, StatePlan
@@ -196,7 +196,10 @@ class Planner:
         alone = rotation.rotated or middle.quantized or projection.site.quantized
         alone = alone or (gain is not None and not self.norm_fits(projection, groups, channels))
         alone = alone or (projection.halves and channels not in BLOCKS_16)
-        return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection, 0 if alone else channels)
+        gates = rotation.rotated and gain is not None and not middle.quantized and norms_apart(rotation, groups)
+        gates = gates and (projection.linear.columns // groups) % channels == 0
+        block, gated = 0 if alone else channels, channels if gates else 0
+        return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection, block, gated)
 
     @staticmethod
     def lands(projection: Projection, channels: int) -> bool:

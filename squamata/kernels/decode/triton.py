@@ -147,7 +147,8 @@ class OutputStage:
     """Gate norm (none in Mamba-1: no gain), rotation and out_proj.
 
     ``block``: where nothing rotates or quantizes what out_proj takes, the scan's programs leave it themselves, in
-    blocks of so many channels; 0: a kernel of its own does.
+    blocks of so many channels; 0: a kernel of its own does. ``gated``: that kernel's part of gate and norm which the
+    scan's programs do, so many channels each (0: none).
     """
 
     gain: Tensor | None
@@ -158,15 +159,21 @@ class OutputStage:
     rows: RowRotation
     projection: Projection
     block: int = 0
+    gated: int = 0
 
     def blocks(self, gate: Tensor | None, buffers: Buffers) -> Blocks | None:
-        """How the scan leaves what out_proj takes, if it does."""
-        if not self.block:
+        """How the scan leaves its row, if gated."""
+        channels = self.block or self.gated
+        if not channels:
             return None
-        parts = self.projection.linear.columns // self.block
+        parts = self.projection.linear.columns // channels
         squares = None if self.gain is None else buffers.get("squares", parts)
-        scale = buffers.get("block_scale", parts) if self.projection.halves else None
-        return Blocks(self.block, gate, self.gain, self.groups, self.epsilon, squares, scale)
+        scale = buffers.get("block_scale", parts) if self.block and self.projection.halves else None
+        return Blocks(channels, gate, self.gain, self.groups, self.epsilon, squares, scale)
+
+    def left(self, scanned: Tensor, buffers: Buffers) -> Tensor:
+        """Where the scan leaves its row."""
+        return self.projection.input("rotated", buffers) if self.block else scanned
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,7 @@ class Mamba2Layer:
         channels = min(SSD_CHANNELS, self.state.state.shape[2])
         count = buffers.count(counter, entering)
         blocks = self.exit.blocks(gate, buffers)
-        left = scanned if blocks is None else self.exit.projection.input("rotated", buffers)
+        left = self.exit.left(scanned, buffers)
         yield from self.entry.norm(before, buffers)
         yield "in_proj", lambda: gemv_pair(
             entering, gating, buffers.position, buffers.pdl, counter, z_after(entering, gating)
@@ -273,7 +280,7 @@ class Mamba1Layer:
         mixing = self.x_proj.product(u, raw, buffers)
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
         blocks = self.exit.blocks(None, buffers)
-        left = gated if blocks is None else self.exit.projection.input("rotated", buffers)
+        left = self.exit.left(gated, buffers)
         yield from self.entry.norm(before, buffers)
         yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
         yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl)
@@ -309,16 +316,17 @@ def finish(head: InputStage, stream: Sink, logits: Tensor, buffers: Buffers) -> 
 def leave(
     stage: OutputStage, y: Tensor, gate: Tensor | None, blocks: Blocks | None, after: Sink, buffers: Buffers
 ) -> Iterator[Kernel]:
-    """Gate (unless the scan has done it), norm and rotation, unless ``blocks``; then the product, to the stream."""
+    """Gate, norm and rotation, as far as the scan has not done it (``blocks``); then the product, to the stream."""
     projection = stage.projection
-    x = y
-    if blocks is None:
-        x = projection.input("rotated", buffers)
-        yield "rotate", lambda: rotate(
-            y, gate, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle, projection.site, x,
-            buffers.row_scale, buffers.pdl,
-        )  # fmt: skip
-    yield "out_proj", lambda: projection.run(x, after, buffers, blocks)
+    if stage.block:
+        yield "out_proj", lambda: projection.run(y, after, buffers, blocks)
+        return
+    x, squares = projection.input("rotated", buffers), None if blocks is None else blocks.squares
+    yield "rotate", lambda: rotate(
+        y, gate if blocks is None else None, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle,
+        projection.site, x, buffers.row_scale, buffers.pdl, squares,
+    )  # fmt: skip
+    yield "out_proj", lambda: projection.run(x, after, buffers)
 
 
 @dataclass
