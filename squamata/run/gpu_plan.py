@@ -198,8 +198,8 @@ class Planner:
         alone = alone or (projection.halves and channels not in BLOCKS_16)
         gates = rotation.rotated and gain is not None and not middle.quantized and norms_apart(rotation, groups)
         gates = gates and (projection.linear.columns // groups) % channels == 0
-        block, gated = 0 if alone else channels, channels if gates else 0
-        return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection, block, gated)
+        left, gated = 0 if alone else channels, channels if gates else 0
+        return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection, left, gated)
 
     @staticmethod
     def lands(projection: Projection, channels: int) -> bool:
