@@ -260,9 +260,10 @@ def _row_sums(x_row, x_scale, squares, epsilon, tiles, scales, first_words, RELO
                 at = x + (around * COUNT + block * SAME + i) * STRIDE
                 tile = tiles[block * SAME + i]
                 if HALF_QUADS:
-                    for side in tl.static_range(2):
-                        unit = tl.load(x_unit + 2 * (around * COUNT + block * SAME + i) + side)
-                        scaled += _half_quad(tile, side, at, CUT) * unit
+                    pair = x_unit + 2 * (around * COUNT + block * SAME + i) + tl.arange(0, 2)[None, None, :]
+                    first_unit, second_unit = tl.split(tl.load(pair))
+                    scaled += _half_quad(tile, 0, at, CUT) * first_unit[:, :, None]
+                    scaled += _half_quad(tile, 1, at, CUT) * second_unit[:, :, None]
                 else:
                     sums = _quad_times_row(tile, sums, at, CUT.format, CUT.native)
                 if halves and not HALF_QUADS:
