@@ -179,24 +179,29 @@ def row_numbers(operands, row, CUT: tl.constexpr):
 
 
 @triton.jit
-def _norm_of_slices(squares, epsilon, CUT: tl.constexpr):
-    """1 / root mean square of what every slice of K [1, S, 1] multiplies: a slice lies within a group. Of one group: a
-    number, for sums of all slices, because the layout of a tensor would be forced upon all that follows."""
-    EACH: tl.constexpr = CUT.slices // CUT.norm_groups
-    if CUT.norm_groups == 1:
-        factor = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / CUT.norm_width + epsilon)
+def _over_slices(total, squares, epsilon, CUT: tl.constexpr):
+    """Sums [BN] of what the slices of K have, total [BN, S], each over the root mean square of its group's activations.
+
+    Numbers, not a tensor along S: its layout would be forced upon all that follows.
+    """
+    GROUPS: tl.constexpr = CUT.norm_groups
+    if GROUPS == 0:
+        y = tl.sum(total, axis=1)
+    elif GROUPS == 1:
+        y = tl.sum(total, axis=1) * tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / CUT.norm_width + epsilon)
     else:
-        factor = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / CUT.norm_width + epsilon)
-        factor = tl.reshape(tl.broadcast_to(factor, (CUT.norm_groups, EACH)), (1, CUT.slices, 1))
-    return factor
+        factor = tl.rsqrt(tl.sum(squares, axis=1) / CUT.norm_width + epsilon)
+        parts = tl.sum(tl.reshape(total, (CUT.tile_rows, GROUPS, CUT.slices // GROUPS)), axis=2)
+        y = tl.sum(parts * factor[None, :], axis=1)
+    return y
 
 
 @triton.jit
-def _row_sums(x_row, x_scale, row_norm, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.constexpr):
+def _row_sums(x_row, x_scale, squares, epsilon, tiles, scales, first_words, RELOAD: tl.constexpr,
+              CUT: tl.constexpr):  # fmt: skip
     """Sums [BN] of a tile's weights times one activation row. ``tiles``: the first ``count`` quads of every slice.
 
-    ``x_scale``: of the row's blocks, if they have scales; ``row_norm``: what slices are multiplied with, if anything.
-
+    ``x_scale``: of the row's blocks, if they have scales; ``squares``, ``epsilon``: of a norm, if it is to be applied.
     Those of the next round are asked for as soon as these are used. RELOAD: the first are gone, for an earlier row.
     """
     BN: tl.constexpr = CUT.tile_rows
@@ -226,9 +231,10 @@ def _row_sums(x_row, x_scale, row_norm, tiles, scales, first_words, RELOAD: tl.c
                 at = x + (around * COUNT + block * SAME + i) * STRIDE
                 tile = tiles[block * SAME + i]
                 if HALF_QUADS:
-                    for side in tl.static_range(2):
-                        unit = tl.load(x_unit + 2 * (around * COUNT + block * SAME + i) + side)
-                        scaled += _half_quad(tile, side, at, CUT) * unit
+                    pair = x_unit + 2 * (around * COUNT + block * SAME + i) + tl.arange(0, 2)[None, None, :]
+                    first_unit, second_unit = tl.split(tl.load(pair))
+                    scaled += _half_quad(tile, 0, at, CUT) * first_unit[:, :, None]
+                    scaled += _half_quad(tile, 1, at, CUT) * second_unit[:, :, None]
                 else:
                     sums = _quad_times_row(tile, sums, at, CUT.format, CUT.native)
                 if halves and not HALF_QUADS:
@@ -252,9 +258,7 @@ def _row_sums(x_row, x_scale, row_norm, tiles, scales, first_words, RELOAD: tl.c
     if integer and not CUT.grouped:
         return tl.sum(tl.reshape(whole, (BN, S)), axis=1).to(tl.float32)
     else:
-        if CUT.norm_groups > 1:
-            total *= row_norm
-        return tl.sum(tl.reshape(total, (BN, S)), axis=1)
+        return _over_slices(tl.reshape(total, (BN, S)), squares, epsilon, CUT)
 
 
 @triton.jit
@@ -303,11 +307,8 @@ def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.c
     blocks = x_scale
     if CUT.block > 0:
         blocks = x_scale + row * (CUT.quads * 32 // CUT.block)
-    row_norm = _norm_of_slices(numbers[1], norm[1], CUT) if CUT.norm_groups > 0 else 1.0
-    y = _row_sums(x_row, blocks, row_norm, tiles, scales, first_words, RELOAD, CUT)
+    y = _row_sums(x_row, blocks, numbers[1], norm[1], tiles, scales, first_words, RELOAD, CUT)
     y = y * (numbers[0] * scale_factor if CUT.dynamic else scale_factor)
-    if CUT.norm_groups == 1:
-        y *= row_norm
     return y + shift if CUT.has_bias else y
 
 

@@ -140,13 +140,13 @@ def _mix_whole(y_rows, gate, gain, squares, signs, row, within, epsilon, E: tl.c
         factors = factors + (tl.load(signs + j) * gain_,)  # type: ignore[assignment]  # noqa: RUF005
     let_next_start(PDL)
     wait_for_previous(PDL)
-    norm = 1.0
-    if SQUARES > 0:
-        norm = tl.sum(_norm_of_groups(squares, row, epsilon, E, 1, SQUARES, SQUARES_PADDED), axis=0)
     parts = ()
     for j in tl.static_range(PARTS):
         part = _gated(y_rows, gate, row * E + j * AB + within, within >= 0, GATED)
         parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+    norm = 1.0
+    if SQUARES > 0:  # after the parts have been asked for: the sum makes all warps wait
+        norm = tl.sum(_norm_of_groups(squares, row, epsilon, E, 1, SQUARES, SQUARES_PADDED), axis=0)
     mixed, own = tl.zeros((AB,), tl.float32), tl.zeros((AB,), tl.float32)
     for j in tl.static_range(PARTS):
         mixed += parts[j] * factors[j]
