@@ -43,7 +43,16 @@ from squamata.models.lm import LanguageModel
 from squamata.run.graphs import CapturedDecoder
 from squamata.spec.recipe import Recipe
 
-RECIPES = {"bfloat16": "float", "w8a8": "quamba-w8a8", "w4a8": "w4a8", "w4a16": "w4a16"}
+# Heads and embeddings of the first four are in as few bits as those of Quamba2's models, which they stand beside.
+RECIPES = {
+    "bfloat16": "float",
+    "w8a8": "quamba-w8a8",
+    "w4a8": "w4a8-int4-head",
+    "w4a16": "w4a16-int4-head",
+    "w4a8-int8-head": "w4a8",
+    "w4a16-float-head": "w4a16",
+}
+BESIDE_RIVALS = tuple(RECIPES)[:4]
 LONGEST = ("w8a8", "w4a8")  # to compile
 MANY = 8  # sequences beyond which a prompt is short: the state's size does not depend on it
 FEW_TOKENS = 16
@@ -81,8 +90,9 @@ class Row(NamedTuple):
 
     def measured(self, agreement: GpuAgreement | None) -> dict[str, Any]:
         result = profile_gpu(self.model(), self.prompt, 128, self.batch, agreement=agreement)
-        about = {"shape": self.shape, "recipe": self.recipe, "state": self.state, "error": result.agreement.error}
-        return about | {"fast_error": result.agreement.fast_error} | result.to_dict() | {"agreement": None}
+        about = {"shape": self.shape, "recipe": self.recipe, "file": RECIPES[self.recipe], "state": self.state}
+        errors = {"error": result.agreement.error, "fast_error": result.agreement.fast_error}
+        return about | errors | result.to_dict() | {"agreement": None}
 
 
 class Results:
@@ -173,7 +183,7 @@ def show_greedy(found: dict[str, Any]) -> None:
 def show(row: dict[str, Any], seconds: float) -> None:
     first, token = row["ttft_ms"], row["tpot_ms"]
     print(
-        f"{row['shape']:12} {row['recipe']:9} {row['state']:8} {row['batch']:4} {first['median']:9.2f} "
+        f"{row['shape']:12} {row['file']:15} {row['state']:8} {row['batch']:4} {first['median']:9.2f} "
         f"{first['p10']:7.2f}-{first['p90']:<7.2f} {token['median']:8.3f} {token['p10']:7.3f}-{token['p90']:<7.3f} "
         f"{row['decode_tokens_per_s']:9.0f} {1e-12 * row['achieved_bytes_per_s']:5.2f} {row['floor_ms']:6.3f} "
         f"{100 * row['floor_share']:4.0f}% {row['error']:8.1e} {row['fast_error']:8.1e}  ({seconds:.0f} s)"
@@ -184,8 +194,8 @@ def show(row: dict[str, Any], seconds: float) -> None:
 
 
 def time_rows(rows: list[Row], agreements: dict[Row, GpuAgreement], results: Results) -> None:
-    print("shape        recipe    state    batch   TTFT ms  p10-p90          TPOT ms p10-p90          tokens/s  TB/s "
-          " floor  share    error     fast")  # fmt: skip
+    print("shape        recipe          state    batch   TTFT ms  p10-p90          TPOT ms p10-p90          tokens/s "
+          " TB/s  floor  share    error     fast")  # fmt: skip
     for row in (row for row in rows if not results.failed(row)):
         started = time.perf_counter()
         with results.failing(row):
@@ -205,7 +215,7 @@ def time_rows(rows: list[Row], agreements: dict[Row, GpuAgreement], results: Res
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=["mamba2-2.7b", "mamba2-8b", "mamba-2.8b", "mamba2-130m"])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", default=list(BESIDE_RIVALS), choices=list(RECIPES))
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--large", nargs="*", type=int, default=[256, 64, 8], help="batches of the state's comparison")
     parser.add_argument("--large-shapes", nargs="*", default=["mamba2-2.7b"])

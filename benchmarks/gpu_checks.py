@@ -76,14 +76,13 @@ def layer_check(model: LanguageModel) -> dict[str, Any]:
         with use_backend("ref"):
             h, residual = ops.embedding(token[:, None], model.embedding, torch.float32), None
         for index, (block, layer) in enumerate(zip(model.blocks, decoder.plan.layers, strict=True)):
-            buffers.h.copy_(h[:, 0])
-            if residual is not None:
-                buffers.residual.copy_(residual[:, 0])
+            before = h[:, 0] if residual is None else h[:, 0] + residual[:, 0]
+            decoder.plan.begin(index, before)
             with use_backend("ref"):
                 h, residual = block.forward(h, residual, cache[index])
-            for _, launch in layer.kernels(buffers, first=index == 0):
+            for _, launch in decoder.plan.layer(index):
                 launch()
-            found["layer_error"] = max(found["layer_error"], relative(buffers.h.cpu(), h[:, 0]))
+            found["layer_error"] = max(found["layer_error"], relative(buffers.h.cpu() - before, h[:, 0]))
             given = cache[index]
             assert isinstance(given, ScanCache)
             slot = int(buffers.position) % layer.state.ring.shape[0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from squamata.kernels.gpu_cache import into_cache
 from squamata.kernels.gpu_conv import conv_history, conv_tables, convolve
 from squamata.kernels.gpu_math import (
     dot4,
@@ -21,6 +22,7 @@ from squamata.kernels.gpu_math import (
     to_codes,
     wait_for_previous,
 )
+from squamata.kernels.gpu_stream import leave_block
 
 
 @triton.jit
@@ -34,21 +36,6 @@ def _load_quads(first, COUNT: tl.constexpr, BN: tl.constexpr):
         tile = tl.load(first + i * (BN * 4), eviction_policy="evict_first")
         tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005
     return tiles
-
-
-@triton.jit
-def _into_cache(x, LENGTH: tl.constexpr):
-    """Read an activation row (32-bit words) as a whole into the first-level cache.
-
-    The products then read it four words at a time, the same in every lane: such reads would each wait for the second
-    level, one sector after the other.
-    """
-    BLOCK: tl.constexpr = 2048
-    for start in tl.static_range(0, LENGTH, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        words = tl.load(x + at, mask=at < LENGTH)
-        tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -80,11 +67,14 @@ class Cut:
     """What the kernel of a product is compiled for: S ``slices`` of K side by side, each ``count`` * ``rounds`` quads.
 
     ``same`` neighbouring quads share a scale and are summed before it is applied. Activations of 16 bits are two rows
-    of int8, ``x_length`` words apart: 256 times the first plus the second. ``x_quad``: words of
-    them that meet a quad. ``rows``: activation rows a program.
+    of int8, ``x_length`` words apart: 256 times the first plus the second; ``block`` neighbouring ones share a scale
+    (0: the row). ``x_quad``: words of them that meet a quad. ``rows``: activation rows a program.
+    ``norm_groups``: of ``norm_width`` activations each, whose norm is still to be applied (0: none); their squares come
+    summed in ``norm_parts`` parts a group (``norm_padded``: the next power of two).
+    ``ahead``: before it waits, a program has its later rounds brought to the second level of cache.
     ``gate``: what is stored is SiLU(y), y as its site represents it, instead of y. ``width``: slots of the ring and
     taps of the convolution that its channels, ``split`` of u first, go through at once (1: none); ``conv_codes``: its
-    outputs are stored as codes.
+    outputs are stored as codes. ``stream``: width of the residual stream that the outputs are added to (0: none).
     """
 
     format: int
@@ -95,6 +85,11 @@ class Cut:
     same: int
     quads: int
     quads_per_scale: int
+    block: int
+    norm_groups: int
+    norm_parts: int
+    norm_padded: int
+    norm_width: int
     rows: int
     x_stride: int
     x_length: int
@@ -114,7 +109,11 @@ class Cut:
     any_values: bool
     ring_codes: bool
     gate: bool
+    ahead: bool
     native: bool
+    stream: int
+    stream_halves: bool
+    cached: bool
 
     @property
     def channels(self) -> int:
@@ -154,9 +153,55 @@ def _convolve_rows(newest, past, loaded, convolution, now, row, channel, mask, r
 
 
 @triton.jit
-def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.constexpr):
+def _half_quad(tile, side: tl.constexpr, x, CUT: tl.constexpr):
+    """Sums [BN, S, 1] of 16 of the 32 products of a quad with activations in 16 bits from ``x`` [1, S, 4] on."""
+    codes = tile << 4 if side == 0 else tile
+    codes &= -0x0F0F0F10  # 0xF0F0F0F0
+    nothing = tl.zeros(tile.shape, tl.int32)
+    upper = tl.sum(dot4(codes, tl.load(x + 4 * side), nothing, CUT.native), axis=2, keep_dims=True)
+    lower = tl.sum(dot4(codes, tl.load(x + 4 * side + CUT.x_length), nothing, CUT.native), axis=2, keep_dims=True)
+    return small_to_float(upper) * 256.0 + small_to_float(lower)
+
+
+@triton.jit
+def row_numbers(operands, row, CUT: tl.constexpr):
+    """What is known of an activation row besides its codes, asked for before they are: its scale, sums of squares."""
+    unit, squares = 1.0, 1.0
+    row = tl.minimum(row, operands[11] - 1)
+    if CUT.dynamic:
+        unit = tl.load(operands[1] + row)
+    if CUT.norm_groups > 0:
+        part = tl.arange(0, CUT.norm_padded)[None, :]
+        group = tl.arange(0, CUT.norm_groups)[:, None]
+        place = (row * CUT.norm_groups + group) * CUT.norm_parts + part
+        squares = tl.load(operands[9][0] + place, mask=part < CUT.norm_parts, other=0.0)
+    return unit, squares
+
+
+@triton.jit
+def _over_slices(total, squares, epsilon, CUT: tl.constexpr):
+    """Sums [BN] of what the slices of K have, total [BN, S], each over the root mean square of its group's activations.
+
+    Numbers, not a tensor along S: its layout would be forced upon all that follows.
+    """
+    GROUPS: tl.constexpr = CUT.norm_groups
+    if GROUPS == 0:
+        y = tl.sum(total, axis=1)
+    elif GROUPS == 1:
+        y = tl.sum(total, axis=1) * tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / CUT.norm_width + epsilon)
+    else:
+        factor = tl.rsqrt(tl.sum(squares, axis=1) / CUT.norm_width + epsilon)
+        parts = tl.sum(tl.reshape(total, (CUT.tile_rows, GROUPS, CUT.slices // GROUPS)), axis=2)
+        y = tl.sum(parts * factor[None, :], axis=1)
+    return y
+
+
+@triton.jit
+def _row_sums(x_row, x_scale, squares, epsilon, tiles, scales, first_words, RELOAD: tl.constexpr,
+              CUT: tl.constexpr):  # fmt: skip
     """Sums [BN] of a tile's weights times one activation row. ``tiles``: the first ``count`` quads of every slice.
 
+    ``x_scale``: of the row's blocks, if they have scales; ``squares``, ``epsilon``: of a norm, if it is to be applied.
     Those of the next round are asked for as soon as these are used. RELOAD: the first are gone, for an earlier row.
     """
     BN: tl.constexpr = CUT.tile_rows
@@ -169,6 +214,9 @@ def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.c
     STRIDE: tl.constexpr = CUT.x_quad
     lane = tl.arange(0, 4)[None, None, :]
     x = x_row + tl.arange(0, S)[None, :, None] * (COUNT * ROUNDS * STRIDE) + lane
+    HALF_QUADS: tl.constexpr = CUT.block == 16
+    if CUT.block > 0:
+        x_unit = x_scale + tl.arange(0, S)[None, :, None] * (COUNT * ROUNDS * 32 // CUT.block)
     total = tl.zeros((BN, S, 1), tl.float32)
     whole = tl.zeros((BN, S, 1), tl.int32)
     if RELOAD:
@@ -178,18 +226,27 @@ def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.c
         for block in tl.static_range(COUNT // SAME):
             sums = tl.zeros((BN, S, 4), tl.int32 if integer or halves else tl.float32)
             lower = tl.zeros((BN, S, 4), tl.int32)
+            scaled = tl.zeros((BN, S, 1), tl.float32)
             for i in tl.static_range(SAME):
                 at = x + (around * COUNT + block * SAME + i) * STRIDE
                 tile = tiles[block * SAME + i]
-                sums = _quad_times_row(tile, sums, at, CUT.format, CUT.native)
-                if halves:
+                if HALF_QUADS:
+                    pair = x_unit + 2 * (around * COUNT + block * SAME + i) + tl.arange(0, 2)[None, None, :]
+                    first_unit, second_unit = tl.split(tl.load(pair))
+                    scaled += _half_quad(tile, 0, at, CUT) * first_unit[:, :, None]
+                    scaled += _half_quad(tile, 1, at, CUT) * second_unit[:, :, None]
+                else:
+                    sums = _quad_times_row(tile, sums, at, CUT.format, CUT.native)
+                if halves and not HALF_QUADS:
                     lower = _quad_times_row(tile, lower, at + CUT.x_length, CUT.format, CUT.native)
                 if around + 1 < ROUNDS:
                     next_quad = first_words + ((around + 1) * COUNT + block * SAME + i) * (BN * 4)
                     following = following + _load_quads(next_quad, 1, BN)  # type: ignore[assignment]
-            part = tl.sum(sums, axis=2, keep_dims=True)
-            if halves:
+            part = scaled if HALF_QUADS else tl.sum(sums, axis=2, keep_dims=True)
+            if halves and not HALF_QUADS:
                 part = small_to_float(part) * 256.0 + small_to_float(tl.sum(lower, axis=2, keep_dims=True))
+            if CUT.block >= 32:
+                part *= tl.load(x_unit + (around * COUNT + block * SAME) * 32 // CUT.block)
             if CUT.grouped:
                 scale = scales[(around * COUNT) // SAME + block].to(tl.float32)  # type: ignore[var-annotated]
                 total += (small_to_float(part) if integer else part) * scale
@@ -201,13 +258,13 @@ def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.c
     if integer and not CUT.grouped:
         return tl.sum(tl.reshape(whole, (BN, S)), axis=1).to(tl.float32)
     else:
-        return tl.sum(tl.reshape(total, (BN, S)), axis=1)
+        return _over_slices(tl.reshape(total, (BN, S)), squares, epsilon, CUT)
 
 
 @triton.jit
 def load_weights(operands, tile, CUT: tl.constexpr):
     """What a tile of output rows needs besides activations: first quads, scales of groups, factor and bias of rows."""
-    _, _, words, group_scale, factor, bias, _, _, _, _, _ = operands
+    _, _, words, group_scale, factor, bias, _, _, _, _, _, _, _ = operands
     BN: tl.constexpr = CUT.tile_rows
     S: tl.constexpr = CUT.slices
     STEP: tl.constexpr = CUT.count * CUT.rounds
@@ -241,23 +298,45 @@ def load_grid(operands, n, CUT: tl.constexpr):
 
 
 @triton.jit
-def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
-    """y [BN] of a tile for one activation row."""
-    x, x_scale, _, _, _, _, _, _, _, _, rows = operands
+def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
+    """y [BN] of a tile for one activation row. ``numbers``: ``row_numbers`` of it."""
+    x, x_scale, _, _, _, _, _, _, _, norm, _, rows, _ = operands
     first_words, tiles, scales, scale_factor, shift = weights
-    x_row = x + tl.minimum(row, rows - 1) * CUT.x_stride
-    y = _row_sums(x_row, tiles, scales, first_words, RELOAD, CUT)
-    y = y * (tl.load(x_scale + row) * scale_factor if CUT.dynamic else scale_factor)
+    row = tl.minimum(row, rows - 1)
+    x_row = x + row * CUT.x_stride
+    blocks = x_scale
+    if CUT.block > 0:
+        blocks = x_scale + row * (CUT.quads * 32 // CUT.block)
+    y = _row_sums(x_row, blocks, numbers[1], norm[1], tiles, scales, first_words, RELOAD, CUT)
+    y = y * (numbers[0] * scale_factor if CUT.dynamic else scale_factor)
     return y + shift if CUT.has_bias else y
 
 
 @triton.jit
-def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl.constexpr):
-    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them."""
-    x, _, _, _, _, _, _, out, convolution, N, rows = operands
+def _fetch_rounds(first_words, CUT: tl.constexpr):
+    """Have the quads of all rounds but the first brought to the second level of cache, slice by slice."""
+    BN: tl.constexpr = CUT.tile_rows
+    BYTES: tl.constexpr = CUT.count * (CUT.rounds - 1) * BN * 16
+    row = tl.arange(0, BN)[:, None, None]
+    start = first_words + CUT.count * (BN * 4) - row * 4  # [BN, S, 4]: the first row's, in the first word's lane
+    other = row + tl.arange(0, 4)[None, None, :]
+    tl.inline_asm_elementwise(
+        "{.reg .pred one; setp.eq.s32 one, $2, 0; @one cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
+        "=r,l,r,r", [start.to(tl.int64), tl.broadcast_to(other, start.shape), tl.full(start.shape, BYTES, tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr):
+    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them. READY: the rows are
+    there, in the first-level cache, from another tile."""
+    x, x_scale, _, _, _, _, _, out, convolution, _, N, rows, sink = operands
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
     weights = load_weights(operands, tile, CUT)
+    if CUT.ahead:
+        _fetch_rounds(weights[0], CUT)
     grid = load_grid(operands, n, CUT)
     pasts = ()
     if CUT.channels > 0:
@@ -270,14 +349,30 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl
             past = conv_history(convolution[1], convolution[0], channel, in_ring, now, row, rows, CUT.channels,
                                 CUT.width)  # fmt: skip
             pasts = pasts + (past,)  # type: ignore[assignment]  # noqa: RUF005
-    let_next_start(PDL)
-    wait_for_previous(PDL)
-    if CUT.native:
-        _into_cache(x + first_row * CUT.x_stride, CUT.x_length * (2 if CUT.format == 6 else 1))
+    gain = 0.0
+    if CUT.stream > 0:
+        gain = tl.load(sink[1] + n)
+    if not READY:
+        let_next_start(PDL)
+        wait_for_previous(PDL)
+    numbers, befores = (), ()
+    for b in tl.static_range(ROWS):
+        numbers = numbers + (row_numbers(operands, first_row + b, CUT),)  # type: ignore[assignment]  # noqa: RUF005
+        if CUT.stream > 0:
+            before = tl.load(sink[0] + tl.minimum(first_row + b, rows - 1) * CUT.stream + n)
+            befores = befores + (before,)  # type: ignore[assignment]  # noqa: RUF005
+    if CUT.cached and not READY:
+        BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block if CUT.block > 0 else 0
+        LENGTH: tl.constexpr = CUT.x_length * (2 if CUT.format == 6 else 1)
+        into_cache(x + first_row * CUT.x_stride, LENGTH, x_scale + first_row * BLOCKS, BLOCKS)
     for b in tl.static_range(ROWS):
         row = first_row + b
-        y = row_product(operands, weights, row, b > 0 and CUT.rounds > 1, CUT)
-        if row < rows:
+        y = row_product(operands, weights, numbers[b], row, b > 0 and CUT.rounds > 1, CUT)
+        if CUT.stream > 0:
+            if row < rows:
+                leave_block(befores[b] + y, gain, sink, row, tile, n, n >= 0, CUT.stream, CUT.tile_rows,
+                            CUT.stream_halves)  # fmt: skip
+        elif row < rows:
             code = _store(y, row, n, grid, out, N, rows, CUT)
             if CUT.channels > 0:
                 newest = code if CUT.ring_codes else y

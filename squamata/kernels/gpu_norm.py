@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The row-wise kernels of a decode step: residual and RMS norm; gate, gate norm and rotation."""
+"""The row-wise kernels of a decode step: RMS norm of the residual stream; gate, gate norm and rotation."""
 
 from __future__ import annotations
 
@@ -12,99 +12,50 @@ import triton.language as tl
 from torch import Tensor
 
 from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_landing import RowSite, land_halves, land_row
 from squamata.kernels.gpu_math import let_next_start, to_codes, wait_for_previous
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
 
 ROTATE_WARPS = 4
 GATE_PART, GATE_WARPS = 256, 16  # channels and warps of a program, without a rotation
-_SMALLEST_SCALE = tl.constexpr(1e-8)  # of a dynamic site, as in site.range_to_scale
-_SPAN_16 = tl.constexpr(32512.0)  # 256 * 127: a 16-bit code is 256 times one int8 plus another
-
-
-@dataclass(frozen=True)
-class RowSite:
-    """A site that a whole row lands on: float, int8 with one static scale, or int8 with the row's own scale.
-
-    ``scale`` is used with ``span`` 0; a ``span`` above 0 means dynamic: absmax / span.
-    """
-
-    quantized: bool = False
-    scale: float = 1.0
-    inverse: float = 1.0
-    low: float = -127.0
-    high: float = 127.0
-    span: float = 0.0
-    rounding: int = 0
-
-    def empty(self, rows: int, features: int, device: torch.device | str) -> Tensor:
-        """Memory for rows that land here."""
-        return torch.zeros(rows, features, dtype=torch.int8 if self.quantized else torch.float32, device=device)
+NORM_PART = 256  # channels of a program of the norm, where programs need not know all of a row
 
 
 @triton.jit
-def _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED: tl.constexpr,
-              DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr):  # fmt: skip
-    if QUANTIZED:
-        if DYNAMIC:
-            scale = tl.maximum(tl.div_rn(tl.max(tl.abs(y), axis=0), span), _SMALLEST_SCALE)
-            tl.store(out_scale + row, scale)
-            inverse = tl.div_rn(1.0, scale)
-        tl.store(out + offsets, to_codes(y, inverse, low, high, ROUNDING).to(out.dtype.element_ty), mask=mask)
-    else:
-        tl.store(out + offsets, y, mask=mask)
-
-
-@triton.jit
-def _land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
-    """y in 16 bits, its row's own scale: the upper halves first, the lower WIDTH bytes on.
-
-    The scale that is stored knows that 4-bit codes sit in the upper half of a byte (``gpu_tiles``).
-    """
-    scale = tl.maximum(largest / _SPAN_16, _SMALLEST_SCALE)
-    tl.store(out_scale + row, scale * 0.0625)
-    code = to_codes(y, 1.0 / scale, -_SPAN_16, _SPAN_16, 0)
-    upper = tl.floor((code + 128.0) * 0.00390625)
-    tl.store(out + offsets, upper.to(tl.int8), mask=mask)
-    tl.store(out + WIDTH + offsets, (code - 256.0 * upper).to(tl.int8), mask=mask)
-
-
-@triton.jit
-def _norm_kernel(h, residual, weight, out, out_scale, D, epsilon, inverse, low, high, span,
-                 FIRST: tl.constexpr, QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
+def _norm_kernel(weighted, squares, out, out_scale, D, epsilon, inverse, low, high, span, PARTS: tl.constexpr,
+                 PARTS_PADDED: tl.constexpr, QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
                  HALVES: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0)
-    column = tl.arange(0, BD)
+    """BD channels of a row."""
+    row = tl.program_id(1)
+    column = tl.program_id(0) * BD + tl.arange(0, BD)
     mask = column < D
-    gain = tl.load(weight + column, mask=mask, other=0.0)
+    part = tl.arange(0, PARTS_PADDED)
     let_next_start(PDL)
     wait_for_previous(PDL)
-    offsets = row * D + column
-    x = tl.load(h + offsets, mask=mask, other=0.0)
-    if not FIRST:
-        x += tl.load(residual + offsets, mask=mask, other=0.0)
-    tl.store(residual + offsets, x, mask=mask)
-    length = tl.rsqrt(tl.sum(x * x, axis=0) / D + epsilon)
-    y = x * length * gain
+    y = tl.load(weighted + row * D + column, mask=mask, other=0.0)
+    total = tl.sum(tl.load(squares + row * PARTS + part, mask=part < PARTS, other=0.0), axis=0)
+    y = y * tl.rsqrt(total / D + epsilon)
     if HALVES:
-        largest = tl.max(tl.abs(x * gain), axis=0) * length  # both sums over the row at once
-        _land_halves(y, largest, out, out_scale, row, row * (2 * D) + column, mask, D)
+        land_halves(y, tl.max(tl.abs(y), axis=0), out, out_scale, row, row * (2 * D) + column, mask, D)
     else:
-        _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
+        land_row(y, out, out_scale, row, row * D + column, mask, inverse, low, high, span, QUANTIZED, DYNAMIC, ROUNDING)
 
 
-def norm(h: Tensor, residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor,
-         out_scale: Tensor | None, first: bool, pdl: bool) -> None:  # fmt: skip
-    """residual += h (``first``: residual = h); out = RMS norm of it times weight, landed. float32 (rows, D).
+def norm(weighted: Tensor, squares: Tensor, epsilon: float, site: RowSite, out: Tensor, out_scale: Tensor,
+         pdl: bool) -> None:  # fmt: skip
+    """out = ``weighted`` (rows, D) / sqrt(mean square + epsilon), landed; ``squares`` (rows, parts) sum to the squares.
 
-    An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale``.
+    An ``out`` of 2 D columns takes it in 16 bits, its scale in ``out_scale`` (rows,). All float32 but ``out``.
     """
-    rows, width = h.shape
-    _norm_kernel[(rows,)](
-        h, residual, weight, out, out_scale if out_scale is not None else residual, width, epsilon,
-        site.inverse, site.low, site.high, site.span, FIRST=first, QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
-        ROUNDING=site.rounding, HALVES=out.shape[1] == 2 * width, BD=triton.next_power_of_2(width), PDL=pdl,
-        num_warps=16 if width > 2048 else 8,
+    rows, width = weighted.shape
+    halves, parts = out.shape[1] == 2 * width, squares.shape[1]
+    whole = halves or site.span > 0 or width % NORM_PART > 0  # a scale of the row's own needs all of it
+    block = triton.next_power_of_2(width) if whole else NORM_PART
+    _norm_kernel[(triton.cdiv(width, block), rows)](
+        weighted, squares, out, out_scale, width, epsilon, site.inverse, site.low, site.high, site.span, PARTS=parts,
+        PARTS_PADDED=triton.next_power_of_2(parts), QUANTIZED=site.quantized, DYNAMIC=site.span > 0,
+        ROUNDING=site.rounding, HALVES=halves, BD=block, PDL=pdl, num_warps=max(1, min(16, block // 128)),
         **_launch(pdl),
     )  # fmt: skip
 
@@ -131,6 +82,11 @@ class RotationPlan:
     @property
     def part(self) -> int:
         return int(self.left.shape[0] * self.right.shape[0])
+
+
+def norms_apart(plan: RotationPlan, groups: int) -> bool:
+    """True if the rotation's kernel takes the norm's numbers from sums of squares: one group, or groups of parts."""
+    return groups == 1 or (plan.blocks == 1 and plan.parts % groups == 0 and plan.parts & (plan.parts - 1) == 0)
 
 
 def plan_rotation(rotation: Rotation | None, size: int, device: torch.device | str) -> RotationPlan:
@@ -162,53 +118,75 @@ def _gated(y, gate, place, mask, GATED: tl.constexpr):
 
 
 @triton.jit
-def _mix_whole(row, gate, gain, signs, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr, AB: tl.constexpr,
-               GATED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _norm_of_groups(squares, row, epsilon, WIDTH, GROUPS: tl.constexpr, SQUARES: tl.constexpr,
+                    SQUARES_PADDED: tl.constexpr):  # fmt: skip
+    """1 / root mean square [GROUPS] of groups of WIDTH channels, of their sums of squares in SQUARES parts each."""
+    group, part = tl.arange(0, GROUPS)[:, None], tl.arange(0, SQUARES_PADDED)[None, :]
+    sums = tl.load(squares + (row * GROUPS + group) * SQUARES + part, mask=part < SQUARES, other=0.0)
+    return tl.rsqrt(tl.sum(sums, axis=1) / WIDTH + epsilon)
+
+
+@triton.jit
+def _mix_whole(y_rows, gate, gain, squares, signs, row, within, epsilon, E: tl.constexpr, PARTS: tl.constexpr,
+               AB: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, SQUARES: tl.constexpr,
+               SQUARES_PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One row of the mixing matrix times the parts of a whole row, normed: a part after the other, none padded.
 
-    The norm is one number, so the sum need not wait for it.
+    The norm is one number, so the sum need not wait for it. SQUARES: its parts, if the gain has been applied (else 0).
     """
     factors = ()
     for j in tl.static_range(PARTS):
-        gain_ = tl.load(gain + j * AB + within) if NORM else 1.0
+        gain_ = tl.load(gain + j * AB + within) if NORM and SQUARES == 0 else 1.0
         factors = factors + (tl.load(signs + j) * gain_,)  # type: ignore[assignment]  # noqa: RUF005
     let_next_start(PDL)
     wait_for_previous(PDL)
     parts = ()
     for j in tl.static_range(PARTS):
-        part = _gated(row, gate, j * AB + within, within >= 0, GATED)
+        part = _gated(y_rows, gate, row * E + j * AB + within, within >= 0, GATED)
         parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
-    mixed, squares = tl.zeros((AB,), tl.float32), tl.zeros((AB,), tl.float32)
+    norm = 1.0
+    if SQUARES > 0:  # after the parts have been asked for: the sum makes all warps wait
+        norm = tl.sum(_norm_of_groups(squares, row, epsilon, E, 1, SQUARES, SQUARES_PADDED), axis=0)
+    mixed, own = tl.zeros((AB,), tl.float32), tl.zeros((AB,), tl.float32)
     for j in tl.static_range(PARTS):
         mixed += parts[j] * factors[j]
-        squares += parts[j] * parts[j]
-    if NORM:
-        mixed = mixed * tl.rsqrt(tl.sum(squares, axis=0) / E + epsilon)
-    return mixed
+        own += parts[j] * parts[j]
+    if NORM and SQUARES == 0:
+        norm = tl.rsqrt(tl.sum(own, axis=0) / E + epsilon)
+    return mixed * norm
 
 
 @triton.jit
-def _mix_tile(y_rows, gate, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low, middle_high,
+def _mix_tile(y_rows, gate, gain, squares, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
+              middle_high,
               E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
               AB: tl.constexpr, BE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MIDDLE: tl.constexpr,
-              MIDDLE_ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+              MIDDLE_ROUNDING: tl.constexpr, SQUARES: tl.constexpr, SQUARES_PADDED: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
     """The same for any number of blocks and groups, and with a site in the middle."""
     block = at // PARTS
     j = tl.arange(0, PARTS_PADDED)
     signs = tl.load(mix + (at % PARTS) * PARTS + j, mask=j < PARTS, other=0.0)
     channel = (block * PARTS + j)[:, None] * AB + within[None, :]
     mask = (j < PARTS)[:, None] & (within >= 0)[None, :]
-    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM else 1.0
+    weight = tl.load(gain + channel, mask=mask, other=0.0) if NORM and SQUARES == 0 else 1.0
     let_next_start(PDL)
     wait_for_previous(PDL)
     y = _gated(y_rows, gate, row * E + channel, mask, GATED)
-    if NORM:
-        width: tl.constexpr = E // GROUPS
+    width: tl.constexpr = E // GROUPS
+    if SQUARES > 0:
+        scale = _norm_of_groups(squares, row, epsilon, width, GROUPS, SQUARES, SQUARES_PADDED)
+        if GROUPS == 1:
+            y = y * tl.sum(scale, axis=0)
+        else:
+            spread = tl.broadcast_to(scale[:, None], (GROUPS, PARTS // GROUPS))
+            y = y * tl.reshape(spread, (PARTS,))[:, None]
+    elif NORM:
         if GROUPS == 1 and PARTS * AB == E:  # the tile is the whole row
             y = y * tl.rsqrt(tl.sum(tl.sum(y * y, axis=1), axis=0) / width + epsilon)
         elif PARTS * AB == E and PARTS_PADDED % GROUPS == 0 and PARTS == PARTS_PADDED:
-            squares = tl.reshape(tl.sum(y * y, axis=1), (GROUPS, PARTS // GROUPS))
-            scale = tl.rsqrt(tl.sum(squares, axis=1) / width + epsilon)
+            own = tl.reshape(tl.sum(y * y, axis=1), (GROUPS, PARTS // GROUPS))
+            scale = tl.rsqrt(tl.sum(own, axis=1) / width + epsilon)
             spread = tl.broadcast_to(scale[:, None], (GROUPS, PARTS // GROUPS))
             y = y * tl.reshape(spread, (PARTS,))[:, None]
         else:
@@ -224,13 +202,14 @@ def _mix_tile(y_rows, gate, gain, mix, at, row, within, epsilon, middle_inverse,
 
 
 @triton.jit
-def _rotate_kernel(y, gate, gain, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
+def _rotate_kernel(y, gate, gain, squares, mix, left, right, out, out_scale, factor, epsilon, inverse, low, high, span,
                    middle_inverse, middle_scale, middle_low, middle_high,
                    E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
                    A: tl.constexpr,
                    B: tl.constexpr, BE: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr,
                    MIDDLE: tl.constexpr, MIDDLE_ROUNDING: tl.constexpr,
-                   QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   SQUARES: tl.constexpr, SQUARES_PADDED: tl.constexpr, QUANTIZED: tl.constexpr,
+                   ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One part (A * B outputs) of one row: out = H (norm(y gate) * gain) * factor, landed."""
     at = tl.program_id(0)
     row = tl.program_id(1)
@@ -238,12 +217,12 @@ def _rotate_kernel(y, gate, gain, mix, left, right, out, out_scale, factor, epsi
     H_left = tl.load(left + tl.arange(0, A)[:, None] * A + tl.arange(0, A)[None, :])
     H_right = tl.load(right + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
     if PARTS * A * B == E and GROUPS == 1 and PARTS < PARTS_PADDED and not MIDDLE:
-        mixed = _mix_whole(y + row * E, gate + row * E, gain, mix + at * PARTS, within, epsilon, E, PARTS, A * B,
-                           GATED, NORM, PDL)  # fmt: skip
+        mixed = _mix_whole(y, gate, gain, squares, mix + at * PARTS, row, within, epsilon, E, PARTS, A * B, GATED, NORM,
+                           SQUARES, SQUARES_PADDED, PDL)  # fmt: skip
     else:
-        mixed = _mix_tile(y, gate, gain, mix, at, row, within, epsilon, middle_inverse, middle_scale, middle_low,
-                          middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, GATED, NORM, MIDDLE,
-                          MIDDLE_ROUNDING, PDL)  # fmt: skip
+        mixed = _mix_tile(y, gate, gain, squares, mix, at, row, within, epsilon, middle_inverse, middle_scale,
+                          middle_low, middle_high, E, GROUPS, PARTS, PARTS_PADDED, A * B, BE, GATED, NORM, MIDDLE,
+                          MIDDLE_ROUNDING, SQUARES, SQUARES_PADDED, PDL)  # fmt: skip
     if ROTATED:
         if A == 16:
             square = tl.reshape(mixed, (A, B))
@@ -253,7 +232,7 @@ def _rotate_kernel(y, gate, gain, mix, left, right, out, out_scale, factor, epsi
             mixed = tl.sum(mixed[:, None] * H_right, axis=0)
         mixed = mixed * factor
     place = row * E + at * (A * B) + within
-    _land_row(mixed, out, out_scale, row, place, within >= 0, inverse, low, high, span, QUANTIZED, False, ROUNDING)
+    land_row(mixed, out, out_scale, row, place, within >= 0, inverse, low, high, span, QUANTIZED, False, ROUNDING)
 
 
 @triton.jit
@@ -289,9 +268,9 @@ def _gate_norm_kernel(rows, gate, gain, out, out_scale, epsilon, inverse, low, h
     if MIDDLE:
         part = to_codes(part, middle_inverse, middle_low, middle_high, MIDDLE_ROUNDING) * middle_scale
     if HALVES:
-        _land_halves(part, largest, out, out_scale, row, row * (2 * E) + own, own < E, E)
+        land_halves(part, largest, out, out_scale, row, row * (2 * E) + own, own < E, E)
     else:
-        _land_row(part, out, out_scale, row, row * E + own, own < E, inverse, low, high, span, QUANTIZED, False,
+        land_row(part, out, out_scale, row, row * E + own, own < E, inverse, low, high, span, QUANTIZED, False,
                   ROUNDING)  # fmt: skip
 
 
@@ -312,10 +291,11 @@ def _gate_norm(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: flo
 
 def rotate(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: float, groups: int,
            plan: RotationPlan, middle: RowSite, site: RowSite, out: Tensor, out_scale: Tensor,
-           pdl: bool) -> None:  # fmt: skip
+           pdl: bool, squares: Tensor | None = None) -> None:  # fmt: skip
     """y gate, RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site``.
 
-    ``site`` is not dynamic.
+    ``site`` is not dynamic. ``squares``: float32 (rows, parts), if y is gated and times ``gain`` already:
+    the sums of its squares before that; of several groups only where ``norms_apart``.
 
     Without a rotation, an ``out`` of 2 E columns takes it in 16 bits, its scale in ``out_scale`` (rows,).
     """
@@ -324,13 +304,16 @@ def rotate(y: Tensor, gate: Tensor | None, gain: Tensor | None, epsilon: float, 
         _gate_norm(y, gate, gain, epsilon, groups, middle, site, out, out_scale, pdl)
         return
     a, b = plan.left.shape[0], plan.right.shape[0]
+    parts = 0 if squares is None else squares.shape[1] // groups
     _rotate_kernel[(plan.blocks * plan.parts, rows)](
-        y, gate if gate is not None else y, gain if gain is not None else y, plan.mix, plan.left, plan.right, out, y,
+        y, gate if gate is not None else y, gain if gain is not None else y, y if squares is None else squares,
+        plan.mix, plan.left, plan.right, out, y,
         plan.factor, epsilon, site.inverse, site.low, site.high, site.span, middle.inverse, middle.scale, middle.low,
         middle.high, E=width, GROUPS=groups, PARTS=plan.parts, PARTS_PADDED=triton.next_power_of_2(plan.parts), A=a,
         B=b, BE=triton.next_power_of_2(width // groups), GATED=gate is not None, NORM=gain is not None,
         ROTATED=plan.rotated, MIDDLE=middle.quantized, MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized,
-        ROUNDING=site.rounding, PDL=pdl, num_warps=ROTATE_WARPS, **_launch(pdl),
+        ROUNDING=site.rounding, SQUARES=parts, SQUARES_PADDED=triton.next_power_of_2(max(1, parts)), PDL=pdl,
+        num_warps=ROTATE_WARPS, **_launch(pdl),
     )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from squamata.errors import SquamataError
 from squamata.kernels.gpu_gemm import permuted
 from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_landing import RowSite, land_row
 from squamata.kernels.gpu_math import as_float, silu, take_turn, to_codes, to_int8
-from squamata.kernels.gpu_norm import RowSite, _land_row, _launch
+from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_scan import InputPlan
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
@@ -36,7 +37,7 @@ def _norm_kernel(residual, weight, out, out_scale, D, epsilon, inverse, low, hig
     gain = tl.load(weight + column, mask=mask, other=0.0)
     y = x * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=0) / D + epsilon)) * gain
     if QUANTIZED:
-        _land_row(y, out, out_scale, row, row * D + column, mask, inverse, low, high, span, True, DYNAMIC, ROUNDING)
+        land_row(y, out, out_scale, row, row * D + column, mask, inverse, low, high, span, True, DYNAMIC, ROUNDING)
     else:
         tl.store(out + row * D + permuted(column, FORMAT), y.to(out.dtype.element_ty), mask=mask)
 

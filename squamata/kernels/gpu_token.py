@@ -12,8 +12,9 @@ from torch import Tensor
 
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu_landing import SMALLEST_SCALE
 from squamata.kernels.gpu_math import byte_to_float, dot4, pack_bytes, rounded_bits, softplus, take_turn
-from squamata.kernels.gpu_norm import _SMALLEST_SCALE, _launch
+from squamata.kernels.gpu_norm import _launch
 from squamata.kernels.gpu_scan import InputPlan, StatePlan, _store_state
 
 CHANNELS, WARPS = 32, 2  # of a head, a program
@@ -133,7 +134,7 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
             new = new + (byte_to_float(s, j, NATIVE) * ratio + B[j],)  # type: ignore[assignment]  # noqa: RUF005
         one, two, three, four = new  # type: ignore[misc]
         largest = tl.maximum(tl.maximum(tl.abs(one), tl.abs(two)), tl.maximum(tl.abs(three), tl.abs(four)))
-        scale = tl.maximum(tl.max(largest, axis=1) * (size * span_inverse), _SMALLEST_SCALE)
+        scale = tl.maximum(tl.max(largest, axis=1) * (size * span_inverse), SMALLEST_SCALE)
         tl.store(scale_at + block * BP, scale)
         inverse = (unit / scale)[:, None]
         codes = ()

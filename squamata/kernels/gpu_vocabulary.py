@@ -10,18 +10,22 @@ from torch import Tensor
 
 from squamata.kernels.gpu_math import let_next_start, wait_for_previous
 from squamata.kernels.gpu_norm import _launch
+from squamata.kernels.gpu_stream import Sink, leave_block
 
 GREEDY_PART = 1024  # logits a program
 
 
 @triton.jit
-def _embed_kernel(ids, table, scale, out, D, CODES: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
-    """CODES: 0 float table, 8 int8, 4 int4 (canonical nibbles); ``scale``: float32, one a row of the table."""
+def _embed_kernel(ids, table, scale, out, sink, D: tl.constexpr, CODES: tl.constexpr, BD: tl.constexpr,
+                  STREAM: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """BD channels of a row. CODES: 0 float table, 8 int8, 4 int4 (canonical nibbles); ``scale``: float32, one a row of
+    the table."""
     row = tl.program_id(0)
+    block = tl.program_id(1)
     let_next_start(PDL)
     wait_for_previous(PDL)
     token = tl.load(ids + row).to(tl.int64)
-    column = tl.arange(0, BD)
+    column = block * BD + tl.arange(0, BD)
     mask = column < D
     if CODES == 4:
         packed = tl.load(table + token * (D // 2) + column // 2, mask=mask, other=0).to(tl.int32)
@@ -31,16 +35,26 @@ def _embed_kernel(ids, table, scale, out, D, CODES: tl.constexpr, BD: tl.constex
     value = value.to(tl.float32)
     if CODES > 0:
         value = value * tl.load(scale + token)
-    tl.store(out + row * D + column, value, mask=mask)
+    if STREAM:
+        gain = tl.load(sink[1] + column, mask=mask, other=0.0)
+        leave_block(value, gain, sink, row, block, column, mask, D, BD, HALVES)
+    else:
+        tl.store(out + row * D + column, value, mask=mask)
 
 
-def embed(ids: Tensor, table: Tensor, scale: Tensor | None, out: Tensor, pdl: bool) -> None:
-    """Rows of the embedding, dequantized: ids int64 (rows,) -> float32 (rows, D)."""
+def embed(ids: Tensor, table: Tensor, scale: Tensor | None, out: Tensor | Sink, pdl: bool) -> None:
+    """Rows of the embedding (or of any table), dequantized: ids int64 (rows,) -> float32 (rows, D).
+
+    ``out``: memory, or a residual stream that begins with them.
+    """
+    sink, out = (out, out.stream) if isinstance(out, Sink) else (None, out)
     rows, width = out.shape
+    part = triton.next_power_of_2(width) if sink is None else sink.channels
     kinds = {torch.int8: 8, torch.uint8: 4}
-    _embed_kernel[(rows,)](
-        ids, table, scale if scale is not None else out, out, width, CODES=kinds.get(table.dtype, 0),
-        BD=triton.next_power_of_2(width), PDL=pdl, num_warps=4, **_launch(pdl),
+    _embed_kernel[(rows, triton.cdiv(width, part))](
+        ids, table, scale if scale is not None else out, out, (out,) if sink is None else sink.operands, width,
+        CODES=kinds.get(table.dtype, 0), BD=part, STREAM=sink is not None, HALVES=sink is not None and sink.halves,
+        PDL=pdl, num_warps=4 if sink is None else 1, **_launch(pdl),
     )  # fmt: skip
 
 
@@ -58,7 +72,7 @@ def _best_kernel(logits, best, where, V, PARTS: tl.constexpr, BV: tl.constexpr, 
 
 
 @triton.jit
-def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
+def _pick_kernel(best, where, ids, position, steps, advance, PARTS: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0)
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -68,18 +82,23 @@ def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: t
     tl.store(ids + row, tl.load(where + row * PARTS + winner).to(tl.int64))
     if row == 0:
         tl.store(position, tl.load(position) + advance)
+        if steps is not None:
+            tl.store(steps, tl.load(steps) + 1)
 
 
 def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position: Tensor, pdl: bool,
-           advance: int = 1) -> None:  # fmt: skip
-    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32, int32 (rows, parts)."""
+           advance: int = 1, steps: Tensor | None = None) -> None:  # fmt: skip
+    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32, int32 (rows, parts).
+
+    ``steps``: int64 (1,), += 1.
+    """
     rows, vocabulary = logits.shape
     parts = scratch[0].shape[1]
     _best_kernel[(parts, rows)](
         logits, *scratch, vocabulary, PARTS=parts, BV=GREEDY_PART, PDL=pdl, num_warps=4, **_launch(pdl)
     )
     _pick_kernel[(rows,)](
-        *scratch, ids, position, advance, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1,
+        *scratch, ids, position, steps, advance, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1,
         **_launch(pdl),
     )  # fmt: skip
 

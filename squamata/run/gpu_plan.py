@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any
+from dataclasses import replace
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -11,21 +11,12 @@ from torch import Tensor
 from squamata.errors import SquamataError
 from squamata.kernels.conv_selective_scan import SelectiveScanLayer
 from squamata.kernels.conv_ssd_scan import SSDScanLayer
-from squamata.kernels.decode.triton import (
-    Buffers,
-    DecodePlan,
-    InputStage,
-    LayerState,
-    Mamba1Layer,
-    Mamba2Layer,
-    OutputStage,
-    Projection,
-    ScanParameters,
-)
+from squamata.kernels.decode.gpu_stages import Buffers, InputStage, LayerState, OutputStage, Projection, ScanParameters
+from squamata.kernels.decode.triton import SSD_CHANNELS, DecodePlan, Mamba1Layer, Mamba2Layer
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_gemv import Landing, Shape, choose_shape
 from squamata.kernels.gpu_math import ROUNDINGS
-from squamata.kernels.gpu_norm import RowSite, plan_rotation
+from squamata.kernels.gpu_norm import norms_apart, plan_rotation
 from squamata.kernels.gpu_parts import PartNorms
 from squamata.kernels.gpu_rows import RowRotation, plan_row_rotation
 from squamata.kernels.gpu_scan import InputPlan, StatePlan
@@ -40,6 +31,16 @@ from squamata.models.block import Block
 from squamata.models.lm import LanguageModel
 from squamata.models.mamba1 import Mamba1
 from squamata.models.mamba2 import Mamba2
+from squamata.run.gpu_refusals import (
+    check_site,
+    check_static,
+    check_weight,
+    common_rounding,
+    landing_rounding,
+    row_site,
+)
+
+BLOCKS_16 = (16, 32, 64, 128)  # channels that may share a scale in 16 bits
 
 
 class Planner:
@@ -62,10 +63,15 @@ class Planner:
                 check_weight(value)
         buffers = Buffers(self.batch, model.config.d_model, self.device, self.pdl)
         layers = [self.layer(block) for block in model.blocks]
+        tiles = [layer.exit.projection.linear.tile_rows for layer in layers]
+        layers = [
+            replace(layer, entry=replace(layer.entry, lands=self.lands(layer.entry.projection, size)))
+            for layer, size in zip(layers, tiles[:1] + tiles, strict=False)
+        ]
         head = InputStage(
             self.floats(model.final_norm),
             model.config.norm_epsilon,
-            self.projection(model.head, model.head_site, (None,)),
+            self.projection(model.head, model.head_site, (None,), halves=True),
         )
         table, scale = model.embedding, None
         if isinstance(table, QTensor):
@@ -110,7 +116,14 @@ class Planner:
             scan_proj=entry.projection.part(inner, entry.projection.linear.rows),
             conv=conv,
             scan=self.scan(scan, sites["state"], inputs),
-            exit=self.exit(block, block.gate_norm.weight, config.gate_norm_epsilon, config.n_groups),
+            exit=self.exit(
+                block,
+                block.gate_norm.weight,
+                config.gate_norm_epsilon,
+                config.n_groups,
+                min(SSD_CHANNELS, config.head_dim),
+                entry.projection.halves,
+            ),
             state=self.state(channels, config.d_conv, entry.projection, sites["state"], shape),
             starts=(0, inner + channels),
             groups=config.n_groups,
@@ -138,6 +151,9 @@ class Planner:
             width, parts = int(scan.x_proj.weight.shape[0]), (config.dt_rank, config.d_state, config.d_state)
             norms = PartNorms(scan.bcdt_norm_epsilon, parts, self.landing(scan.x_proj, low, width, (0, 0)))
         x_proj = self.projection(scan.x_proj, sites["u"], low if norms is None else (None,))
+        dt_proj = self.projection(
+            scan.dt_proj, sites["dt_low"], (sites["dt"],), least_rows=16 if entry.projection.halves else 8
+        )
         shape = (self.batch, inner, config.d_state)
         inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
         return Mamba1Layer(
@@ -146,24 +162,51 @@ class Planner:
             z_proj=entry.projection.part(inner, 2 * inner),
             conv=self.convolution(scan, [sites["x"]], [sites["u"]]),
             x_proj=x_proj,
-            dt_proj=self.projection(scan.dt_proj, sites["dt_low"], (sites["dt"],)),
+            dt_proj=dt_proj,
             scan=self.scan(scan, sites["state"], inputs),
-            exit=self.exit(block, None, 0.0, 1),
+            exit=self.exit(block, None, 0.0, 1, dt_proj.shape.tile_rows, entry.projection.halves),
             state=self.state(inner, config.d_conv, entry.projection, sites["state"], shape),
             z_start=inner,
             low_rank=config.dt_rank,
             norms=norms,
         )
 
-    def exit(self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int) -> OutputStage:
+    def exit(
+        self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int, channels: int, halves: bool
+    ) -> OutputStage:
+        """``channels``: of a program of the scan; ``halves``: in_proj takes 16 bits, a scale a tile of out_proj."""
         rotation = plan_rotation(block.out_rotation, block.config.d_inner, self.device)
-        projection = self.projection(block.out_proj, block.sites["out"], (None,), halves=block.out_rotation is None)
+        projection = self.projection(
+            block.out_proj,
+            block.sites["out"],
+            (None,),
+            halves=block.out_rotation is None,
+            least_rows=min(BLOCKS_16) if halves else 8,
+            whole=True,
+        )
         if projection.site.span > 0:
             raise SquamataError("the GPU kernels take a static scale before out_proj, not one a token")
         middle = row_site(block.sites["y"])
         gain = None if gain is None else self.floats(gain)
         rows = self.row_rotation(block.out_rotation, block.config.d_inner, int(projection.linear.format))
-        return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection)
+        alone = rotation.rotated or middle.quantized or projection.site.quantized
+        alone = alone or (gain is not None and not self.norm_fits(projection, groups, channels))
+        alone = alone or (projection.halves and channels not in BLOCKS_16)
+        gates = rotation.rotated and gain is not None and not middle.quantized and norms_apart(rotation, groups)
+        gates = gates and (projection.linear.columns // groups) % channels == 0
+        left, gated = 0 if alone else channels, channels if gates else 0
+        return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection, left, gated)
+
+    @staticmethod
+    def lands(projection: Projection, channels: int) -> bool:
+        """True if a product's row, left by programs of ``channels`` each, needs a kernel that lands it."""
+        return projection.site.quantized or (projection.halves and channels not in BLOCKS_16)
+
+    @staticmethod
+    def norm_fits(projection: Projection, groups: int, channels: int) -> bool:
+        """True if a product can apply a norm in groups to its input: each of its slices of K lies in one."""
+        width = projection.linear.columns // groups
+        return width % channels == 0 and projection.shape.slices % groups == 0 and groups & (groups - 1) == 0
 
     def row_rotation(self, rotation: Rotation | None, size: int, format: int) -> RowRotation:
         """The rotation for many rows; layers with the same one share its matrices."""
@@ -189,9 +232,11 @@ class Planner:
         ring: tuple[int, int] = (0, 0),
         halves: bool = False,
         apart: int = 0,
+        least_rows: int = 8,
+        whole: bool = False,
     ) -> Projection:
         """A product's plan: packed weight, scale of the input, and where its rows land. ``apart``: its first rows,
-        which are also a product of their own.
+        which are also a product of their own. ``least_rows``: of a tile; ``whole``: tiles divide the rows.
 
         ``halves``: what writes its input can leave it in 16 bits, which is fast where few sequences meet 4-bit weights.
         """
@@ -203,7 +248,9 @@ class Planner:
             )
         halves = halves and self.bfloat16 and self.batch <= FEW_SEQUENCES
         format = weight_format(layer, site.quantized, self.bfloat16, halves)
-        shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format, apart)
+        shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format, apart, least_rows)
+        if whole:
+            shape = replace(shape, tile_rows=gcd(shape.tile_rows, int(layer.weight.shape[0])))
         if self.batch > FEW_SEQUENCES:
             shape = Shape(1, shape.slices)  # whole rows, as the products of many rows want them
         linear = tile_linear(layer, format, shape.tile_rows, self.device)
@@ -298,66 +345,3 @@ class Planner:
         ring = torch.zeros(slots, self.batch, channels, dtype=kind, device=self.device)
         dtype = torch.int8 if site.quantized else self.state_dtype
         return LayerState(ring, torch.zeros(shape, dtype=dtype, device=self.device))
-
-
-def check_site(site: Site) -> None:
-    """SquamataError for a site that a fused kernel would pass over: observed, simulated, or in a format it lacks.
-
-    All that the kernels ask of every site; what one place asks besides is how its scale is made (``check_static``) and
-    how many there are (``row_site``).
-    """
-    if site.observer is not None or site.mode == "observe":
-        raise SquamataError(f"{site.name} is being observed, which the fused GPU kernels would not show: use the CPU")
-    spec = site.spec if site.quantized else None
-    if spec is None:
-        return
-    if site.mode == "simulate":
-        raise SquamataError(f"{site.name} is simulated; the GPU kernels run integers: load the model in that mode")
-    if not (spec.linear_grid and spec.symmetric):
-        raise SquamataError(f"{site.name}: the GPU kernels take symmetric int8 sites only, not {spec.describe()}")
-    if not spec.dynamic and site.scale is None:
-        raise SquamataError(f"{site.name} has no scale: calibrate first")
-
-
-def check_weight(value: QTensor) -> None:
-    """SquamataError for a weight in a format that the kernels lack."""
-    if value.simulated or not value.spec.linear_grid:
-        raise SquamataError(f"the GPU kernels take integer weights on a linear grid, not {value.spec.describe()}")
-
-
-def row_site(site: Site) -> RowSite:
-    """A site whose rows have one scale each, or all the same. SquamataError for another granularity."""
-    if not site.quantized:
-        return RowSite()
-    spec = site.spec
-    assert spec is not None
-    low, high = (float(bound) for bound in spec.code_range)
-    rounding = ROUNDINGS[spec.rounding]
-    if spec.dynamic:
-        if spec.granularity.axes != ("token",):
-            raise SquamataError(f"{site.name}: a dynamic scale on the GPU is one a token, not per {spec.granularity}")
-        return RowSite(True, 1.0, 1.0, low, high, spec.span, rounding)
-    scale, inverse, _ = site.expanded()
-    if scale.numel() != 1:
-        raise SquamataError(f"{site.name}: the GPU kernels take one scale here, not per {spec.granularity}")
-    return RowSite(True, float(scale), float(inverse), low, high, 0.0, rounding)
-
-
-def check_static(site: Site) -> None:
-    """SquamataError unless the site's scale is known beforehand."""
-    assert site.spec is not None
-    if site.spec.dynamic:
-        raise SquamataError(f"{site.name}: the GPU kernels take a static scale here, not {site.spec.describe()}")
-
-
-def landing_rounding(sites: list[Site]) -> int:
-    """The rounding of some sites of which any is quantized, else -1."""
-    return common_rounding(tuple(sites)) if any(site.quantized for site in sites) else -1
-
-
-def common_rounding(sites: tuple[Site | None, ...]) -> int:
-    """The one rounding of some sites. SquamataError if they differ."""
-    found: set[Any] = {site.spec.rounding for site in sites if site is not None and site.quantized and site.spec}
-    if len(found) > 1:
-        raise SquamataError(f"the GPU kernels want one rounding for {', '.join(site.name for site in sites if site)}")
-    return ROUNDINGS[found.pop()] if found else 0

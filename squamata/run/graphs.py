@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squamata.errors import SquamataError
-from squamata.kernels.decode.triton import Kernel
+from squamata.kernels.decode.gpu_stages import Kernel
 from squamata.kernels.gpu_gemv import INTERPRETED
 from squamata.kernels.prefill.triton import FEW_SEQUENCES, SequencePlan, Workspace
 from squamata.kernels.qtensor import QTensor

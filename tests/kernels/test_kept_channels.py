@@ -22,7 +22,7 @@ from squamata.kernels.site import Mode, Site
 from squamata.models.lm import LanguageModel
 from squamata.quantize.rtn import round_to_nearest
 from squamata.run.decode_plan import NotPlannableError, plan_model
-from squamata.run.gpu_plan import check_site
+from squamata.run.gpu_refusals import check_site
 from squamata.save.read import read_checkpoint
 from squamata.spec.quant import QuantSpec
 

@@ -28,7 +28,8 @@ from squamata.kernels.gpu_gemv import (
     gemv_pair,
     product,
 )
-from squamata.kernels.gpu_norm import RowSite, plan_rotation, rotate
+from squamata.kernels.gpu_landing import RowSite
+from squamata.kernels.gpu_norm import plan_rotation, rotate
 from squamata.kernels.gpu_tiles import Format, tile_linear
 from squamata.kernels.gpu_vocabulary import greedy, greedy_scratch
 from squamata.kernels.hadamard import Rotation

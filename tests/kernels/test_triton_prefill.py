@@ -21,7 +21,7 @@ from squamata.kernels.gpu_configs import Config
 from squamata.kernels.gpu_expand import as_rows, expand, finish_sums, multiply, rows_of, scratch_bytes
 from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm, permuted
 from squamata.kernels.gpu_gemv import Landing, choose_shape
-from squamata.kernels.gpu_norm import RowSite
+from squamata.kernels.gpu_landing import RowSite
 from squamata.kernels.gpu_rows import plan_row_rotation, rotate_rows
 from squamata.kernels.gpu_scan import InputPlan
 from squamata.kernels.gpu_tiles import Format, TiledLinear, tile_linear

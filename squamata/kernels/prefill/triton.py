@@ -13,17 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from squamata.kernels.decode.triton import (
-    Buffers,
-    DecodePlan,
-    InputStage,
-    Kernel,
-    Mamba1Layer,
-    Mamba2Layer,
-    OutputStage,
-    Projection,
-    finish,
-)
+from squamata.kernels.decode.gpu_stages import Buffers, InputStage, Kernel, OutputStage, Projection, finish
+from squamata.kernels.decode.triton import DecodePlan, Mamba1Layer, Mamba2Layer
 from squamata.kernels.gpu_configs import PACKED
 from squamata.kernels.gpu_expand import (
     OPERAND,
@@ -309,7 +300,7 @@ class SequencePlan:
         work = self.work
         yield "last", self._take_last
         if work.batch <= FEW_SEQUENCES:
-            yield from finish(head, self.plan.logits, buffers, first=True)
+            yield from finish(head, self.plan.streams[-1], self.plan.logits, buffers)
             return
         site, linear = head.projection.site, head.projection.linear
         dtype = torch.int8 if linear.format.integer_activations else work.float
@@ -328,8 +319,9 @@ class SequencePlan:
         )
 
     def _take_last(self) -> None:
-        """The residual of every sequence's last token: ``buffers.h``."""
+        """The residual stream of every sequence's last token: ``buffers.h``, and as the head wants it."""
         work = self.work
         torch.add(work.offsets, work.lengths, out=work.last)
         work.last.clamp_(min=0)  # a sequence without tokens has no last one
-        torch.index_select(work.residual, 0, work.last, out=self.plan.buffers.h)
+        out = self.plan.streams[-1] if work.batch <= FEW_SEQUENCES else self.plan.buffers.h
+        embed(work.last, work.residual, None, out, pdl=False)
