@@ -71,7 +71,6 @@ class Cut:
     (0: the row). ``x_quad``: words of them that meet a quad. ``rows``: activation rows a program.
     ``norm_groups``: of ``norm_width`` activations each, whose norm is still to be applied (0: none); their squares come
     summed in ``norm_parts`` parts a group (``norm_padded``: the next power of two).
-    ``ahead``: before it waits, a program has its later rounds brought to the second level of cache.
     ``gate``: what is stored is SiLU(y), y as its site represents it, instead of y. ``width``: slots of the ring and
     taps of the convolution that its channels, ``split`` of u first, go through at once (1: none); ``conv_codes``: its
     outputs are stored as codes. ``stream``: width of the residual stream that the outputs are added to (0: none).
@@ -109,7 +108,6 @@ class Cut:
     any_values: bool
     ring_codes: bool
     gate: bool
-    ahead: bool
     native: bool
     stream: int
     stream_halves: bool
@@ -313,21 +311,6 @@ def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.c
 
 
 @triton.jit
-def _fetch_rounds(first_words, CUT: tl.constexpr):
-    """Have the quads of all rounds but the first brought to the second level of cache, slice by slice."""
-    BN: tl.constexpr = CUT.tile_rows
-    BYTES: tl.constexpr = CUT.count * (CUT.rounds - 1) * BN * 16
-    row = tl.arange(0, BN)[:, None, None]
-    start = first_words + CUT.count * (BN * 4) - row * 4  # [BN, S, 4]: the first row's, in the first word's lane
-    other = row + tl.arange(0, 4)[None, None, :]
-    tl.inline_asm_elementwise(
-        "{.reg .pred one; setp.eq.s32 one, $2, 0; @one cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
-        "=r,l,r,r", [start.to(tl.int64), tl.broadcast_to(other, start.shape), tl.full(start.shape, BYTES, tl.int32)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr):
     """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them. READY: the rows are
     there, in the first-level cache, from another tile."""
@@ -335,8 +318,6 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: 
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
     weights = load_weights(operands, tile, CUT)
-    if CUT.ahead:
-        _fetch_rounds(weights[0], CUT)
     grid = load_grid(operands, n, CUT)
     pasts = ()
     if CUT.channels > 0:

@@ -24,7 +24,6 @@ INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 MOST_QUADS = 20
 MOST_QUADS_OF = {Format.INT4_INT8: 10, Format.INT4_INT16: 8}
 FEW_PROGRAMS, FEW_QUADS_OF = 400, {Format.INT8_INT8: 10}
-AHEAD = False
 CACHED, MOST_REGISTERS, MOST_FLOAT_REGISTERS = True, None, None
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
@@ -296,7 +295,7 @@ def product(
         has_bias=linear.bias is not None, rounding=land.rounding, any_codes=land.any_codes,
         any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, stream=0 if sink is None else linear.rows,
         cached=CACHED and not INTERPRETED, stream_halves=sink is not None and sink.halves,
-        ahead=AHEAD and quads_per_slice > count and not INTERPRETED, native=not INTERPRETED,
+        native=not INTERPRETED,
         **_ring_cut(land, convolution),
     )  # fmt: skip
     scale = blocks.scale if blocks is not None and block else x_scale
