@@ -164,7 +164,9 @@ class Shape:
 
 
 def choose_shape(rows: int, columns: int, format: Format, apart: int = 0, least: int = 8) -> Shape:
-    """The cut for a weight (rows, columns); its first rows ``apart`` are a product of their own; tiles of ``least`` rows.
+    """The cut for a weight (rows, columns); its first rows ``apart`` are a product of their own.
+
+    Tiles have ``least`` rows at least.
 
     A rule that comes within a tenth of the best cut of every shape measured (H200, docs/log.md): 256 threads a program
     where K allows it, three quads a thread at least, some 200 programs at least.
@@ -216,7 +218,7 @@ def _ring_cut(land: Landing, convolution: Convolution | None) -> dict[str, Any]:
     }
 
 
-def _norm_cut(columns: int, blocks: Blocks | None) -> dict[str, int]:
+def _norm_cut(columns: int, blocks: Blocks | None) -> dict[str, Any]:
     """Of ``Cut``: the norm that is still to be applied."""
     if blocks is None or blocks.squares is None:
         return {"norm_groups": 0, "norm_parts": 0, "norm_padded": 0, "norm_width": 0}
@@ -265,7 +267,8 @@ def product(
     cut = Cut(
         format=int(linear.format), tile_rows=linear.tile_rows, slices=shape.slices, count=count,
         rounds=quads_per_slice // count, same=same, quads=linear.quads, quads_per_scale=linear.quads_per_scale,
-        block=block, **_norm_cut(linear.columns, blocks), rows=per_program, x_stride=x.stride(0) // 4 if integer else x.stride(0),
+        block=block, **_norm_cut(linear.columns, blocks), rows=per_program,
+        x_stride=x.stride(0) // 4 if integer else x.stride(0),
         x_length=linear.columns // 4 if integer else linear.columns,
         x_quad=linear.format.quad // (4 if integer else 1), grouped=grouped, dynamic=x_scale is not None,
         has_bias=linear.bias is not None, rounding=land.rounding, any_codes=land.any_codes,
@@ -291,14 +294,12 @@ def gemv(made: Product, position: Tensor, pdl: bool) -> None:
     )  # fmt: skip
 
 
-def gemv_pair(
-    first: Product, second: Product, position: Tensor, pdl: bool, counter: Tensor | None = None
-) -> None:
+def gemv_pair(first: Product, second: Product, position: Tensor, pdl: bool, counter: Tensor | None = None) -> None:
     """Launch two products for the same rows at once, neither of which waits for the other.
 
     ``counter``: int64 (1,), raised by ``first.programs``, for the next kernel (``Count``).
     """
     _gemv_pair[(first.tiles + second.tiles, first.row_blocks)](
-        first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut, PDL=pdl,
-        num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
+        first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut,
+        PDL=pdl,        num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -130,10 +130,7 @@ def _ssd_kernel(mixed, entered, head_tables, grid, state, after, blocks, out, N_
     s = _load_state(state, place, mask, _load_grid(grid, scale_place, every, QUANTIZED), QUANTIZED)
     decay_rate, shift, through = tl.load(A + head), tl.load(dt_bias + head), tl.load(skip + head)
     dt_unit = tl.load(dt_scale + head)
-    gain = 1.0
-    if BLOCKS:
-        if blocks[1] is not None:
-            gain = tl.load(blocks[1] + channel)
+    gain = tl.load(blocks[1] + channel) if BLOCKS else 1.0
     wait_for_programs(after, wanted_programs(after), PDL, NATIVE)  # not for the state, which the last step wrote
     let_next_start(PDL)  # not earlier: programs of the product after next would take places (measured)
     dt = _read(entered[0], entered[1], dt_unit, row * N_OUT + DT_START + head, head >= 0, DT_CODES)
@@ -171,7 +168,7 @@ def ssd_step(mixed: Tensor, entered: tuple[Tensor, Tensor], dt: InputPlan, table
     """Mamba-2: out (B, E) = scan + skip; ``state`` (B, H, P, N) is updated. ``blocks``: gated and landed so in ``out``.
 
     ``mixed``: float32 (B, E + 2 G N), u, B and C; ``entered``: codes and values of rows of in_proj, of dt from
-    ``dt_start``; ``tables``: dt_bias, A and skip (H,). They are there when ``after`` (None: the kernel before) has come.
+    ``dt_start``; ``tables``: dt_bias, A and skip (H,). They are there when ``after`` (None: what came before) has come.
     """
     rows, heads, head_dim, states = state.shape
     _ssd_kernel[(heads * head_dim // channels, rows)](
@@ -276,7 +273,8 @@ def selective_step(u: Tensor, gate: Tensor, dt: Product, low: tuple[Tensor, Tens
     units = (inputs["u"].scale, tables[0] if coarse is None else coarse)
     _selective_kernel[(dt.tiles, rows)](
         dt.operands, u, gate, low, (*units, *tables), inputs["BC"].scale, _grid(grid, gate), state,
-        *_optional(after, blocks), out, low[0].shape[1], B_START=b_start, E=channels, N=states, BN=triton.next_power_of_2(states),
+        *_optional(after, blocks), out, low[0].shape[1], B_START=b_start, E=channels, N=states,
+        BN=triton.next_power_of_2(states),
         U_CODES=inputs["u"].codes, U_FLAGGED=coarse is not None, B_CODES=inputs["BC"].codes, **_grid_cut(grid),
         HALVES=blocks is not None and blocks.scale is not None, CUT=dt.cut, NATIVE=not INTERPRETED, PDL=pdl,
         num_warps=dt.warps, **_launch(pdl),

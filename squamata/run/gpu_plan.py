@@ -112,7 +112,11 @@ class Planner:
             conv=conv,
             scan=self.scan(scan, sites["state"], inputs),
             exit=self.exit(
-                block, block.gate_norm.weight, config.gate_norm_epsilon, config.n_groups, min(SSD_CHANNELS, config.head_dim)
+                block,
+                block.gate_norm.weight,
+                config.gate_norm_epsilon,
+                config.n_groups,
+                min(SSD_CHANNELS, config.head_dim),
             ),
             state=self.state(channels, config.d_conv, entry.projection, sites["state"], shape),
             starts=(0, inner + channels),
@@ -141,7 +145,8 @@ class Planner:
             width, parts = int(scan.x_proj.weight.shape[0]), (config.dt_rank, config.d_state, config.d_state)
             norms = PartNorms(scan.bcdt_norm_epsilon, parts, self.landing(scan.x_proj, low, width, (0, 0)))
         x_proj = self.projection(scan.x_proj, sites["u"], low if norms is None else (None,))
-        dt_proj = self.projection(scan.dt_proj, sites["dt_low"], (sites["dt"],), least_rows=16 if entry.projection.halves else 8)
+        least = 16 if entry.projection.halves else 8
+        dt_proj = self.projection(scan.dt_proj, sites["dt_low"], (sites["dt"],), least_rows=least)
         shape = (self.batch, inner, config.d_state)
         inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
         return Mamba1Layer(

@@ -93,9 +93,7 @@ class Projection:
         """The product for these rows, to be launched. ``blocks``: how the scan has left ``x``."""
         scale = buffers.row_scale if self.site.span > 0 or self.halves else None
         outputs = (out.codes, out.values)
-        return product(
-            x, scale, self.linear, self.factor, self.landing, outputs, convolution, self.shape, gate, blocks
-        )
+        return product(x, scale, self.linear, self.factor, self.landing, outputs, convolution, self.shape, gate, blocks)
 
     def run(self, x: Tensor, out: Outputs, buffers: Buffers, blocks: Blocks | None = None) -> None:
         """Launch the product."""
@@ -233,8 +231,7 @@ class Mamba1Layer:
     def kernels(self, buffers: Buffers, first: bool, counter: Tensor | None = None) -> Iterator[Kernel]:
         """What the layer launches, in order. ``counter``: its own, if all of it is launched, in a step."""
         inner = self.exit.projection.linear.columns
-        if self.norms is not None:
-            counter = None  # the scan waits for the norms
+        counter = None  # x_proj has few programs and z beside it: to count them costs more than it gains (docs/log.md)
         x = self.entry.projection.input("normed", buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
         gate, gated = buffers.get("gate", inner), buffers.get("gated", inner)
