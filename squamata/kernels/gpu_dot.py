@@ -80,8 +80,10 @@ class Cut:
     """What the kernel of a product is compiled for: S ``slices`` of K side by side, each ``count`` * ``rounds`` quads.
 
     ``same`` neighbouring quads share a scale and are summed before it is applied. Activations of 16 bits are two rows
-    of int8, ``x_length`` words apart: 256 times the first plus the second. ``x_quad``: words of
-    them that meet a quad. ``rows``: activation rows a program.
+    of int8, ``x_length`` words apart: 256 times the first plus the second; ``block`` neighbouring ones share a scale
+    (0: the row). ``x_quad``: words of them that meet a quad. ``rows``: activation rows a program.
+    ``norm_groups``: of ``norm_width`` activations each, whose norm is still to be applied (0: none); their squares come
+    summed in ``norm_parts`` parts a group (``norm_padded``: the next power of two).
     ``gate``: what is stored is SiLU(y), y as its site represents it, instead of y. ``width``: slots of the ring and
     taps of the convolution that its channels, ``split`` of u first, go through at once (1: none); ``conv_codes``: its
     outputs are stored as codes.
@@ -95,6 +97,11 @@ class Cut:
     same: int
     quads: int
     quads_per_scale: int
+    block: int
+    norm_groups: int
+    norm_parts: int
+    norm_padded: int
+    norm_width: int
     rows: int
     x_stride: int
     x_length: int
@@ -154,8 +161,35 @@ def _convolve_rows(newest, past, loaded, convolution, now, row, channel, mask, r
 
 
 @triton.jit
-def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.constexpr):
+def _half_quad(tile, side: tl.constexpr, x, CUT: tl.constexpr):
+    """Sums [BN, S, 1] of 16 of the 32 products of a quad with activations in 16 bits from ``x`` [1, S, 4] on."""
+    codes = tile << 4 if side == 0 else tile
+    codes &= -0x0F0F0F10  # 0xF0F0F0F0
+    nothing = tl.zeros(tile.shape, tl.int32)
+    upper = tl.sum(dot4(codes, tl.load(x + 4 * side), nothing, CUT.native), axis=2, keep_dims=True)
+    lower = tl.sum(dot4(codes, tl.load(x + 4 * side + CUT.x_length), nothing, CUT.native), axis=2, keep_dims=True)
+    return small_to_float(upper) * 256.0 + small_to_float(lower)
+
+
+@triton.jit
+def _norm_of_slices(norm, row, CUT: tl.constexpr):
+    """1 / root mean square of what every slice of K [1, S, 1] multiplies: a slice lies within a group."""
+    squares, epsilon = norm
+    GROUPS: tl.constexpr = CUT.norm_groups
+    EACH: tl.constexpr = CUT.slices // GROUPS
+    part = tl.arange(0, CUT.norm_padded)[None, :]
+    group = tl.arange(0, GROUPS)[:, None]
+    place = (row * GROUPS + group) * CUT.norm_parts + part
+    total = tl.sum(tl.load(squares + place, mask=part < CUT.norm_parts, other=0.0), axis=1, keep_dims=True)
+    factor = tl.rsqrt(total / CUT.norm_width + epsilon)
+    return tl.reshape(tl.broadcast_to(factor, (GROUPS, EACH)), (1, CUT.slices, 1))
+
+
+@triton.jit
+def _row_sums(x_row, x_scale, row_norm, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.constexpr):
     """Sums [BN] of a tile's weights times one activation row. ``tiles``: the first ``count`` quads of every slice.
+
+    ``x_scale``: of the row's blocks, if they have scales; ``row_norm``: what slices are multiplied with, if anything.
 
     Those of the next round are asked for as soon as these are used. RELOAD: the first are gone, for an earlier row.
     """
@@ -169,6 +203,9 @@ def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.c
     STRIDE: tl.constexpr = CUT.x_quad
     lane = tl.arange(0, 4)[None, None, :]
     x = x_row + tl.arange(0, S)[None, :, None] * (COUNT * ROUNDS * STRIDE) + lane
+    HALF_QUADS: tl.constexpr = CUT.block == 16
+    if CUT.block > 0:
+        x_unit = x_scale + tl.arange(0, S)[None, :, None] * (COUNT * ROUNDS * 32 // CUT.block)
     total = tl.zeros((BN, S, 1), tl.float32)
     whole = tl.zeros((BN, S, 1), tl.int32)
     if RELOAD:
@@ -178,18 +215,26 @@ def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.c
         for block in tl.static_range(COUNT // SAME):
             sums = tl.zeros((BN, S, 4), tl.int32 if integer or halves else tl.float32)
             lower = tl.zeros((BN, S, 4), tl.int32)
+            scaled = tl.zeros((BN, S, 1), tl.float32)
             for i in tl.static_range(SAME):
                 at = x + (around * COUNT + block * SAME + i) * STRIDE
                 tile = tiles[block * SAME + i]
-                sums = _quad_times_row(tile, sums, at, CUT.format, CUT.native)
-                if halves:
+                if HALF_QUADS:
+                    for side in tl.static_range(2):
+                        unit = tl.load(x_unit + 2 * (around * COUNT + block * SAME + i) + side)
+                        scaled += _half_quad(tile, side, at, CUT) * unit
+                else:
+                    sums = _quad_times_row(tile, sums, at, CUT.format, CUT.native)
+                if halves and not HALF_QUADS:
                     lower = _quad_times_row(tile, lower, at + CUT.x_length, CUT.format, CUT.native)
                 if around + 1 < ROUNDS:
                     next_quad = first_words + ((around + 1) * COUNT + block * SAME + i) * (BN * 4)
                     following = following + _load_quads(next_quad, 1, BN)  # type: ignore[assignment]
-            part = tl.sum(sums, axis=2, keep_dims=True)
-            if halves:
+            part = scaled if HALF_QUADS else tl.sum(sums, axis=2, keep_dims=True)
+            if halves and not HALF_QUADS:
                 part = small_to_float(part) * 256.0 + small_to_float(tl.sum(lower, axis=2, keep_dims=True))
+            if CUT.block >= 32:
+                part *= tl.load(x_unit + (around * COUNT + block * SAME) * 32 // CUT.block)
             if CUT.grouped:
                 scale = scales[(around * COUNT) // SAME + block].to(tl.float32)  # type: ignore[var-annotated]
                 total += (small_to_float(part) if integer else part) * scale
@@ -201,13 +246,15 @@ def _row_sums(x_row, tiles, scales, first_words, RELOAD: tl.constexpr, CUT: tl.c
     if integer and not CUT.grouped:
         return tl.sum(tl.reshape(whole, (BN, S)), axis=1).to(tl.float32)
     else:
+        if CUT.norm_groups > 0:
+            total *= row_norm
         return tl.sum(tl.reshape(total, (BN, S)), axis=1)
 
 
 @triton.jit
 def load_weights(operands, tile, CUT: tl.constexpr):
     """What a tile of output rows needs besides activations: first quads, scales of groups, factor and bias of rows."""
-    _, _, words, group_scale, factor, bias, _, _, _, _, _ = operands
+    _, _, words, group_scale, factor, bias, _, _, _, _, _, _ = operands
     BN: tl.constexpr = CUT.tile_rows
     S: tl.constexpr = CUT.slices
     STEP: tl.constexpr = CUT.count * CUT.rounds
@@ -243,10 +290,15 @@ def load_grid(operands, n, CUT: tl.constexpr):
 @triton.jit
 def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr):
     """y [BN] of a tile for one activation row."""
-    x, x_scale, _, _, _, _, _, _, _, _, rows = operands
+    x, x_scale, _, _, _, _, _, _, _, norm, _, rows = operands
     first_words, tiles, scales, scale_factor, shift = weights
-    x_row = x + tl.minimum(row, rows - 1) * CUT.x_stride
-    y = _row_sums(x_row, tiles, scales, first_words, RELOAD, CUT)
+    row = tl.minimum(row, rows - 1)
+    x_row = x + row * CUT.x_stride
+    blocks = x_scale
+    if CUT.block > 0:
+        blocks = x_scale + row * (CUT.quads * 32 // CUT.block)
+    row_norm = _norm_of_slices(norm, row, CUT) if CUT.norm_groups > 0 else 1.0
+    y = _row_sums(x_row, blocks, row_norm, tiles, scales, first_words, RELOAD, CUT)
     y = y * (tl.load(x_scale + row) * scale_factor if CUT.dynamic else scale_factor)
     return y + shift if CUT.has_bias else y
 
@@ -254,7 +306,7 @@ def row_product(operands, weights, row, RELOAD: tl.constexpr, CUT: tl.constexpr)
 @triton.jit
 def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl.constexpr):
     """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them."""
-    x, _, _, _, _, _, _, out, convolution, N, rows = operands
+    x, x_scale, _, _, _, _, _, out, convolution, _, N, rows = operands
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
     weights = load_weights(operands, tile, CUT)
@@ -274,6 +326,9 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl
     wait_for_previous(PDL)
     if CUT.native:
         _into_cache(x + first_row * CUT.x_stride, CUT.x_length * (2 if CUT.format == 6 else 1))
+        if CUT.block > 0:
+            BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block
+            _into_cache(x_scale.to(tl.pointer_type(tl.int32)) + first_row * BLOCKS, BLOCKS)
     for b in tl.static_range(ROWS):
         row = first_row + b
         y = row_product(operands, weights, row, b > 0 and CUT.rounds > 1, CUT)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from squamata.kernels.gpu_conv import ConvolutionPlan
 from squamata.kernels.gpu_dot import Cut, product_tile
-from squamata.kernels.gpu_math import dot4
+from squamata.kernels.gpu_math import count_program, dot4
 from squamata.kernels.gpu_tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
@@ -75,19 +75,62 @@ class Landing:
         )
 
 
+@dataclass(frozen=True)
+class Count:
+    """Programs of a product that others wait for, counted from the first token on, never set back.
+
+    ``counter``: int64 (1,), alone in its 128 bytes. ``steps``: int64 (1,), tokens before this one. ``programs``: what a
+    token adds.
+    """
+
+    counter: Tensor
+    steps: Tensor
+    programs: int
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """As the kernels take it."""
+        return self.counter, self.steps, self.programs
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the scan's programs leave the input of out_proj where nothing rotates it: a block of ``channels`` each.
+
+    ``gate`` (B, E): multiplied with by the scan (None: has been). ``gain`` (E,): of the norm in ``groups`` that follows
+    (None: no norm); the scan multiplies with it and leaves the sums of squares before, ``squares`` (B, blocks), and the
+    product applies the norm, which is one number a group. ``scale`` (B, blocks): of codes in 16 bits, one a block, as
+    ``gpu_norm`` lands them (None: they are float). All float32.
+    """
+
+    channels: int
+    gate: Tensor | None = None
+    gain: Tensor | None = None
+    groups: int = 1
+    epsilon: float = 0.0
+    squares: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """As the scan's kernels take it."""
+        return self.gate, self.gain, self.squares, self.scale
+
+
 @triton.jit
 def _gemv(operands, position, CUT: tl.constexpr, PDL: tl.constexpr):
     product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, PDL)
 
 
 @triton.jit
-def _gemv_pair(first, second, position, TILES: tl.constexpr, CUT: tl.constexpr, OTHER_CUT: tl.constexpr,
+def _gemv_pair(first, second, position, counter, TILES: tl.constexpr, CUT: tl.constexpr, OTHER_CUT: tl.constexpr,
                PDL: tl.constexpr):  # fmt: skip
-    """Two products that wait for the same kernel."""
+    """Two products that wait for the same kernel; the first counts its programs, for those who need it alone."""
     program = tl.program_id(0)
     block = tl.program_id(1)
     if program < TILES:
         product_tile(first, position, program, block * CUT.rows, CUT, PDL)
+        count_program(counter)
     else:
         product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, PDL)
 
@@ -100,6 +143,11 @@ class Product:
     cut: Cut
     tiles: int
     row_blocks: int
+
+    @property
+    def programs(self) -> int:
+        """Programs that it takes."""
+        return self.tiles * self.row_blocks
 
     @property
     def warps(self) -> int:
@@ -115,8 +163,10 @@ class Shape:
     slices: int
 
 
-def choose_shape(rows: int, columns: int, format: Format, apart: int = 0) -> Shape:
+def choose_shape(rows: int, columns: int, format: Format, apart: int = 0, least: int = 8) -> Shape:
     """The cut for a weight (rows, columns); its first rows ``apart`` are a product of their own.
+
+    Tiles have ``least`` rows at least.
 
     A rule that comes within a tenth of the best cut of every shape measured (H200, docs/log.md): 256 threads a program
     where K allows it, three quads a thread at least, some 200 programs at least.
@@ -124,7 +174,7 @@ def choose_shape(rows: int, columns: int, format: Format, apart: int = 0) -> Sha
     quads = columns // format.quad
     tall = format.integer_activations or format == Format.INT4_INT16
     rows = max(rows - apart, apart)
-    tile_rows = next((size for size in (32, 16) if tall and rows // size >= (256 if size == 32 else 200)), 8)
+    tile_rows = next((size for size in (32, 16) if tall and rows // size >= (256 if size == 32 else 200)), least)
     tile_rows = gcd(tile_rows, apart)
     slices = 1
     while quads % (2 * slices) == 0 and quads // (2 * slices) >= 3 and slices * tile_rows < 256:
@@ -168,6 +218,16 @@ def _ring_cut(land: Landing, convolution: Convolution | None) -> dict[str, Any]:
     }
 
 
+def _norm_cut(columns: int, blocks: Blocks | None) -> dict[str, Any]:
+    """Of ``Cut``: the norm that is still to be applied."""
+    if blocks is None or blocks.squares is None:
+        return {"norm_groups": 0, "norm_parts": 0, "norm_padded": 0, "norm_width": 0}
+    width = columns // blocks.groups
+    parts = width // blocks.channels
+    padded = triton.next_power_of_2(parts)
+    return {"norm_groups": blocks.groups, "norm_parts": parts, "norm_padded": padded, "norm_width": width}
+
+
 def product(
     x: Tensor,
     x_scale: Tensor | None,
@@ -178,8 +238,10 @@ def product(
     convolution: Convolution | None,
     shape: Shape,
     gate: bool = False,
+    blocks: Blocks | None = None,
 ) -> Product:
     """y = W x, each row times ``factor`` (and ``x_scale`` (rows,) if dynamic), plus bias, landed; ``gate``: its SiLU.
+    ``blocks``: how the scan has left x, whose scales are used instead of ``x_scale``.
 
     ``x``: int8 or float32 (rows, K), rows 4-byte aligned; two int8 rows of K side by side for INT4_INT16. ``out``:
     codes int8 and values float32 (rows, N), one of them may be None.
@@ -194,24 +256,33 @@ def product(
     halves = linear.format == Format.INT4_INT16
     same = gcd(linear.quads_per_scale, count, 8) if grouped or halves else count  # 8: integer sums stay below 2^22
     integer = linear.format.integer_activations or halves
+    block = blocks.channels if blocks is not None and blocks.scale is not None else 0
+    if block >= linear.format.quad:
+        same = gcd(same, block // linear.format.quad)
+    if block:
+        x_scale = None
     per_program = 1 if rows == 1 else min(FEW_ROWS, triton.next_power_of_2(rows))
     land = landing if landing is not None else Landing(factor, factor, factor, any_codes=False)
     codes, values = (part if part is not None else next(other for other in out if other is not None) for part in out)
     cut = Cut(
         format=int(linear.format), tile_rows=linear.tile_rows, slices=shape.slices, count=count,
         rounds=quads_per_slice // count, same=same, quads=linear.quads, quads_per_scale=linear.quads_per_scale,
-        rows=per_program, x_stride=x.stride(0) // 4 if integer else x.stride(0),
+        block=block, **_norm_cut(linear.columns, blocks), rows=per_program,
+        x_stride=x.stride(0) // 4 if integer else x.stride(0),
         x_length=linear.columns // 4 if integer else linear.columns,
         x_quad=linear.format.quad // (4 if integer else 1), grouped=grouped, dynamic=x_scale is not None,
         has_bias=linear.bias is not None, rounding=land.rounding, any_codes=land.any_codes,
         any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, native=not INTERPRETED,
         **_ring_cut(land, convolution),
     )  # fmt: skip
+    scale = blocks.scale if blocks is not None and block else x_scale
+    squares = factor if blocks is None or blocks.squares is None else blocks.squares
     operands = (
-        x.view(torch.int32) if integer else x, factor if x_scale is None else x_scale, linear.words,
+        x.view(torch.int32) if integer else x, factor if scale is None else scale, linear.words,
         linear.group_scale if grouped else factor, factor, linear.bias if linear.bias is not None else factor,
         (land.inverse, land.low, land.high, land.scale if land.scale is not None else factor), (codes, values),
-        (values, values, values) if convolution is None else convolution.operands, linear.rows, rows,
+        (values, values, values) if convolution is None else convolution.operands,
+        (squares, 0.0 if blocks is None else blocks.epsilon), linear.rows, rows,
     )  # fmt: skip
     return Product(operands, cut, int(linear.words.shape[0]), triton.cdiv(rows, per_program))
 
@@ -223,9 +294,12 @@ def gemv(made: Product, position: Tensor, pdl: bool) -> None:
     )  # fmt: skip
 
 
-def gemv_pair(first: Product, second: Product, position: Tensor, pdl: bool) -> None:
-    """Launch two products for the same rows at once, neither of which waits for the other."""
+def gemv_pair(first: Product, second: Product, position: Tensor, pdl: bool, counter: Tensor | None = None) -> None:
+    """Launch two products for the same rows at once, neither of which waits for the other.
+
+    ``counter``: int64 (1,), raised by ``first.programs``, for the next kernel (``Count``).
+    """
     _gemv_pair[(first.tiles + second.tiles, first.row_blocks)](
-        first.operands, second.operands, position, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut, PDL=pdl,
-        num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
+        first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut,
+        PDL=pdl,        num_warps=max(first.warps, second.warps), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -10,6 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# One thread of a program looks, at what the second level of cache holds, until the counter has come so far.
+_UNTIL_COUNTED = tl.constexpr(
+    "{.reg .pred other, early; .reg .u32 thread; .reg .s64 seen; mov.u32 thread, %tid.x;"
+    " setp.ne.u32 other, thread, 0; @other bra counted;"
+    " again: ld.acquire.gpu.global.s64 seen, [$1]; setp.lt.s64 early, seen, $2; @early bra again;"
+    " counted: mov.u32 $0, 0;}"
+)
+
 ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2, "stochastic": 3}
 STOCHASTIC = tl.constexpr(3)
 
@@ -146,3 +154,37 @@ def let_next_start(PDL: tl.constexpr):
     """Let the next kernel's programs start, so that they can load what does not depend on this one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wanted_programs(after):
+    """What the counter of ``after`` (``gpu_gemv.Count``) comes to in this token: known before."""
+    wanted = 0
+    if after is not None:
+        wanted = (tl.load(after[1]) + 1) * after[2]
+    return wanted
+
+
+@triton.jit
+def wait_for_programs(after, wanted, PDL: tl.constexpr, NATIVE: tl.constexpr):
+    """Wait until the counter of ``after`` has come to ``wanted``; what the programs wrote that it counts is visible.
+
+    ``after`` None: wait for all of the kernel before (``kernels.decode.triton`` says why either is right).
+    """
+    if after is None:
+        wait_for_previous(PDL)
+    elif NATIVE:
+        tl.inline_asm_elementwise(
+            _UNTIL_COUNTED, "=r,l,l", [after[0].to(tl.int64), wanted], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.debug_barrier()
+    else:
+        assert tl.load(after[0]) >= wanted, "programs are missing, and kernels run one after the other here"
+
+
+@triton.jit
+def count_program(counter):
+    """Count this program at ``counter`` (None: do not), after all that it has written."""
+    if counter is not None:
+        tl.debug_barrier()
+        tl.atomic_add(counter, 1, sem="release")

@@ -58,7 +58,7 @@ def _best_kernel(logits, best, where, V, PARTS: tl.constexpr, BV: tl.constexpr, 
 
 
 @triton.jit
-def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
+def _pick_kernel(best, where, ids, position, steps, advance, PARTS: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0)
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -68,18 +68,23 @@ def _pick_kernel(best, where, ids, position, advance, PARTS: tl.constexpr, BP: t
     tl.store(ids + row, tl.load(where + row * PARTS + winner).to(tl.int64))
     if row == 0:
         tl.store(position, tl.load(position) + advance)
+        if steps is not None:
+            tl.store(steps, tl.load(steps) + 1)
 
 
 def greedy(logits: Tensor, scratch: tuple[Tensor, Tensor], ids: Tensor, position: Tensor, pdl: bool,
-           advance: int = 1) -> None:  # fmt: skip
-    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32, int32 (rows, parts)."""
+           advance: int = 1, steps: Tensor | None = None) -> None:  # fmt: skip
+    """ids[row] = first index of the largest logit; position += advance. ``scratch``: float32, int32 (rows, parts).
+
+    ``steps``: int64 (1,), += 1.
+    """
     rows, vocabulary = logits.shape
     parts = scratch[0].shape[1]
     _best_kernel[(parts, rows)](
         logits, *scratch, vocabulary, PARTS=parts, BV=GREEDY_PART, PDL=pdl, num_warps=4, **_launch(pdl)
     )
     _pick_kernel[(rows,)](
-        *scratch, ids, position, advance, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1,
+        *scratch, ids, position, steps, advance, PARTS=parts, BP=triton.next_power_of_2(parts), PDL=pdl, num_warps=1,
         **_launch(pdl),
     )  # fmt: skip
 

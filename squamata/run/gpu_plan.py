@@ -12,6 +12,7 @@ from squamata.errors import SquamataError
 from squamata.kernels.conv_selective_scan import SelectiveScanLayer
 from squamata.kernels.conv_ssd_scan import SSDScanLayer
 from squamata.kernels.decode.triton import (
+    SSD_CHANNELS,
     Buffers,
     DecodePlan,
     InputStage,
@@ -65,7 +66,7 @@ class Planner:
         head = InputStage(
             self.floats(model.final_norm),
             model.config.norm_epsilon,
-            self.projection(model.head, model.head_site, (None,)),
+            self.projection(model.head, model.head_site, (None,), halves=True),
         )
         table, scale = model.embedding, None
         if isinstance(table, QTensor):
@@ -110,7 +111,13 @@ class Planner:
             scan_proj=entry.projection.part(inner, entry.projection.linear.rows),
             conv=conv,
             scan=self.scan(scan, sites["state"], inputs),
-            exit=self.exit(block, block.gate_norm.weight, config.gate_norm_epsilon, config.n_groups),
+            exit=self.exit(
+                block,
+                block.gate_norm.weight,
+                config.gate_norm_epsilon,
+                config.n_groups,
+                min(SSD_CHANNELS, config.head_dim),
+            ),
             state=self.state(channels, config.d_conv, entry.projection, sites["state"], shape),
             starts=(0, inner + channels),
             groups=config.n_groups,
@@ -138,6 +145,8 @@ class Planner:
             width, parts = int(scan.x_proj.weight.shape[0]), (config.dt_rank, config.d_state, config.d_state)
             norms = PartNorms(scan.bcdt_norm_epsilon, parts, self.landing(scan.x_proj, low, width, (0, 0)))
         x_proj = self.projection(scan.x_proj, sites["u"], low if norms is None else (None,))
+        least = 16 if entry.projection.halves else 8
+        dt_proj = self.projection(scan.dt_proj, sites["dt_low"], (sites["dt"],), least_rows=least)
         shape = (self.batch, inner, config.d_state)
         inputs["u"] = InputPlan(x_proj.linear.format.integer_activations, self.read(sites["u"]).scale)
         return Mamba1Layer(
@@ -146,16 +155,19 @@ class Planner:
             z_proj=entry.projection.part(inner, 2 * inner),
             conv=self.convolution(scan, [sites["x"]], [sites["u"]]),
             x_proj=x_proj,
-            dt_proj=self.projection(scan.dt_proj, sites["dt_low"], (sites["dt"],)),
+            dt_proj=dt_proj,
             scan=self.scan(scan, sites["state"], inputs),
-            exit=self.exit(block, None, 0.0, 1),
+            exit=self.exit(block, None, 0.0, 1, dt_proj.shape.tile_rows),
             state=self.state(inner, config.d_conv, entry.projection, sites["state"], shape),
             z_start=inner,
             low_rank=config.dt_rank,
             norms=norms,
         )
 
-    def exit(self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int) -> OutputStage:
+    def exit(
+        self, block: Mamba1 | Mamba2, gain: Tensor | None, epsilon: float, groups: int, channels: int
+    ) -> OutputStage:
+        """``channels``: of a program of the scan."""
         rotation = plan_rotation(block.out_rotation, block.config.d_inner, self.device)
         projection = self.projection(block.out_proj, block.sites["out"], (None,), halves=block.out_rotation is None)
         if projection.site.span > 0:
@@ -163,7 +175,16 @@ class Planner:
         middle = row_site(block.sites["y"])
         gain = None if gain is None else self.floats(gain)
         rows = self.row_rotation(block.out_rotation, block.config.d_inner, int(projection.linear.format))
-        return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection)
+        alone = rotation.rotated or middle.quantized or projection.site.quantized
+        alone = alone or (gain is not None and not self.norm_fits(projection, groups, channels))
+        alone = alone or (projection.halves and channels not in (16, 32, 64, 128))
+        return OutputStage(gain, epsilon, groups, middle, rotation, rows, projection, 0 if alone else channels)
+
+    @staticmethod
+    def norm_fits(projection: Projection, groups: int, channels: int) -> bool:
+        """True if a product can apply a norm in groups to its input: each of its slices of K lies in one."""
+        width = projection.linear.columns // groups
+        return width % channels == 0 and projection.shape.slices % groups == 0 and groups & (groups - 1) == 0
 
     def row_rotation(self, rotation: Rotation | None, size: int, format: int) -> RowRotation:
         """The rotation for many rows; layers with the same one share its matrices."""
@@ -189,9 +210,10 @@ class Planner:
         ring: tuple[int, int] = (0, 0),
         halves: bool = False,
         apart: int = 0,
+        least_rows: int = 8,
     ) -> Projection:
         """A product's plan: packed weight, scale of the input, and where its rows land. ``apart``: its first rows,
-        which are also a product of their own.
+        which are also a product of their own. ``least_rows``: of a tile.
 
         ``halves``: what writes its input can leave it in 16 bits, which is fast where few sequences meet 4-bit weights.
         """
@@ -203,7 +225,7 @@ class Planner:
             )
         halves = halves and self.bfloat16 and self.batch <= FEW_SEQUENCES
         format = weight_format(layer, site.quantized, self.bfloat16, halves)
-        shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format, apart)
+        shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format, apart, least_rows)
         if self.batch > FEW_SEQUENCES:
             shape = Shape(1, shape.slices)  # whole rows, as the products of many rows want them
         linear = tile_linear(layer, format, shape.tile_rows, self.device)

@@ -1,8 +1,33 @@
 """A decode step on a GPU, layer by layer: what each kernel reads and writes, planned once, launched in order.
 
-A Mamba-2 layer is five kernels, a Mamba-1 layer six, a handful of microseconds each; weights do not depend on what
-comes before, so with programmatic dependent launch a kernel streams its first weights while its predecessors run.
-All buffers are static, so a step can be captured in a CUDA graph.
+A Mamba-2 layer is five kernels, a Mamba-1 layer six, one less where nothing rotates out_proj's input; a handful of
+microseconds each. Weights do not depend on what comes before, so with programmatic dependent launch a kernel streams
+its first weights while its predecessors run. All buffers are static, so a step can be captured in a CUDA graph.
+
+Who may read and write what, when
+---------------------------------
+A kernel lets the next one start before it waits itself, so that several are on the device at once, the last of them
+before the first has run. Three rules make that safe.
+
+1. *Every program waits for the kernel before it to have finished, before it ends.* So "the kernel before has finished"
+   implies the same of all kernels before that one, in this token; and a token's first kernel (the embedding) is
+   launched without programmatic dependence, after all of the last token. What a kernel reads before it has waited was
+   written by the last token (states, rings, ``position``, ``steps``) or never changes.
+2. *A kernel writes nothing that others read before it has waited*, for the kernel before it or for a counter. Then all
+   readers of what those buffers held, which are shared by the layers, have finished.
+3. *The scan waits for a counter*, not for the whole product before it, which also makes z: in a step its programs go on
+   as soon as those that make its inputs have counted themselves (``Count``), and wait for the whole kernel before they
+   touch z, at the latest before they end (rule 1). Each layer has a counter of its own, which only grows: a token's
+   programs find it at ``steps`` times their number and leave it at ``steps + 1`` times, which is what the scan waits
+   for. ``steps`` is raised by the token's last kernel, so it does not change while a token runs, and a scan that is let
+   start before even the norm has run finds too small a number, never the full one of the layer or token before. What
+   the scan writes by then: its layer's state, which nobody else reads, and ``scanned``, which the last layer's rotation
+   has read. Proof: a program that counted itself had waited for its kernel's predecessor, with which, by rule 1, all
+   kernels of the layers before have finished. No deadlock: the scan starts when every program of that product has
+   started, so none of them waits for a place.
+
+Only ``DecodePlan.step`` launches kernels that count and wait so, as it launches all of them in order. One by one, as
+``kernels`` yields them, each waits for the whole kernel before and counts nothing, so the numbers still agree after.
 """
 
 from __future__ import annotations
@@ -15,7 +40,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemv import Convolution, Landing, Product, Shape, gemv, gemv_pair, product
+from squamata.kernels.gpu_gemv import Blocks, Convolution, Count, Landing, Product, Shape, gemv, gemv_pair, product
 from squamata.kernels.gpu_norm import RotationPlan, RowSite, norm, rotate
 from squamata.kernels.gpu_parts import PartNorms, norm_parts
 from squamata.kernels.gpu_rows import RowRotation
@@ -24,6 +49,7 @@ from squamata.kernels.gpu_tiles import Format, TiledLinear
 from squamata.kernels.gpu_vocabulary import embed, greedy, greedy_scratch
 
 SSD_CHANNELS = 16  # of a head, a program
+COUNTER_WORDS = 16  # int64 between counters: a line of cache each
 
 Kernel = tuple[str, Callable[[], None]]  # name, launch
 
@@ -56,17 +82,22 @@ class Projection:
         return replace(self, linear=linear, factor=factor, landing=self.landing.part(start, stop))
 
     def product(
-        self, x: Tensor, out: Outputs, buffers: Buffers, convolution: Convolution | None = None, gate: bool = False
+        self,
+        x: Tensor,
+        out: Outputs,
+        buffers: Buffers,
+        convolution: Convolution | None = None,
+        gate: bool = False,
+        blocks: Blocks | None = None,
     ) -> Product:
-        """The product for these rows, to be launched."""
+        """The product for these rows, to be launched. ``blocks``: how the scan has left ``x``."""
         scale = buffers.row_scale if self.site.span > 0 or self.halves else None
-        return product(
-            x, scale, self.linear, self.factor, self.landing, (out.codes, out.values), convolution, self.shape, gate
-        )
+        outputs = (out.codes, out.values)
+        return product(x, scale, self.linear, self.factor, self.landing, outputs, convolution, self.shape, gate, blocks)
 
-    def run(self, x: Tensor, out: Outputs, buffers: Buffers) -> None:
+    def run(self, x: Tensor, out: Outputs, buffers: Buffers, blocks: Blocks | None = None) -> None:
         """Launch the product."""
-        gemv(self.product(x, out, buffers), buffers.position, buffers.pdl)
+        gemv(self.product(x, out, buffers, blocks=blocks), buffers.position, buffers.pdl)
 
 
 @dataclass(frozen=True)
@@ -88,7 +119,11 @@ class InputStage:
 
 @dataclass(frozen=True)
 class OutputStage:
-    """Gate norm (none in Mamba-1: no gain), rotation and out_proj."""
+    """Gate norm (none in Mamba-1: no gain), rotation and out_proj.
+
+    ``block``: where nothing rotates or quantizes what out_proj takes, the scan's programs leave it themselves, in
+    blocks of so many channels; 0: a kernel of its own does.
+    """
 
     gain: Tensor | None
     epsilon: float
@@ -97,6 +132,16 @@ class OutputStage:
     rotation: RotationPlan
     rows: RowRotation
     projection: Projection
+    block: int = 0
+
+    def blocks(self, gate: Tensor | None, buffers: Buffers) -> Blocks | None:
+        """How the scan leaves what out_proj takes, if it does."""
+        if not self.block:
+            return None
+        parts = self.projection.linear.columns // self.block
+        squares = None if self.gain is None else buffers.get("squares", parts)
+        scale = buffers.get("block_scale", parts) if self.projection.halves else None
+        return Blocks(self.block, gate, self.gain, self.groups, self.epsilon, squares, scale)
 
 
 @dataclass(frozen=True)
@@ -141,8 +186,8 @@ class Mamba2Layer:
     groups: int
     limit: tuple[float, float]
 
-    def kernels(self, buffers: Buffers, first: bool) -> Iterator[Kernel]:
-        """What the layer launches, in order."""
+    def kernels(self, buffers: Buffers, first: bool, counter: Tensor | None = None) -> Iterator[Kernel]:
+        """What the layer launches, in order. ``counter``: its own, if all of it is launched, in a step."""
         inner, ring = self.exit.projection.linear.columns, self.state.ring
         x = self.entry.projection.input("normed", buffers)
         out, mixed = buffers.outputs("entered", self.scan_proj), buffers.get("mixed", ring.shape[2])
@@ -150,14 +195,16 @@ class Mamba2Layer:
         entering = self.scan_proj.product(x, out, buffers, Convolution(self.conv, ring, mixed))
         gating = self.z_proj.product(x, Outputs(None, gate), buffers, gate=True)
         channels = min(SSD_CHANNELS, self.state.state.shape[2])
+        after = buffers.count(counter, entering)
+        blocks = self.exit.blocks(gate, buffers)
+        left = scanned if blocks is None else self.exit.projection.input("rotated", buffers)
         yield "norm", lambda: enter(self.entry, x, buffers, first)
-        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.pdl)
+        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.pdl, counter)
         yield "scan", lambda: ssd_step(
             mixed, buffers.both(out), self.scan.inputs["dt"], self.scan.tables, self.state.state, self.scan.grid,
-            scanned, self.starts[1] - inner, self.groups, self.limit, channels,
-            buffers.pdl,
+            left, self.starts[1] - inner, self.groups, self.limit, channels, buffers.pdl, after, blocks,
         )  # fmt: skip
-        yield from leave(self.exit, scanned, gate, buffers)
+        yield from leave(self.exit, left, gate, blocks, buffers)
 
 
 @dataclass(frozen=True)
@@ -181,9 +228,10 @@ class Mamba1Layer:
     low_rank: int
     norms: PartNorms | None = None
 
-    def kernels(self, buffers: Buffers, first: bool) -> Iterator[Kernel]:
-        """What the layer launches, in order."""
+    def kernels(self, buffers: Buffers, first: bool, counter: Tensor | None = None) -> Iterator[Kernel]:
+        """What the layer launches, in order. ``counter``: its own, if all of it is launched, in a step."""
         inner = self.exit.projection.linear.columns
+        counter = None  # x_proj has few programs and z beside it: to count them costs more than it gains (docs/log.md)
         x = self.entry.projection.input("normed", buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
         gate, gated = buffers.get("gate", inner), buffers.get("gated", inner)
@@ -195,17 +243,20 @@ class Mamba1Layer:
         gating = self.z_proj.product(x, nothing, buffers, gate=True)
         mixing = self.x_proj.product(u, raw, buffers)
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
+        after = buffers.count(counter, mixing)
+        blocks = self.exit.blocks(None, buffers)
+        left = gated if blocks is None else self.exit.projection.input("rotated", buffers)
         yield "norm", lambda: enter(self.entry, x, buffers, first)
         yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
-        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl)
+        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl, counter)
         if self.norms is not None:
             assert raw.values is not None
             yield "part_norms", partial(norm_parts, raw.values, self.norms, low.codes, low.values)
         yield "scan", lambda: selective_step(
             u, gate, dt, buffers.both(low), self.scan.inputs, self.scan.tables, self.state.state, self.scan.grid,
-            gated, self.low_rank, buffers.pdl,
+            left, self.low_rank, buffers.pdl, after, blocks,
         )  # fmt: skip
-        yield from leave(self.exit, gated, None, buffers)
+        yield from leave(self.exit, left, None, blocks, buffers)
 
     def _normed(self, buffers: Buffers) -> Outputs:
         """Memory for what the norms leave."""
@@ -229,20 +280,25 @@ def finish(head: InputStage, logits: Tensor, buffers: Buffers, first: bool) -> I
     yield "head", lambda: head.projection.run(x, Outputs(None, logits), buffers)
 
 
-def leave(stage: OutputStage, y: Tensor, gate: Tensor | None, buffers: Buffers) -> Iterator[Kernel]:
-    """Gate (unless the scan has done it), norm and rotation, then the product: the new h."""
+def leave(
+    stage: OutputStage, y: Tensor, gate: Tensor | None, blocks: Blocks | None, buffers: Buffers
+) -> Iterator[Kernel]:
+    """Gate (unless the scan has done it), norm and rotation, unless ``blocks``; then the product: the new h."""
     projection = stage.projection
-    x = projection.input("rotated", buffers)
-    yield "rotate", lambda: rotate(
-        y, gate, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle, projection.site, x,
-        buffers.row_scale, buffers.pdl,
-    )  # fmt: skip
-    yield "out_proj", lambda: projection.run(x, Outputs(None, buffers.h), buffers)
+    x = y
+    if blocks is None:
+        x = projection.input("rotated", buffers)
+        yield "rotate", lambda: rotate(
+            y, gate, stage.gain, stage.epsilon, stage.groups, stage.rotation, stage.middle, projection.site, x,
+            buffers.row_scale, buffers.pdl,
+        )  # fmt: skip
+    yield "out_proj", lambda: projection.run(x, Outputs(None, buffers.h), buffers, blocks)
 
 
 @dataclass
 class Buffers:
-    """Static memory of a step. ``position``: int32 (1,), the tokens taken in so far, modulo nothing."""
+    """Static memory of a step. ``position``: int32 (1,), the tokens taken in so far, modulo nothing. ``steps``: int64
+    (1,), runs of ``DecodePlan.step`` so far."""
 
     rows: int
     width: int
@@ -255,7 +311,12 @@ class Buffers:
         self.residual = torch.zeros_like(self.h)
         self.row_scale = torch.ones(self.rows, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.steps = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.ids = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
+
+    def count(self, counter: Tensor | None, product: Product) -> Count | None:
+        """What those who need a product's rows wait for, if they do not wait for its whole kernel."""
+        return None if counter is None else Count(counter, self.steps, product.programs)
 
     def get(self, name: str, features: int, integer: bool = False) -> Tensor:
         """int8 or float32 (rows, features), the same memory for the same name and size in every layer."""
@@ -294,19 +355,25 @@ class DecodePlan:
         vocabulary = self.head.projection.linear.rows
         self.logits = self.buffers.get("logits", vocabulary)
         self.scratch = greedy_scratch(self.buffers.rows, vocabulary, self.buffers.device)
+        size = (len(self.layers), COUNTER_WORDS)
+        self.counters = torch.zeros(size, dtype=torch.int64, device=self.buffers.device)
 
-    def kernels(self) -> Iterator[Kernel]:
-        """Every launch of one token, in order, with the name of what it does."""
+    def kernels(self, counted: bool = False) -> Iterator[Kernel]:
+        """Every launch of one token, in order, with the name of what it does; each may be repeated without the others,
+        unless ``counted``."""
         buffers = self.buffers
         yield "embedding", lambda: embed(buffers.ids, self.table, self.table_scale, buffers.h, pdl=False)
         for index, layer in enumerate(self.layers):
-            yield from layer.kernels(buffers, first=index == 0)
+            yield from layer.kernels(buffers, index == 0, self.counters[index, :1] if counted else None)
         yield from finish(self.head, self.logits, buffers, first=not self.layers)
-        yield "greedy", lambda: greedy(self.logits, self.scratch, buffers.ids, buffers.position, buffers.pdl)
+        steps = buffers.steps if counted else None
+        yield "greedy", lambda: greedy(
+            self.logits, self.scratch, buffers.ids, buffers.position, buffers.pdl, steps=steps
+        )  # fmt: skip
 
     def step(self) -> None:
         """Launch one token. Its first kernel waits for all of the last token: states are read ahead of time later."""
-        for _, launch in self.kernels():
+        for _, launch in self.kernels(counted=True):
             launch()
 
     @property
