@@ -23,8 +23,8 @@ before the first has run. Three rules make that safe.
    for. ``steps`` is raised by the token's last kernel, so it does not change while a token runs, and a scan that is let
    start before even the norm has run finds too small a number, never the full one of the layer or token before. What
    the scan writes by then: its layer's state, which nobody else reads, and, if it does not gate, ``scanned``, which the
-   last layer's rotation has read. Proof: a program that counted itself had waited for its kernel's predecessor, by rule 1
-   with all kernels of the layers before. No deadlock: the scan starts when every program of that product has
+   last layer's rotation has read. Proof: a program that counted itself had waited for its kernel's predecessor, by rule
+   1 with all kernels of the layers before. No deadlock: the scan starts when every program of that product has
    started, so none of them waits for a place.
 
 Only ``DecodePlan.step`` launches kernels that count and wait so, as it launches all of them in order. One by one, as
