@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def test_generate_stops_before_a_stop_string(succeed: Callable[..., dict[str, An
 )
 def test_generate_refuses(refuse: Callable[..., str], arguments: tuple[str, ...], said: str) -> None:
     assert said in refuse("generate", *arguments)
+
+
+def test_generate_shows_nothing_of_a_prompt_that_it_cannot_read(
+    command: Callable[..., Any], bundled_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "speechless"
+    shutil.copytree(bundled_folder, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    outcome = command("generate", folder, PROMPT)
+    assert outcome.status == 2 and outcome.out == "" and "tokenizer.json" in outcome.err
 
 
 def test_chat_keeps_the_state_until_it_is_reset(
