@@ -365,7 +365,7 @@ def test_only_the_same_work_is_gone_on_with(tmp_path: Path, bundled_calibration:
     run_until(2, source, "w8a8", out, bundled_calibration)
     kept = {path.name for path in tmp_path.iterdir()}
     for other in ({"recipe": "quamba-w8a8"}, {"recipe": "w8a8", "seed": 1}):
-        with pytest.raises(SquamataError, match="other arguments.*leave --resume out"):
+        with pytest.raises(SquamataError, match=r"other arguments.*leave --resume out"):
             quantize(source, out=out, **drawn | other)
     config = source / "config.json"
     config.write_text(config.read_text())

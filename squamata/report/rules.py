@@ -54,11 +54,8 @@ def changed_specs(specs: Mapping[str, QuantSpec], changes: Iterable[Change], blo
     for change in changes:
         _refuse_unknown(change, len(blocks))
         for site, spec in specs.items():
-            if (
-                _in_layers(site, change.layers)
-                and change.kind in (None, infos[site].kind)
-                and fnmatchcase(site, change.site)
-            ):
+            meant = _in_layers(site, change.layers) and change.kind in (None, infos[site].kind)
+            if meant and fnmatchcase(site, change.site):
                 altered[site] = _with(altered.get(site, spec), change, site)
     return altered
 

@@ -117,8 +117,8 @@ class CheckpointWriter:
         found = [what for path in left if not _is_live(path) and (what := read_progress(path)) is not None]
         if found and all(what["work"] != self.parts.work for what in found):
             raise SquamataError(
-                f"what a killed run left for {self.folder} was made with other arguments, of another model or by another "
-                f"version: repeat its own, or leave --resume out to start anew"
+                f"what a killed run left for {self.folder} was made with other arguments, of another model or by "
+                f"another version: repeat its own, or leave --resume out to start anew"
             )
 
     def _refuse_to_replace(self) -> None:
