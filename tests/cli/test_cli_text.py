@@ -77,5 +77,6 @@ def test_chat_keeps_the_state_until_it_is_reset(
 
 
 def test_chat_ends_with_its_input(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert command("chat", "bundled").status == 0
+    for nothing in (io.StringIO(""), None):
+        monkeypatch.setattr("sys.stdin", nothing)
+        assert command("chat", "bundled").status == 0
