@@ -246,6 +246,8 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, force: bool = False) 
 
 def can_be_resumed(folder: Path) -> bool:
     """Whether an interrupted or killed writer left finished parts of a checkpoint that was to become ``folder``."""
+    if not folder.parent.is_dir():  # interrupted before the writer made it
+        return False
     left = (folder.parent / f".{folder.name}.partial-{writer}" for writer in _writers(folder))
     return any(read_progress(path) is not None for path in left)
 

@@ -125,3 +125,14 @@ def test_an_interrupted_run_says_how_it_goes_on(
         outcome = command(*arguments)
     assert outcome.status == 130 and "the same command with --resume goes on" in outcome.err
     assert command(*arguments, "--resume").status == 0
+
+
+def test_an_interruption_before_anything_is_made_is_one_line(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("squamata.pipeline.quantize", interrupt)
+    outcome = command("quantize", "bundled", "-r", "w4a16", "-o", tmp_path / "new" / "out")
+    assert outcome.status == 130 and outcome.err.split() == ["squamata:", "interrupted"]
