@@ -361,13 +361,22 @@ def test_a_run_killed_while_its_parts_become_shards_goes_on(tmp_path: Path, bund
 
 def test_only_the_same_work_is_gone_on_with(tmp_path: Path, bundled_calibration: Path) -> None:
     source, out = write_tiny_folder(tmp_path / "source", "mamba1"), tmp_path / "out"
+    drawn: dict[str, Any] = {"calibration": bundled_calibration, "samples": 3, "length": 24, "resume": True}
     run_until(2, source, "w8a8", out, bundled_calibration)
-    assert run_until(1, source, "quamba-w8a8", out, bundled_calibration, "resume") == [1]  # another recipe: anew
+    kept = {path.name for path in tmp_path.iterdir()}
+    for other in ({"recipe": "quamba-w8a8"}, {"recipe": "w8a8", "seed": 1}):
+        with pytest.raises(SquamataError, match=r"other arguments.*leave --resume out"):
+            quantize(source, out=out, **drawn | other)
     config = source / "config.json"
     config.write_text(config.read_text())
+    before = config.stat()
     os.utime(config, ns=(1, 1))
-    assert run_until(0, source, "quamba-w8a8", out, bundled_calibration, "resume") == [1, 2, 3, 4]  # a changed model
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+    with pytest.raises(SquamataError, match="of another model"):
+        quantize(source, "w8a8", out, **drawn)
+    assert {path.name for path in tmp_path.iterdir()} == kept  # nothing of the two layers is lost
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert run_until(1, source, "quamba-w8a8", out, bundled_calibration) == [1]  # without resuming: anew
+    assert {path.name for path in tmp_path.iterdir()} & kept == {"source"}
 
 
 def test_an_interrupted_run_can_go_on(tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path) -> None:

@@ -58,6 +58,8 @@ def chat(
 
 def _read() -> str | None:
     """A line of the user's, or None at the end of the input. A prompt only where somebody sees it."""
+    if sys.stdin is None:  # closed by whoever started this
+        return None
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

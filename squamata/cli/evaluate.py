@@ -52,6 +52,8 @@ def evaluate(
     if by_position and text is None:
         raise SquamataError("--by-position is of --text FILE: give one")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise SquamataError("--tasks names none: give some, as in arc_easy,piqa")
     check_files(text)
     from squamata import pipeline
     from squamata.evaluate.lambada import read_passages

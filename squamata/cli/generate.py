@@ -44,7 +44,7 @@ def generate(
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()))
     loaded = pipeline.load(model)
     result = stream(loaded, prompt, options, device.value)
-    pace = "" if result.tpot_ms is None else f", then {1e3 / result.tpot_ms:.1f} tokens/s"
+    pace = "" if result.tpot_ms is None else f", then {1e3 / result.tpot_ms:.1f} tokens/s{_compiled(device)}"
     note(
         f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new, stopped by {result.stopped_by}; "
         f"first token after {result.ttft_ms:.0f} ms{pace}"
@@ -54,9 +54,21 @@ def generate(
     )
 
 
+def _compiled(device: Device) -> str:
+    """Says that a time is no measure of speed, if kernels were compiled meanwhile."""
+    if device is not Device.cpu:
+        return ""
+    from squamata.kernels.compilation import announce_compilation
+
+    return ", compiling kernels included" if announce_compilation().announced else ""
+
+
 def stream(model: LanguageModel, prompt: str, options: SamplingOptions, device: str = "cpu") -> Generation:
     """Print prompt and continuation as they come."""
     from squamata.run import generate
+    from squamata.run.generate import prompt_ids
+
+    prompt_ids(model, prompt)  # what is wrong with it is said before it is printed
 
     def show(piece: Piece) -> None:
         print(piece.text, end="", flush=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from squamata.cli.output import Device, JsonFile, check_files, check_json, progress, size, table, write_json
+from squamata.cli.output import Device, JsonFile, check_files, check_json, note, progress, size, table, write_json
 
 
 def quantize(
@@ -34,7 +36,7 @@ def quantize(
     check_files(calibration)
     from squamata import pipeline
 
-    with progress("quantizing, layer by layer") as advance:
+    with _telling_what_is_kept(out), progress("quantizing, layer by layer") as advance:
         text = calibration_of(source, calibration)
         result = pipeline.quantize(
             source, recipe, out, text, samples, length, seed, force, resume, advance,
@@ -50,6 +52,18 @@ def quantize(
     )
     table(f"{source} -> {out}", ("<", "<"), rows)
     write_json(json_file, asdict(result))
+
+
+@contextmanager
+def _telling_what_is_kept(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        from squamata.save.write import can_be_resumed
+
+        if can_be_resumed(out.absolute()):
+            note("finished layers are kept: the same command with --resume goes on")
+        raise
 
 
 def calibration_of(source: str, given: Path | None) -> Path | None:

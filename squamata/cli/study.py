@@ -68,10 +68,12 @@ def run(
         done = run_study(study, Places(file, models, data), out, verbs(), force, advance)
     for line in done.notes:
         note(line)
-    show_rows(study.model_dump(mode="json"), done.rows, out)
-    if any("simulation" in row for row in done.rows):
-        note(simulation_line(done.rows))
-    note(f"{done.measured} rows measured now, {len(done.rows)} in {out}; next: squamata report {out} --out report.html")
+    if done.rows:
+        show_rows(study.model_dump(mode="json"), done.rows, out)
+        if any("simulation" in row for row in done.rows):
+            note(simulation_line(done.rows))
+        there = f"{done.measured} rows measured now, {len(done.rows)} in {out}"
+        note(f"{there}; next: squamata report {out} --out report.html")
     write_json(
         json_file,
         {"study": study.name, "out": out, "measured": done.measured, "failures": done.failures, "rows": done.rows},

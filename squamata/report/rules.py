@@ -52,12 +52,10 @@ def changed_specs(specs: Mapping[str, QuantSpec], changes: Iterable[Change], blo
     infos = all_sites(tuple(blocks))
     altered: dict[str, Any] = {}
     for change in changes:
-        _refuse_unknown(change.site, len(blocks))
+        _refuse_unknown(change, len(blocks))
         for site, spec in specs.items():
-            in_layer = change.layers is None or (
-                site.startswith("layers.") and int(site.split(".")[1]) in change.layers
-            )
-            if in_layer and change.kind in (None, infos[site].kind) and fnmatchcase(site, change.site):
+            meant = _in_layers(site, change.layers) and change.kind in (None, infos[site].kind)
+            if meant and fnmatchcase(site, change.site):
                 altered[site] = _with(altered.get(site, spec), change, site)
     return altered
 
@@ -66,16 +64,17 @@ def _in_layers(site: str, layers: Sequence[int] | None) -> bool:
     return layers is None or (site.startswith("layers.") and int(site.split(".")[1]) in layers)
 
 
-def _refuse_unknown(glob: str, layers: int) -> None:
+def _refuse_unknown(change: Change, layers: int) -> None:
+    """Refuse a change that names no site or no field, also where it meets nothing: it would be a silent nothing."""
     known = [site for kind in BLOCKS for site in all_sites((kind,) * layers)]
-    if not any(fnmatchcase(site, glob) for site in known):
-        raise SquamataError(f"no site matches '{glob}' (sites are named like layers.7.mixer.u, *.mixer.state)")
-
-
-def _with(spec: QuantSpec, change: Change, site: str) -> QuantSpec:
+    if not any(fnmatchcase(site, change.site) for site in known):
+        raise SquamataError(f"no site matches '{change.site}' (sites are named like layers.7.mixer.u, *.mixer.state)")
     for key in change.set:
         if key not in QuantSpec.model_fields:
             raise SquamataError(f"change of '{change.site}': unknown key '{key}'{nearest(key, QuantSpec.model_fields)}")
+
+
+def _with(spec: QuantSpec, change: Change, site: str) -> QuantSpec:
     try:
         return QuantSpec.model_validate(spec.model_dump() | change.set)
     except ValidationError as error:

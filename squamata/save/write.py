@@ -40,7 +40,8 @@ class CheckpointWriter:
     a checkpoint or an empty folder, nothing else.
 
     ``resume``: go on with the parts that a dead or interrupted writer of the same ``work`` finished (``parts.count`` of
-    them); without one, or for other work, it starts anew. ``work``: fingerprint of everything that decides the result.
+    them); without one it starts anew, and parts of other work alone are a SquamataError, not thrown away. ``work``:
+    fingerprint of everything that decides the result.
     """
 
     def __init__(
@@ -92,10 +93,11 @@ class CheckpointWriter:
 
     def _clear_left_overs(self) -> None:
         """Put an old checkpoint back that a dead writer was replacing, and remove what else dead writers left."""
-        pattern = re.compile(re.escape(f".{self.folder.name}.") + "(?:partial|replaced)-([0-9a-f]+)")
-        writers = {match[1] for path in self.folder.parent.iterdir() if (match := pattern.fullmatch(path.name))}
+        writers = _writers(self.folder)
+        if self.resume:
+            self._refuse_other_work(writers)
         furthest = 0
-        for writer in sorted(writers):
+        for writer in writers:
             partial, replaced = self._named("partial", writer), self._named("replaced", writer)
             if _is_live(partial):
                 continue
@@ -109,6 +111,15 @@ class CheckpointWriter:
             if found is not None and found["work"] == self.parts.work and found["parts"] > furthest:
                 furthest, partial, self.own = found["parts"], self.partial, writer
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _refuse_other_work(self, writers: list[str]) -> None:
+        left = [self._named("partial", writer) for writer in writers]
+        found = [what for path in left if not _is_live(path) and (what := read_progress(path)) is not None]
+        if found and all(what["work"] != self.parts.work for what in found):
+            raise SquamataError(
+                f"what a killed run left for {self.folder} was made with other arguments, of another model or by "
+                f"another version: repeat its own, or leave --resume out to start anew"
+            )
 
     def _refuse_to_replace(self) -> None:
         if self.folder.exists() and not self.force:
@@ -231,6 +242,20 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, force: bool = False) 
         description = describe(checkpoint.config, checkpoint.recipe.to_mapping(), checkpoint.provenance)
         writer.publish(description, checkpoint.folder)
         return writer.bytes
+
+
+def can_be_resumed(folder: Path) -> bool:
+    """Whether an interrupted or killed writer left finished parts of a checkpoint that was to become ``folder``."""
+    if not folder.parent.is_dir():  # interrupted before the writer made it
+        return False
+    left = (folder.parent / f".{folder.name}.partial-{writer}" for writer in _writers(folder))
+    return any(read_progress(path) is not None for path in left)
+
+
+def _writers(folder: Path) -> list[str]:
+    """Names of the writers of a folder that left something beside it."""
+    pattern = re.compile(re.escape(f".{folder.name}.") + "(?:partial|replaced)-([0-9a-f]+)")
+    return sorted({match[1] for path in folder.parent.iterdir() if (match := pattern.fullmatch(path.name))})
 
 
 def _table(name: str, value: QTensor) -> dict[str, Tensor]:

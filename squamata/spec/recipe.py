@@ -41,9 +41,16 @@ from squamata.spec.quant import Data, QuantSpec, ScaleSpec
 from squamata.spec.sites import BLOCKS, Kind, SiteInfo, all_sites
 from squamata.spec.yaml_file import SUFFIXES, Place, first_problem, read_yaml
 
+
+def _spec_or_float(value: Any) -> Any:
+    if value is None:
+        raise ValueError("is empty: give a spec, or float")
+    return None if value == "float" else value
+
+
 SpecOrFloat = Annotated[
     QuantSpec | None,
-    BeforeValidator(lambda value: None if value == "float" else value),
+    BeforeValidator(_spec_or_float),
     PlainSerializer(lambda spec: spec.model_dump(exclude_defaults=True) if spec else "float", return_type=dict | str),
 ]
 
@@ -75,6 +82,13 @@ class Rule(Data):
         if info.on_request and self.site.rpartition(".")[2] != site.rpartition(".")[2]:
             return False
         return self.kind in (None, info.kind) and fnmatchcase(site, self.site)
+
+    def wanted(self, sites: dict[str, SiteInfo]) -> str:
+        """What a rule that matches none of these asked for, and what it may have meant, for a message."""
+        if any(fnmatchcase(site, self.site) for site in sites):
+            return f"'{self.site}'" + (f" and is of kind {self.kind}" if self.kind else ": name it to its last word")
+        globs = {site if not site.startswith("layers.") else "*." + site.split(".", 2)[2] for site in sites}
+        return f"'{self.site}'{nearest(self.site, globs)}"
 
     def matches(self, site: str, info: SiteInfo, blocks: tuple[str, ...]) -> bool:
         """True if the rule speaks of this full site name in a model whose layers are of these kinds."""
@@ -207,8 +221,7 @@ class Recipe(Data):
         everywhere = [item for kind in BLOCKS for item in all_sites((kind,) * len(blocks)).items()]
         for rule in self.rules:
             if not any(rule.names(site, info) for site, info in everywhere):
-                what = f" and is of kind {rule.kind}" if rule.kind else ""
-                raise SquamataError(f"recipe {self.name}: no site matches '{rule.site}'{what}")
+                raise SquamataError(f"recipe {self.name}: no site matches {rule.wanted(dict(everywhere))}")
             if beyond := [layer for layer in rule.layers or () if not -len(blocks) <= layer < len(blocks)]:
                 problem = f"the rule for '{rule.site}' speaks of layer {beyond[0]}"
                 raise SquamataError(f"recipe {self.name}: {problem}, the model has layers 0 to {len(blocks) - 1}")
@@ -354,11 +367,15 @@ def _resolve_specs(mapping: dict[str, Any], inherited: dict[str, Any], origin: s
         except ValidationError as error:
             raise SquamataError(f"{origin}: {first_problem(error, _hint, ('specs', name))}") from None
     specs = inherited | mapping["specs"]
-    for rule in mapping["rules"]:
+    for number, rule in enumerate(mapping["rules"]):
         if isinstance(rule, dict) and isinstance(rule.get("spec"), str) and rule["spec"] != "float":
             if rule["spec"] not in specs:
                 raise SquamataError(f"{origin}: no spec named '{rule['spec']}'{nearest(rule['spec'], specs)}")
             rule["spec"] = specs[rule["spec"]]
+        try:
+            Rule.model_validate(rule)
+        except ValidationError as error:  # now, while the number is the one in this file
+            raise SquamataError(f"{origin}: {first_problem(error, _hint, ('rules', number))}") from None
     return mapping | {"specs": specs}
 
 
@@ -370,6 +387,8 @@ def _hint(place: Place) -> str:
         owner = ScaleSpec
     elif "spec" in place[:-1]:
         owner = QuantSpec
+    if len(place) > 1 and place[-1] in Recipe.model_fields and place[-1] not in owner.model_fields:
+        return ": a key of the recipe itself"
     likely = nearest(str(place[-1]), owner.model_fields)
     if owner in (ScaleSpec, Named) and "did you mean" not in likely:
         return f": a parameter belongs to its name, {{NAME: {{{place[-1]}: VALUE}}}}"

@@ -13,13 +13,42 @@ from squamata.errors import SquamataError
 
 SUFFIXES = (".yaml", ".yml")
 
+MERGED = "tag:yaml.org,2002:merge"  # of the key <<, which may come several times
+KINDS = {  # of pydantic's problems -> what the value must be, in a YAML writer's words
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+}
+
 Place = tuple[str | int, ...]  # where in a mapping: ("rules", 3, "spec", "bits")
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice: YAML would forget the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGED:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(problem=f"'{key.value}' twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path, what: str) -> Any:
     """The content of a file; ``what`` it should be, for a message: ``recipe``."""
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except FileNotFoundError:
         raise SquamataError(f"{path}: no such {what} file") from None
     except IsADirectoryError:
@@ -38,7 +67,7 @@ def first_problem(error: ValidationError, hint: Callable[[Place], str], inside: 
     """
     problems = error.errors()
     problem = next((some for some in problems if some["type"] == "extra_forbidden"), problems[0])
-    place = (*inside, *problem["loc"])
+    place = (*inside, *(part for part in problem["loc"] if "[" not in str(part)))  # a form of a union is no place
     where = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{where}'{hint(place)}"
@@ -49,6 +78,10 @@ def said(problem: Mapping[str, Any]) -> str:
     """The message of one of pydantic's problems, in our words, with the value."""
     if problem["type"] == "missing":
         return "is missing"
+    if problem["type"] in KINDS:
+        return f"must be {KINDS[problem['type']]}, not {problem['input']!r:.60}"
+    if problem["type"] == "too_short":
+        return "is empty: give at least one"
     message = problem["msg"].removeprefix("Value error, ")
     if not message.startswith("Input should "):
         return message

@@ -81,6 +81,7 @@ def test_bad_texts(refuse: Callable[..., str], tmp_path: Path, name: str, conten
 def test_other_bad_input(refuse: Callable[..., str], text: Path, tmp_path: Path, tiny_mamba1: Path) -> None:
     assert "--text" in refuse("evaluate", "bundled")
     assert "--data" in refuse("evaluate", "bundled", "--tasks", "piqa")
+    assert "names none" in refuse("evaluate", "bundled", "--tasks", " ,", "--data", tmp_path)
     assert "no such folder" in refuse("evaluate", tmp_path / "nothing", "--text", text)
     assert "no such folder" in refuse("evaluate", "bundled", "--against", "./nothing", "--text", text)
     assert "window" in refuse("evaluate", "bundled", "--text", text, "--window", 0)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from squamata.parts import QuantizedParts
+
 SMALL = ("--samples", 2, "--length", 24)
 
 
@@ -108,3 +110,29 @@ def test_a_checkpoint_cannot_be_quantized_again(
 ) -> None:
     line = refuse("quantize", shipped("mamba2", "w4a16"), "-r", "w4a16", "-o", tmp_path / "out")
     assert "float model" in line
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(self: QuantizedParts, done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    arguments = ("quantize", "bundled", "-r", "w4a16", "-o", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(QuantizedParts, "tell", interrupt)
+        outcome = command(*arguments)
+    assert outcome.status == 130 and "the same command with --resume goes on" in outcome.err
+    assert command(*arguments, "--resume").status == 0
+
+
+def test_an_interruption_before_anything_is_made_is_one_line(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("squamata.pipeline.quantize", interrupt)
+    outcome = command("quantize", "bundled", "-r", "w4a16", "-o", tmp_path / "new" / "out")
+    assert outcome.status == 130 and outcome.err.split() == ["squamata:", "interrupted"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ def test_generate_refuses(refuse: Callable[..., str], arguments: tuple[str, ...]
     assert said in refuse("generate", *arguments)
 
 
+def test_generate_shows_nothing_of_a_prompt_that_it_cannot_read(
+    command: Callable[..., Any], bundled_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "speechless"
+    shutil.copytree(bundled_folder, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    outcome = command("generate", folder, PROMPT)
+    assert outcome.status == 2 and outcome.out == "" and "tokenizer.json" in outcome.err
+
+
 def test_chat_keeps_the_state_until_it_is_reset(
     succeed: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,5 +77,6 @@ def test_chat_keeps_the_state_until_it_is_reset(
 
 
 def test_chat_ends_with_its_input(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert command("chat", "bundled").status == 0
+    for nothing in (io.StringIO(""), None):
+        monkeypatch.setattr("sys.stdin", nothing)
+        assert command("chat", "bundled").status == 0

@@ -209,7 +209,7 @@ MAMBA2: dict[str, Any] = {"architectures": ["Mamba2ForCausalLM"], "hidden_size":
         (STATE_SPACES | {"ssm_cfg": {"norm_before_gate": True}}, "ssm_cfg.norm_before_gate = True is not supported"),
         (STATE_SPACES | {"ssm_cfg": {"D_has_hdim": True}}, "ssm_cfg.D_has_hdim = True is not supported"),
         (STATE_SPACES | {"ssm_cfg": {"d_stat": 8}}, "'ssm_cfg.d_stat' is not supported (did you mean 'd_state'?)"),
-        (STATE_SPACES | {"d_model": "wide"}, "d_model must be a valid integer"),
+        (STATE_SPACES | {"d_model": "wide"}, "d_model must be a whole number"),
         (STATE_SPACES | {"n_layer": 10**9}, "n_layer must be less than"),
         (STATE_SPACES | {"d_model": 0}, "d_model must be greater than"),
         ({"architectures": ["MambaLMHeadModel"], "d_model": 64}, "'n_layer' is missing"),

@@ -205,6 +205,16 @@ MISTAKES = {
         ["parameter", "'parameters'"],
     ),
     "bits": ({"name": "m", "rules": [RULE | {"spec": {"bits": 17}}]}, ["rules.0.spec", "bits"]),
+    "bits-words": (
+        {"name": "m", "extends": "w8a8", "rules": [RULE | {"spec": {"bits": "eight"}}]},
+        ["rules.0.spec.bits: must be a whole number, not 'eight'"],  # counted in this file, without the parent's
+    ),
+    "spec-blank": ({"name": "m", "rules": [RULE | {"spec": None}]}, ["rules.0.spec: is empty"]),
+    "layers-word": ({"name": "m", "rules": [RULE | {"layers": "all"}]}, ["rules.0.layers: must be a list"]),
+    "weights-in-a-rule": (
+        {"name": "m", "rules": [RULE | {"spec": {"bits": 4, "weights": "gptq"}}]},
+        ["rules.0.spec.weights", "recipe itself"],
+    ),
     "bits-missing": ({"name": "m", "rules": [RULE | {"spec": {}}]}, ["rules.0.spec", "bits"]),
     "granularity": ({"name": "m", "rules": [RULE | {"spec": {"bits": 8, "granularity": "chanel"}}]}, ["chanel"]),
     "group-of-none": ({"name": "m", "rules": [RULE | {"spec": {"bits": 8, "granularity": "group(0)"}}]}, ["group"]),
@@ -347,6 +357,27 @@ def test_a_kind_narrows_a_rule() -> None:
 def test_what_survives_a_product_is_legal(site: str, granularity: str) -> None:
     specs = recipe({"site": site, "spec": {"bits": 8, "granularity": granularity}}).resolve(("mamba2",))
     assert [str(spec.granularity) for spec in specs.values()] == [granularity]
+
+
+def test_a_key_given_twice_is_refused_in_every_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    for content, said in (
+        ("name: m\nrules: []\ndescription: x\nrules: []\n", r"'rules' twice, line 4"),
+        ("name: m\nspecs: {a: {bits: 8, bits: 4}}\n", r"'bits' twice, line 2"),
+    ):
+        path.write_text(content)
+        with pytest.raises(SquamataError, match=said):
+            Recipe.read(path)
+    path.write_text("name: m\nspecs:\n  a: &a {bits: 8}\n  b: {<<: *a, bits: 4}\nrules: [{site: head.in, spec: b}]\n")
+    spec = Recipe.read(path).rules[0].spec  # a merged key may be given again: that is what merging is for
+    assert spec is not None and spec.bits == 4
+
+
+def test_a_misspelt_site_names_the_nearest() -> None:
+    assert "(did you mean '*.mixer.u'?)" in illegal({"site": "*.mixer.uu", "spec": INT8})
+    assert "(did you mean 'head.weight'?)" in illegal({"site": "head.weigth", "spec": INT8})
+    assert "is of kind weight" in illegal({"site": "*.mixer.u", "spec": INT8, "kind": "weight"})
+    assert "to its last word" in illegal({"site": "*.mixer.deca*", "spec": INT8})
 
 
 def test_a_rule_that_can_never_match_is_refused() -> None:

@@ -58,13 +58,13 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "transform, said",
     [
-        ({"balance": {"strength": "much"}}, "strength: must be a valid number"),
+        ({"balance": {"strength": "much"}}, "strength: must be a number"),
         ({"balance": {"strength": 2}}, "strength: must be less than or equal to 1, not 2"),
         ({"balance": {"strength": [0.5]}}, "strength: "),
         ({"balance": {"strenth": 0.5}}, "no parameter 'strenth' (did you mean 'strength'?)"),
         ({"hadamard": {"statistics": 1}}, "no parameter 'statistics', it takes none"),
         ({"demanding": {}}, "parameter 'block' is missing"),
-        ({"demanding": {"block": None}}, "block: must be a valid integer, not None"),
+        ({"demanding": {"block": None}}, "block: must be a whole number, not None"),
         ("demanding", "parameter 'block' is missing"),
     ],
 )
