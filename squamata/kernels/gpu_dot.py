@@ -41,7 +41,7 @@ def _into_cache(x, LENGTH: tl.constexpr):
     """Read an activation row (32-bit words) as a whole into the first-level cache.
 
     The products then read it four words at a time, the same in every lane: such reads would each wait for the second
-    level, one sector after the other.
+    level, one sector after the other. On a GPU it does not do that yet: the assembler drops these reads (docs/log.md).
     """
     BLOCK: tl.constexpr = 2048
     for start in tl.static_range(0, LENGTH, BLOCK):

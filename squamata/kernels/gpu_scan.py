@@ -206,13 +206,13 @@ def _land_dt(y, landing, n, CUT: tl.constexpr):
 
 
 @triton.jit
-def _selective_kernel(dt_product, u_rows, gate, low, channel_tables, b_scale, grid, state, after, blocks, out, N_LOW,
+def _selective_kernel(dt_product, u_rows, gate, low, channel_tables, b_scale, grid, state, block_scale, out, N_LOW,
                       B_START: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
                       U_CODES: tl.constexpr, U_FLAGGED: tl.constexpr, B_CODES: tl.constexpr,
                       QUANTIZED: tl.constexpr, ALONG: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
-                      HALVES: tl.constexpr, CUT: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      HALVES: tl.constexpr, CUT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A tile of channels of one sequence: dt by its product, the state (Gu and Dao 2023, algorithm 2), skip, gate;
-    with ``blocks`` landed."""
+    HALVES: landed in 16 bits, a tile a block."""
     u_scale, u_coarse, dt_bias, A, skip = channel_tables
     tile = tl.program_id(0)
     channel = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
@@ -233,49 +233,41 @@ def _selective_kernel(dt_product, u_rows, gate, low, channel_tables, b_scale, gr
     through = tl.load(skip + channel, mask=live, other=0.0)
     u_unit = tl.load(u_scale + channel, mask=live, other=0.0)
     b_unit, c_unit = tl.load(b_scale + n, mask=inside, other=0.0), tl.load(b_scale + N + n, mask=inside, other=0.0)
-    wanted = wanted_programs(after)
     let_next_start(PDL)
-    wait_for_programs(after, wanted, PDL, NATIVE)
+    wait_for_previous(PDL)
     if U_FLAGGED:
         u = read_flagged(u_rows, row, E, channel, live, u_unit, tl.load(u_coarse + channel, mask=live, other=0.0))
     else:
         u = _read(u_rows, u_rows, u_unit, row * E + channel, live, U_CODES)
     B = _read(low[0], low[1], b_unit, row * N_LOW + B_START + n, inside, B_CODES)
     C = _read(low[0], low[1], c_unit, row * N_LOW + B_START + N + n, inside, B_CODES)
-    if after is None:
-        gated = tl.load(gate + row * E + channel, mask=live, other=0.0)
+    gated = tl.load(gate + row * E + channel, mask=live, other=0.0)
     dt = softplus(_land_dt(row_product(dt_product, weights, row, False, CUT), dt_grid, channel, CUT) + shift)
     s = tl.exp(dt[:, None] * decay_rate) * s + (dt * u)[:, None] * B[None, :]
     _store_state(state, place, mask, s, grid[0], grid[1], scale_place, live[:, None], grid[2], grid[3], grid[4],
                  QUANTIZED, DYNAMIC, ROUNDING)  # fmt: skip
     y = tl.sum(s * C[None, :], axis=1) + through * u
-    if after is not None:
-        wait_for_previous(PDL)  # for z, and for those who wait for this kernel
-        gated = tl.load(gate + row * E + channel, mask=live, other=0.0)
     if HALVES:
-        _land_block(y * gated, blocks[3], out, row, tile, channel, live, E, CUT.tile_rows)
+        _land_block(y * gated, block_scale, out, row, tile, channel, live, E, CUT.tile_rows)
     else:
         tl.store(out + row * E + channel, y * gated, mask=live)
 
 
 def selective_step(u: Tensor, gate: Tensor, dt: Product, low: tuple[Tensor, Tensor], inputs: dict[str, InputPlan],
                    tables: tuple[Tensor, Tensor, Tensor], state: Tensor, grid: StatePlan | None, out: Tensor,
-                   b_start: int, pdl: bool, after: Count | None = None, blocks: Blocks | None = None,
-                   ) -> None:  # fmt: skip
+                   b_start: int, pdl: bool, blocks: Blocks | None = None) -> None:  # fmt: skip
     """Mamba-1: out (B, E) = (scan + skip) * gate; ``state`` (B, E, N) is updated. ``blocks``: landed so in ``out``.
 
     ``dt``: its product, which takes ``low`` (codes and values; B and C from ``b_start``); ``inputs``: u and BC (scales
-    of B, then of C); ``tables``: dt_bias (E,), A (E, N) and skip (E,). ``after``: those that make ``low``; ``gate`` is
-    there when the kernel before has finished.
+    of B, then of C); ``tables``: dt_bias (E,), A (E, N) and skip (E,).
     """
     rows, channels, states = state.shape
     coarse = inputs["u"].coarse
     units = (inputs["u"].scale, tables[0] if coarse is None else coarse)
     _selective_kernel[(dt.tiles, rows)](
         dt.operands, u, gate, low, (*units, *tables), inputs["BC"].scale, _grid(grid, gate), state,
-        *_optional(after, blocks), out, low[0].shape[1], B_START=b_start, E=channels, N=states,
+        None if blocks is None else blocks.scale, out, low[0].shape[1], B_START=b_start, E=channels, N=states,
         BN=triton.next_power_of_2(states),
         U_CODES=inputs["u"].codes, U_FLAGGED=coarse is not None, B_CODES=inputs["BC"].codes, **_grid_cut(grid),
-        HALVES=blocks is not None and blocks.scale is not None, CUT=dt.cut, NATIVE=not INTERPRETED, PDL=pdl,
-        num_warps=dt.warps, **_launch(pdl),
+        HALVES=blocks is not None and blocks.scale is not None, CUT=dt.cut, PDL=pdl, num_warps=dt.warps, **_launch(pdl),
     )  # fmt: skip

@@ -229,9 +229,9 @@ class Mamba1Layer:
     norms: PartNorms | None = None
 
     def kernels(self, buffers: Buffers, first: bool, counter: Tensor | None = None) -> Iterator[Kernel]:
-        """What the layer launches, in order. ``counter``: its own, if all of it is launched, in a step."""
+        """What the layer launches, in order. ``counter``: not used: to count x_proj's few programs costs more than it
+        gains (docs/log.md)."""
         inner = self.exit.projection.linear.columns
-        counter = None  # x_proj has few programs and z beside it: to count them costs more than it gains (docs/log.md)
         x = self.entry.projection.input("normed", buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
         gate, gated = buffers.get("gate", inner), buffers.get("gated", inner)
@@ -243,18 +243,17 @@ class Mamba1Layer:
         gating = self.z_proj.product(x, nothing, buffers, gate=True)
         mixing = self.x_proj.product(u, raw, buffers)
         dt = self.dt_proj.product(dt_low[:, : self.low_rank], nothing, buffers)
-        after = buffers.count(counter, mixing)
         blocks = self.exit.blocks(None, buffers)
         left = gated if blocks is None else self.exit.projection.input("rotated", buffers)
         yield "norm", lambda: enter(self.entry, x, buffers, first)
         yield "in_proj", lambda: gemv(entering, buffers.position, buffers.pdl)
-        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl, counter)
+        yield "x_proj", lambda: gemv_pair(mixing, gating, buffers.position, buffers.pdl)
         if self.norms is not None:
             assert raw.values is not None
             yield "part_norms", partial(norm_parts, raw.values, self.norms, low.codes, low.values)
         yield "scan", lambda: selective_step(
             u, gate, dt, buffers.both(low), self.scan.inputs, self.scan.tables, self.state.state, self.scan.grid,
-            left, self.low_rank, buffers.pdl, after, blocks,
+            left, self.low_rank, buffers.pdl, blocks,
         )  # fmt: skip
         yield from leave(self.exit, left, None, blocks, buffers)
 
