@@ -210,7 +210,7 @@ def _selective_kernel(dt_product, u_rows, gate, low, channel_tables, b_scale, gr
                       QUANTIZED: tl.constexpr, ALONG: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
                       HALVES: tl.constexpr, CUT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A tile of channels of one sequence: dt by its product, the state (Gu and Dao 2023, algorithm 2), skip, gate;
-    with ``blocks`` landed."""
+    HALVES: landed in 16 bits, a tile a block."""
     u_scale, u_coarse, dt_bias, A, skip = channel_tables
     tile = tl.program_id(0)
     channel = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)

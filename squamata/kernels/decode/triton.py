@@ -129,7 +129,7 @@ class Mamba1Layer:
 
     def kernels(self, buffers: Buffers, before: Sink, after: Sink, counter: Tensor | None = None) -> Iterator[Kernel]:
         """What the layer launches, in order. ``before``, ``after``: the residual stream as left for this layer and the
-        next; ``counter``: the layer's own, if all of it is launched, in a step."""
+        next; ``counter``: not used: to count x_proj's few programs costs more than it gains (docs/log.md)."""
         inner = self.exit.projection.linear.columns
         x, norm = self.entry.input(before, buffers)
         u = buffers.get("u", inner, self.x_proj.linear.format.integer_activations)
