@@ -1,8 +1,8 @@
 """What kernels read and write, and when, that start before their predecessors have ended: seen by Triton's interpreter.
 
-It runs one kernel after the other, program by program, so it cannot show a race. But it sees every address. ``recorded``
-notes them, apart for what a program does before it waits, after it has waited for a counter, and after it has waited for
-the whole kernel before; ``violations`` applies the rules of ``kernels.decode.triton`` to that.
+It runs one kernel after the other, program by program, so it cannot show a race. But it sees every address.
+``recorded`` notes them, apart for what a program does before it waits, after it has waited for a counter, and after it
+has waited for the whole kernel before; ``violations`` applies the rules of ``kernels.decode.triton`` to that.
 """
 
 from __future__ import annotations
