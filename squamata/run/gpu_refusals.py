@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from squamata.errors import SquamataError
-from squamata.kernels.gpu_landing import RowSite
-from squamata.kernels.gpu_math import ROUNDINGS
+from squamata.kernels.gpu.landing import RowSite
+from squamata.kernels.gpu.math import ROUNDINGS
 from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import Site
 

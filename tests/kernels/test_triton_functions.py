@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 import triton
 import triton.language as tl
 
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import silu, softplus
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.math import silu, softplus
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 

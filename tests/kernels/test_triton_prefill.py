@@ -15,16 +15,16 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 from test_triton_decode import CASES, DEVICE, random_weight, recipe, small
 from tiny import perturbed_tensors, quantized, random_ids
 
-from squamata.kernels import gpu_segments
 from squamata.kernels.dispatch import use_backend
-from squamata.kernels.gpu_configs import Config
-from squamata.kernels.gpu_expand import as_rows, expand, finish_sums, multiply, rows_of, scratch_bytes
-from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm, permuted
-from squamata.kernels.gpu_gemv import Landing, choose_shape
-from squamata.kernels.gpu_landing import RowSite
-from squamata.kernels.gpu_rows import plan_row_rotation, rotate_rows
-from squamata.kernels.gpu_scan import InputPlan
-from squamata.kernels.gpu_tiles import Format, TiledLinear, tile_linear
+from squamata.kernels.gpu import segments as gpu_segments
+from squamata.kernels.gpu.configs import Config
+from squamata.kernels.gpu.expand import as_rows, expand, finish_sums, multiply, rows_of, scratch_bytes
+from squamata.kernels.gpu.gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm, permuted
+from squamata.kernels.gpu.gemv import Landing, choose_shape
+from squamata.kernels.gpu.landing import RowSite
+from squamata.kernels.gpu.rows import plan_row_rotation, rotate_rows
+from squamata.kernels.gpu.scan import InputPlan
+from squamata.kernels.gpu.tiles import Format, TiledLinear, tile_linear
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.ref import rotate as rotate_reference
 from squamata.kernels.linear import Linear

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from squamata.kernels.gpu_gemv import Blocks, Convolution, Count, Landing, Product, Shape, gemv, product
-from squamata.kernels.gpu_landing import RowSite
-from squamata.kernels.gpu_norm import RotationPlan, norm, rotate
-from squamata.kernels.gpu_rows import RowRotation
-from squamata.kernels.gpu_scan import InputPlan, StatePlan
-from squamata.kernels.gpu_stream import Sink
-from squamata.kernels.gpu_tiles import Format, TiledLinear
+from squamata.kernels.gpu.gemv import Blocks, Convolution, Count, Landing, Product, Shape, gemv, product
+from squamata.kernels.gpu.landing import RowSite
+from squamata.kernels.gpu.norm import RotationPlan, norm, rotate
+from squamata.kernels.gpu.rows import RowRotation
+from squamata.kernels.gpu.scan import InputPlan, StatePlan
+from squamata.kernels.gpu.stream import Sink
+from squamata.kernels.gpu.tiles import Format, TiledLinear
 
 Kernel = tuple[str, Callable[[], None]]  # name, launch
 

@@ -1,7 +1,7 @@
 """A decode step on a GPU, layer by layer: what each kernel reads and writes, planned once, launched in order.
 
 A Mamba-2 layer is five kernels, a Mamba-1 layer six, a handful of microseconds each: one less where in_proj takes float
-or 16-bit activations, because the norm's one number can then wait (``gpu_stream``), and one less where nothing rotates
+or 16-bit activations, because the norm's one number can then wait (``gpu.stream``), and one less where nothing rotates
 out_proj's input. Weights do not depend on what comes before, so with programmatic dependent launch a kernel streams its
 first weights while its predecessors run. All buffers are static, so a step can be captured in a CUDA graph.
 
@@ -52,12 +52,12 @@ from squamata.kernels.decode.gpu_stages import (
     finish,
     leave,
 )
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemv import Convolution, Product, gemv, gemv_pair
-from squamata.kernels.gpu_parts import PartNorms, norm_parts
-from squamata.kernels.gpu_scan import selective_step, ssd_step
-from squamata.kernels.gpu_stream import Sink
-from squamata.kernels.gpu_vocabulary import embed, greedy, greedy_scratch
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemv import Convolution, Product, gemv, gemv_pair
+from squamata.kernels.gpu.parts import PartNorms, norm_parts
+from squamata.kernels.gpu.scan import selective_step, ssd_step
+from squamata.kernels.gpu.stream import Sink
+from squamata.kernels.gpu.vocabulary import embed, greedy, greedy_scratch
 
 SSD_CHANNELS = 16  # of a head, a program
 Z_AFTER = True

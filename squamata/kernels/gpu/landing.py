@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_math import to_codes
+from squamata.kernels.gpu.math import to_codes
 
 SMALLEST_SCALE = tl.constexpr(1e-8)  # of a dynamic site, as in site.range_to_scale
 _SPAN_16 = tl.constexpr(32512.0)  # 256 * 127: a 16-bit code is 256 times one int8 plus another
@@ -53,7 +53,7 @@ def land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, QU
 def land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
     """y in 16 bits, its row's own scale: the upper halves first, the lower WIDTH bytes on.
 
-    The scale that is stored knows that 4-bit codes sit in the upper half of a byte (``gpu_tiles``).
+    The scale that is stored knows that 4-bit codes sit in the upper half of a byte (``gpu.tiles``).
     """
     scale = tl.maximum(largest / _SPAN_16, SMALLEST_SCALE)
     tl.store(out_scale + row, scale * 0.0625)

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import as_float, take_turn
-from squamata.kernels.gpu_norm import _launch
-from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
-from squamata.kernels.gpu_segments import CHANNELS, TOKENS, WARPS, Segments, _ends_kernel, _segment_kernel
-from squamata.kernels.gpu_sequence import Sequences
+from squamata.kernels.gpu.gemm import permuted
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.math import as_float, take_turn
+from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.scan import InputPlan, StatePlan, _load_state, _store_state
+from squamata.kernels.gpu.segments import CHANNELS, TOKENS, WARPS, Segments, _ends_kernel, _segment_kernel
+from squamata.kernels.gpu.sequence import Sequences
 
 SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; channels a program
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import triton
 
-from squamata.kernels.gpu_tiles import Format, TiledLinear
+from squamata.kernels.gpu.tiles import Format, TiledLinear
 
 PACKED = (Format.INT4_INT8, Format.INT4_FLOAT, Format.INT4_INT16)
 

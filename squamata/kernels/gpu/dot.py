@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """The programs of a matrix-vector product: packed weights streamed once, results landed on the sites of their rows.
 
-They are kernels by themselves (``gpu_gemv``) or the beginning of another kernel's programs (``gpu_scan``).
+They are kernels by themselves (``gpu.gemv``) or the beginning of another kernel's programs (``gpu.scan``).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from squamata.kernels.gpu_cache import into_cache
-from squamata.kernels.gpu_conv import conv_history, conv_tables, convolve
-from squamata.kernels.gpu_math import (
+from squamata.kernels.gpu.cache import into_cache
+from squamata.kernels.gpu.conv import conv_history, conv_tables, convolve
+from squamata.kernels.gpu.math import (
     dot4,
     let_next_start,
     nibble_to_float,
@@ -22,7 +22,7 @@ from squamata.kernels.gpu_math import (
     to_codes,
     wait_for_previous,
 )
-from squamata.kernels.gpu_stream import leave_block
+from squamata.kernels.gpu.stream import leave_block
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_landing import RowSite, land_halves, land_row
-from squamata.kernels.gpu_math import let_next_start, to_codes, wait_for_previous
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.landing import RowSite, land_halves, land_row
+from squamata.kernels.gpu.math import let_next_start, to_codes, wait_for_previous
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_landing import land_block
+from squamata.kernels.gpu.landing import land_block
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemm import unpermuted
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import as_float, rounded_bits, silu, take_turn, to_codes
-from squamata.kernels.gpu_norm import _launch
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemm import unpermuted
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.math import as_float, rounded_bits, silu, take_turn, to_codes
+from squamata.kernels.gpu.norm import _launch
 
 CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 16, 8, 256, 2  # a program
 ONE_ROWS, ONE_CHANNELS, ONE_WARPS = 8, 256, 2  # a program, where every sequence has one token

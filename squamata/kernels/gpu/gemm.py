@@ -17,18 +17,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from squamata.kernels.gpu_configs import PACKED, Config, by_rows, choose_config
-from squamata.kernels.gpu_gemv import INTERPRETED, Landing
-from squamata.kernels.gpu_math import dot_float, small_to_float, softplus, take_turn, to_codes, to_int8
-from squamata.kernels.gpu_norm import _launch
-from squamata.kernels.gpu_tiles import Format, TiledLinear
+from squamata.kernels.gpu.configs import PACKED, Config, by_rows, choose_config
+from squamata.kernels.gpu.gemv import INTERPRETED, Landing
+from squamata.kernels.gpu.math import dot_float, small_to_float, softplus, take_turn, to_codes, to_int8
+from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.tiles import Format, TiledLinear
 
 LAND, RESIDUAL, SPLIT, SOFTPLUS, PLAIN = range(5)  # what becomes of a product: see ``Finish``
 
 
 @triton.jit
 def permuted(k, FORMAT: tl.constexpr):
-    """Where the activation that meets weight ``k`` belongs in its row (``gpu_tiles`` has the orders)."""
+    """Where the activation that meets weight ``k`` belongs in its row (``gpu.tiles`` has the orders)."""
     if FORMAT == 2:
         inside = k % 32
         k = k - inside + (inside // 4 % 2) * 16 + inside % 4 * 4 + inside // 8
@@ -315,7 +315,7 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     """y = x W^T, each row times ``factor`` (and ``x_scale`` (M,) if dynamic), plus bias, then as ``finish`` says.
 
     ``x``: int8, bfloat16 or float32 (M, K), its columns in the order of ``permuted``. ``landing``: the grids of the
-    outputs (``gpu_gemv.Landing``), or None.
+    outputs (``gpu.gemv.Landing``), or None.
     """
     config = config or choose_config(linear, x.shape[0])
     depth, chunk = _depth(linear, config)

@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from squamata.errors import SquamataError
-from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_landing import RowSite, land_row
-from squamata.kernels.gpu_math import as_float, silu, take_turn, to_codes, to_int8
-from squamata.kernels.gpu_norm import _launch
-from squamata.kernels.gpu_scan import InputPlan
+from squamata.kernels.gpu.gemm import permuted
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.landing import RowSite, land_row
+from squamata.kernels.gpu.math import as_float, silu, take_turn, to_codes, to_int8
+from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.scan import InputPlan
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
 

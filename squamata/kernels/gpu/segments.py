@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_math import as_float, take_turn
-from squamata.kernels.gpu_scan import _load_state, _store_state
+from squamata.kernels.gpu.gemm import permuted
+from squamata.kernels.gpu.math import as_float, take_turn
+from squamata.kernels.gpu.scan import _load_state, _store_state
 
 TOKENS = 8  # loaded together
 CHANNELS, WARPS = 32, 1  # a program
