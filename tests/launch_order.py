@@ -99,7 +99,7 @@ def recorded() -> Iterator[list[Launch]]:
         "let_next_start": lambda PDL: None,
         "count_program": count_program,
     }
-    original = {name: getattr(sys.modules["squamata.kernels.gpu_math"], name) for name in _HOOKS}
+    original = {name: getattr(sys.modules["squamata.kernels.gpu.math"], name) for name in _HOOKS}
     run = interpreter.GridExecutor.__call__
 
     def launch(self: Any, *arguments: Any, **options: Any) -> None:

@@ -20,8 +20,8 @@ from test_triton_decode import CASES, recipe, small
 from tiny import config_of, perturbed_tensors, quantized, random_ids
 from triton import jit
 
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import count_program, wait_for_previous, wait_for_programs, wanted_programs
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.math import count_program, wait_for_previous, wait_for_programs, wanted_programs
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
 from squamata.run.graphs import CapturedDecoder
