@@ -248,9 +248,11 @@ class Planner:
             )
         halves = halves and self.bfloat16 and self.batch <= FEW_SEQUENCES
         format = weight_format(layer, site.quantized, self.bfloat16, halves)
-        shape = choose_shape(int(layer.weight.shape[0]), int(layer.weight.shape[1]), format, apart, least_rows)
+        rows, columns = int(layer.weight.shape[0]), int(layer.weight.shape[1])
+        together = 0 < apart <= ring[0]  # Mamba-2: z comes first; a Mamba-1's follows and streams beside x_proj
+        shape = choose_shape(rows, columns, format, apart, least_rows, together)
         if whole:
-            shape = replace(shape, tile_rows=gcd(shape.tile_rows, int(layer.weight.shape[0])))
+            shape = replace(shape, tile_rows=gcd(shape.tile_rows, rows))
         if self.batch > FEW_SEQUENCES:
             shape = Shape(1, shape.slices)  # whole rows, as the products of many rows want them
         linear = tile_linear(layer, format, shape.tile_rows, self.device)

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
 
 from squamata.kernels.decode.triton import Mamba2Layer
-from squamata.kernels.gpu.gemv import INTERPRETED, Blocks, Count, Landing, Shape, gemv, gemv_pair, product
+from squamata.kernels.gpu.gemv import INTERPRETED, Blocks, Count, Shape, gemv, product
 from squamata.kernels.gpu.scan import InputPlan, ssd_step
 from squamata.kernels.gpu.tiles import Format, tile_linear
 from squamata.kernels.linear import Linear
@@ -141,28 +141,6 @@ def test_a_scan_gates_and_leaves_its_blocks(halves: bool) -> None:
     upper, lower = out.double().chunk(2, 1)
     assert torch.allclose(step * 32512, wanted.abs().unflatten(1, (-1, 16)).amax(2).repeat_interleave(16, 1), rtol=1e-5)
     assert bool((((256 * upper + lower) * step - wanted).abs() <= 0.51 * step + 1e-5 * wanted.abs()).all())
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_product_after_another_in_the_same_programs(rows: int) -> None:
-    """Five tiles, then three of the same activations, the second through SiLU; only the first count themselves."""
-    torch.manual_seed(rows)
-    weights = [random_weight(outputs, 64, 32) for outputs in (40, 24)]
-    tiled = [tile_linear(Linear(weight), Format.INT4_INT8, 8, DEVICE) for weight in weights]
-    x = torch.randint(-127, 128, (rows, 64), dtype=torch.int8)
-    outs = [torch.full((rows, len(weight.codes())), float("nan"), device=DEVICE) for weight in weights]
-    nothing = torch.zeros(24, device=DEVICE)
-    plain = Landing(nothing, nothing, nothing, any_codes=False, scale=nothing)
-    made = [
-        product(x.to(DEVICE), None, one, one.factor, landing, (None, out), None, Shape(8, 2), gate=landing is plain)
-        for one, out, landing in zip(tiled, outs, (None, plain), strict=True)
-    ]
-    counter = torch.full((1,), 7, device=DEVICE)
-    gemv_pair(made[0], made[1], torch.zeros(1, dtype=torch.int32, device=DEVICE), False, counter, after=True)
-    assert int(counter) == 7 + made[0].programs == 12
-    exact = [x.double() @ weight.dequantize(torch.float64).T for weight in weights]
-    assert torch.allclose(outs[0].cpu().double(), exact[0], rtol=1e-5, atol=1e-5)
-    assert torch.allclose(outs[1].cpu().double(), torch.nn.functional.silu(exact[1]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the kernel would wait for ever")

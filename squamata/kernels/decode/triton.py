@@ -53,14 +53,13 @@ from squamata.kernels.decode.gpu_stages import (
     leave,
 )
 from squamata.kernels.gpu.conv import ConvolutionPlan
-from squamata.kernels.gpu.gemv import Convolution, Product, gemv, gemv_pair
+from squamata.kernels.gpu.gemv import Convolution, gemv, gemv_pair
 from squamata.kernels.gpu.parts import PartNorms, norm_parts
 from squamata.kernels.gpu.scan import selective_step, ssd_step
 from squamata.kernels.gpu.stream import Sink
 from squamata.kernels.gpu.vocabulary import embed, greedy, greedy_scratch
 
 SSD_CHANNELS = 16  # of a head, a program
-Z_AFTER = True
 COUNTER_WORDS = 16  # int64 between counters: a line of cache each
 
 
@@ -96,9 +95,7 @@ class Mamba2Layer:
         blocks = self.exit.blocks(gate, buffers)
         left = self.exit.left(scanned, buffers)
         yield from self.entry.norm(before, buffers)
-        yield "in_proj", lambda: gemv_pair(
-            entering, gating, buffers.position, buffers.pdl, counter, z_after(entering, gating)
-        )  # fmt: skip
+        yield "in_proj", lambda: gemv_pair(entering, gating, buffers.position, buffers.pdl, counter)
         yield "scan", lambda: ssd_step(
             mixed, buffers.both(out), self.scan.inputs["dt"], self.scan.tables, self.state.state, self.scan.grid,
             left, self.starts[1] - inner, self.groups, self.limit, channels, buffers.pdl, count, blocks,
@@ -163,11 +160,6 @@ class Mamba1Layer:
         landing, width = self.norms.landing, sum(self.norms.sizes)
         codes = buffers.get("low_normed", width, True) if landing.any_codes else None
         return Outputs(codes, buffers.get("low_normed", width) if landing.any_values else None)
-
-
-def z_after(entering: Product, gating: Product) -> bool:
-    """True if programs of the rows that the scan needs make those of z when they are done with theirs."""
-    return Z_AFTER and gating.tiles <= entering.tiles
 
 
 @dataclass

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from squamata.kernels.gpu.cache import into_cache
 from squamata.kernels.gpu.conv import conv_history, conv_tables, convolve
 from squamata.kernels.gpu.math import (
     dot4,
@@ -111,7 +110,6 @@ class Cut:
     native: bool
     stream: int
     stream_halves: bool
-    cached: bool
 
     @property
     def channels(self) -> int:
@@ -311,10 +309,9 @@ def row_product(operands, weights, numbers, row, RELOAD: tl.constexpr, CUT: tl.c
 
 
 @triton.jit
-def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr):
-    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them. READY: the rows are
-    there, in the first-level cache, from another tile."""
-    x, x_scale, _, _, _, _, _, out, convolution, _, N, rows, sink = operands
+def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, PDL: tl.constexpr):
+    """One tile of output rows for some activation rows. ``operands``: as ``Product`` holds them."""
+    _, _, _, _, _, _, _, out, convolution, _, N, rows, sink = operands
     ROWS: tl.constexpr = CUT.rows
     n = tile * CUT.tile_rows + tl.arange(0, CUT.tile_rows)
     weights = load_weights(operands, tile, CUT)
@@ -333,19 +330,14 @@ def product_tile(operands, position, tile, first_row, CUT: tl.constexpr, READY: 
     gain = 0.0
     if CUT.stream > 0:
         gain = tl.load(sink[1] + n)
-    if not READY:
-        let_next_start(PDL)
-        wait_for_previous(PDL)
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     numbers, befores = (), ()
     for b in tl.static_range(ROWS):
         numbers = numbers + (row_numbers(operands, first_row + b, CUT),)  # type: ignore[assignment]  # noqa: RUF005
         if CUT.stream > 0:
             before = tl.load(sink[0] + tl.minimum(first_row + b, rows - 1) * CUT.stream + n)
             befores = befores + (before,)  # type: ignore[assignment]  # noqa: RUF005
-    if CUT.cached and not READY:
-        BLOCKS: tl.constexpr = CUT.quads * 32 // CUT.block if CUT.block > 0 else 0
-        LENGTH: tl.constexpr = CUT.x_length * (2 if CUT.format == 6 else 1)
-        into_cache(x + first_row * CUT.x_stride, LENGTH, x_scale + first_row * BLOCKS, BLOCKS)
     for b in tl.static_range(ROWS):
         row = first_row + b
         y = row_product(operands, weights, numbers[b], row, b > 0 and CUT.rounds > 1, CUT)

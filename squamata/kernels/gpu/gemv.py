@@ -24,7 +24,7 @@ INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 MOST_QUADS = 20
 MOST_QUADS_OF = {Format.INT4_INT8: 10, Format.INT4_INT16: 8}
 FEW_PROGRAMS, FEW_QUADS_OF = 400, {Format.INT8_INT8: 10}
-CACHED, MOST_REGISTERS, MOST_FLOAT_REGISTERS = True, None, None
+MOST_REGISTERS = {Format.INT4_INT16: 80}  # of a thread, so that more programs fit (a quarter less time at 8B)
 FEW_ROWS = 8  # up to which the activations of every row are applied to a weight while it is in registers
 
 
@@ -122,7 +122,7 @@ class Blocks:
 
 @triton.jit
 def _gemv(operands, position, CUT: tl.constexpr, PDL: tl.constexpr):
-    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, False, PDL)
+    product_tile(operands, position, tl.program_id(0), tl.program_id(1) * CUT.rows, CUT, PDL)
 
 
 @triton.jit
@@ -132,22 +132,10 @@ def _gemv_pair(first, second, position, counter, TILES: tl.constexpr, CUT: tl.co
     program = tl.program_id(0)
     block = tl.program_id(1)
     if program < TILES:
-        product_tile(first, position, program, block * CUT.rows, CUT, False, PDL)
+        product_tile(first, position, program, block * CUT.rows, CUT, PDL)
         count_program(counter)
     else:
-        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, False, PDL)
-
-
-@triton.jit
-def _gemv_after(first, second, position, counter, OTHER_TILES: tl.constexpr, CUT: tl.constexpr,
-                OTHER_CUT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Two products of the same rows, tile after tile in the same programs; the first counts, as soon as it is done."""
-    program = tl.program_id(0)
-    block = tl.program_id(1)
-    product_tile(first, position, program, block * CUT.rows, CUT, False, PDL)
-    count_program(counter)
-    if program < OTHER_TILES:
-        product_tile(second, position, program, block * CUT.rows, OTHER_CUT, True, PDL)
+        product_tile(second, position, program - TILES, block * CUT.rows, OTHER_CUT, PDL)
 
 
 @dataclass(frozen=True)
@@ -166,9 +154,8 @@ class Product:
 
     @property
     def registers(self) -> int | None:
-        """A thread may have, so that several programs fit on a multiprocessor."""
-        whole = self.cut.format in (Format.INT8_INT8, Format.INT4_INT8, Format.INT4_INT16)
-        return MOST_REGISTERS if whole else MOST_FLOAT_REGISTERS
+        """A thread may have; None: what the compiler gives."""
+        return MOST_REGISTERS.get(Format(self.cut.format))
 
     @property
     def warps(self) -> int:
@@ -184,15 +171,18 @@ class Shape:
     slices: int
 
 
-def choose_shape(rows: int, columns: int, format: Format, apart: int = 0, least: int = 8) -> Shape:
-    """The cut for a weight (rows, columns); its first rows ``apart`` are a product of their own; tiles of at least
-    ``least`` rows.
+def choose_shape(
+    rows: int, columns: int, format: Format, apart: int = 0, least: int = 8, together: bool = False
+) -> Shape:
+    """The cut for a weight (rows, columns); its first rows ``apart`` are a product of their own, launched ``together``
+    with the others or not; tiles of at least ``least`` rows.
 
     A rule that comes within a tenth of the best cut of every shape measured (H200, docs/log.md): 256 threads a program
     where K allows it, three quads a thread at least, some 200 programs at least.
     """
     quads = columns // format.quad
-    tall = format.integer_activations or format == Format.INT4_INT16
+    one_round = together and format == Format.BFLOAT16_FLOAT and quads // 16 <= MOST_QUADS
+    tall = format.integer_activations or format == Format.INT4_INT16 or one_round
     rows = max(rows - apart, apart)
     tile_rows = next((size for size in (32, 16) if tall and rows // size >= (256 if size == 32 else 200)), least)
     tile_rows = gcd(tile_rows, apart)
@@ -201,7 +191,7 @@ def choose_shape(rows: int, columns: int, format: Format, apart: int = 0, least:
         slices *= 2
     while slices * tile_rows < 32 and quads % (2 * slices) == 0:
         slices *= 2
-    wide = format == Format.BFLOAT16_FLOAT and quads // slices >= MOST_QUADS
+    wide = format == Format.BFLOAT16_FLOAT and quads // slices >= MOST_QUADS and not one_round
     if wide and 200 <= rows // tile_rows <= FEW_PROGRAMS:
         slices //= 2  # twice the programs on a multiprocessor: one wave, in two rounds
     return Shape(tile_rows, slices)
@@ -294,7 +284,7 @@ def product(
         x_quad=linear.format.quad // (4 if integer else 1), grouped=grouped, dynamic=x_scale is not None,
         has_bias=linear.bias is not None, rounding=land.rounding, any_codes=land.any_codes,
         any_values=land.any_values, ring_codes=land.ring_codes, gate=gate, stream=0 if sink is None else linear.rows,
-        cached=CACHED and not INTERPRETED, stream_halves=sink is not None and sink.halves,
+        stream_halves=sink is not None and sink.halves,
         native=not INTERPRETED,
         **_ring_cut(land, convolution),
     )  # fmt: skip
@@ -319,22 +309,11 @@ def gemv(made: Product, position: Tensor, pdl: bool) -> None:
     )  # fmt: skip
 
 
-def gemv_pair(
-    first: Product, second: Product, position: Tensor, pdl: bool, counter: Tensor | None = None, after: bool = False
-) -> None:
+def gemv_pair(first: Product, second: Product, position: Tensor, pdl: bool, counter: Tensor | None = None) -> None:
     """Launch two products for the same rows at once, neither of which waits for the other.
 
-    ``counter``: int64 (1,), raised by ``first.programs``, for the next kernel (``Count``). ``after``: of the same
-    activations, the second in programs of the first when these are done with it.
+    ``counter``: int64 (1,), raised by ``first.programs``, for the next kernel (``Count``).
     """
-    if after:
-        assert second.tiles <= first.tiles
-        _gemv_after[(first.tiles, first.row_blocks)](
-            first.operands, second.operands, position, counter, OTHER_TILES=second.tiles, CUT=first.cut,
-            OTHER_CUT=second.cut, PDL=pdl, num_warps=max(first.warps, second.warps), maxnreg=first.registers,
-            **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip
-        return
     _gemv_pair[(first.tiles + second.tiles, first.row_blocks)](
         first.operands, second.operands, position, counter, TILES=first.tiles, CUT=first.cut, OTHER_CUT=second.cut,
         PDL=pdl, num_warps=max(first.warps, second.warps), maxnreg=first.registers,

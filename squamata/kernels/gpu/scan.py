@@ -28,7 +28,6 @@ from squamata.kernels.gpu.math import (
 from squamata.kernels.gpu.norm import _launch
 
 SSD_WARPS = 4
-EARLY = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _ssd_kernel(mixed, entered, head_tables, grid, state, after, blocks, out, N_
                 DT_START: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
                 BP: tl.constexpr, BN: tl.constexpr, DT_CODES: tl.constexpr, QUANTIZED: tl.constexpr,
                 ALONG: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, BLOCKS: tl.constexpr,
-                HALVES: tl.constexpr, EARLY: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                HALVES: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BP channels of one head of one sequence: update the state, skip; with ``blocks`` gate and land them."""
     dt_scale, dt_bias, A, skip = head_tables
     at = tl.program_id(0)
@@ -127,11 +126,8 @@ def _ssd_kernel(mixed, entered, head_tables, grid, state, after, blocks, out, N_
     decay_rate, shift, through = tl.load(A + head), tl.load(dt_bias + head), tl.load(skip + head)
     dt_unit = tl.load(dt_scale + head)
     gain = tl.load(blocks[1] + channel) if BLOCKS else 1.0
-    if EARLY:
-        let_next_start(PDL)
     wait_for_programs(after, wanted, PDL, NATIVE)  # not for the state, which the last step wrote
-    if not EARLY:
-        let_next_start(PDL)  # not earlier: programs of the product after next would take places (measured)
+    let_next_start(PDL)  # not earlier: programs of the product after next would take places (measured)
     dt = _read(entered[0], entered[1], dt_unit, row * N_OUT + DT_START + head, head >= 0, DT_CODES)
     mixed_row = mixed + row * (H * P + 2 * GROUPS * N)
     b_channel = H * P + (head * GROUPS // H) * N + n
@@ -173,7 +169,7 @@ def ssd_step(mixed: Tensor, entered: tuple[Tensor, Tensor], dt: InputPlan, table
         mixed, entered, (dt.scale, *tables), _grid(grid, mixed), state, *_optional(after, blocks), out,
         entered[0].shape[1], limit, DT_START=dt_start, H=heads, P=head_dim, N=states, GROUPS=groups, BP=channels,
         BN=triton.next_power_of_2(states), DT_CODES=dt.codes, **_grid_cut(grid), BLOCKS=blocks is not None,
-        HALVES=blocks is not None and blocks.scale is not None, EARLY=EARLY, NATIVE=not INTERPRETED, PDL=pdl,
+        HALVES=blocks is not None and blocks.scale is not None, NATIVE=not INTERPRETED, PDL=pdl,
         num_warps=SSD_WARPS, **_launch(pdl),
     )  # fmt: skip
 
