@@ -16,7 +16,6 @@ from test_triton_decode import CASES, DEVICE, random_weight, recipe, small
 from tiny import perturbed_tensors, quantized, random_ids
 
 from squamata.kernels.dispatch import use_backend
-from squamata.kernels.gpu import segments as gpu_segments
 from squamata.kernels.gpu.configs import Config
 from squamata.kernels.gpu.expand import as_rows, expand, finish_sums, multiply, rows_of, scratch_bytes
 from squamata.kernels.gpu.gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm, permuted
@@ -167,11 +166,7 @@ def test_rotation_of_rows_agrees_with_the_butterflies(size: int, groups: int, ex
     if DEVICE == "cuda"
     else [("mamba1", "w4a16"), ("mamba2", "w8a8")],  # interpreted, one takes half a minute
 )
-def test_prompt_and_what_follows_agree_with_the_reference(
-    kind: str, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_segments, "SHORTEST", 16)  # the prompt of 19 tokens in segments of eight
-    monkeypatch.setattr(gpu_segments, "LEAST", 8)
+def test_prompt_and_what_follows_agree_with_the_reference(kind: str, case: str) -> None:
     config = small(kind)
     checkpoint = quantized(config, perturbed_tensors(config), recipe(case), [random_ids(config, 2, 24)])
     model = LanguageModel(checkpoint)

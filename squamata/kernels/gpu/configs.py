@@ -47,14 +47,14 @@ CONFIGS = {
 _PROGRAMS = 128  # fewer than that leave multiprocessors idle
 _NARROW = Config(64, 32, 128, 4, 5)
 _SHALLOW = Config(128, 64, 64, 4, 3)
-_SHALLOW_ROWS = Config(64, 64, 128, 4, 2)
 # Weights by rows, which are a product's left operand: 64 outputs or more
-_ROWS = [
-    (32, Config(32, 64, 256, 4, 4)),
-    (128, Config(64, 64, 128, 4, 4)),
-    (256, Config(64, 128, 128, 4, 3)),
-    (2**31, Config(128, 128, 128, 4, 3)),
-]
+_ROWS_FEW = [(32, Config(32, 64, 256, 4, 4)), (128, Config(64, 64, 128, 4, 4))]
+_ROWS_MANY = (2**31, Config(128, 128, 128, 4, 3))
+_ROWS = [*_ROWS_FEW, (256, Config(64, 128, 128, 4, 3)), _ROWS_MANY]
+# The same for products such as in_proj, out_proj and Mamba-1's dt_proj of 2.7B
+_ROWS_WIDE = [*_ROWS_FEW, (192, Config(64, 128, 128, 4, 3)), (256, Config(128, 64, 128, 4, 3)), _ROWS_MANY]
+_ROWS_DEEP = [*_ROWS_FEW, (256, Config(64, 64, 256, 4, 3)), (1024, Config(64, 128, 128, 4, 3)), _ROWS_MANY]
+_ROWS_SHALLOW = [(512, Config(64, 64, 128, 4, 2)), (2**31, Config(128, 128, 64, 4, 3))]
 _ROWS_GROUPED = [
     (32, Config(32, 64, 128, 4, 5)),
     (128, Config(64, 64, 128, 4, 4)),
@@ -69,15 +69,23 @@ def by_rows(linear: TiledLinear) -> bool:
 
 def choose_config(linear: TiledLinear, rows: int) -> Config:
     """The committed configuration for a product; nothing is tuned at run time."""
-    if by_rows(linear) and linear.columns < 512 and rows > 64:
-        return _SHALLOW_ROWS
+    shallow = linear.columns < 512 and rows > 64
     if by_rows(linear):
-        return _filling(_ROWS if linear.group_scale is None else _ROWS_GROUPED, linear.rows, rows)
-    if linear.format == Format.INT8_INT8 and linear.columns < 512 and rows > 64:
+        return _filling(_ROWS_SHALLOW if shallow else _table_of_rows(linear), linear.rows, rows)
+    if linear.format == Format.INT8_INT8 and shallow:
         return _SHALLOW
     found = _filling(CONFIGS[linear.format], linear.rows, rows)
     narrow = triton.cdiv(rows, found.rows) * triton.cdiv(linear.rows, found.outputs) < _PROGRAMS // 2
     return _NARROW if narrow and linear.format == Format.INT8_INT8 and rows > 64 else found
+
+
+def _table_of_rows(linear: TiledLinear) -> list[tuple[int, Config]]:
+    """By outputs and columns of a weight by rows."""
+    if linear.group_scale is not None:
+        return _ROWS_GROUPED
+    if linear.rows >= 8192:
+        return _ROWS_WIDE
+    return _ROWS_DEEP if 2048 <= linear.rows < 4096 and linear.columns >= 2 * linear.rows else _ROWS
 
 
 def _filling(table: list[tuple[int, Config]], outputs: int, rows: int) -> Config:

@@ -18,8 +18,7 @@ from torch import Tensor
 from squamata.kernels.gpu.configs import PACKED
 from squamata.kernels.gpu.gemm import Finish, _finish, choose_outputs
 from squamata.kernels.gpu.gemv import Landing
-from squamata.kernels.gpu.math import nibble_to_float, take_turn
-from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.math import nibble_to_float
 from squamata.kernels.gpu.tiles import Format, TiledLinear
 
 OPERAND = {
@@ -118,8 +117,7 @@ def multiply(x: Tensor, weight: Tensor, sums: Tensor) -> None:
 def _finish_kernel(sums, x_scale, factor, bias, inverse, scale, low, high, shift, first, values, residual, M, N,
                    BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, DYNAMIC: tl.constexpr,
                    HAS_BIAS: tl.constexpr, ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
-                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    take_turn(PDL)
+                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr):  # fmt: skip
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     mask = (m < M)[:, None] & (n < N)[None, :]
@@ -135,13 +133,5 @@ def finish_sums(sums: Tensor, x_scale: Tensor | None, linear: TiledLinear, facto
     pointers, flags = choose_outputs(x_scale, linear, factor, landing, finish)
     grid = (triton.cdiv(outputs, FINISH_OUTPUTS), triton.cdiv(rows, FINISH_ROWS))
     _finish_kernel[grid](
-        sums,
-        *pointers,
-        rows,
-        outputs,
-        BM=FINISH_ROWS,
-        BN=FINISH_OUTPUTS,
-        num_warps=FINISH_WARPS,
-        **flags,
-        **_launch(finish.pdl),
+        sums, *pointers, rows, outputs, BM=FINISH_ROWS, BN=FINISH_OUTPUTS, num_warps=FINISH_WARPS, **flags
     )

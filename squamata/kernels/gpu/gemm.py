@@ -19,8 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from squamata.kernels.gpu.configs import PACKED, Config, by_rows, choose_config
 from squamata.kernels.gpu.gemv import INTERPRETED, Landing
-from squamata.kernels.gpu.math import dot_float, small_to_float, softplus, take_turn, to_codes, to_int8
-from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.math import dot_float, small_to_float, softplus, to_codes, to_int8
 from squamata.kernels.gpu.tiles import Format, TiledLinear
 
 LAND, RESIDUAL, SPLIT, SOFTPLUS, PLAIN = range(5)  # what becomes of a product: see ``Finish``
@@ -131,10 +130,9 @@ def _whole_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale,
                   CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                   BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
                   MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
-                  ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr, PDL: tl.constexpr,
+                  ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                   SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Tiles that the tensor cores take as they are, or after one conversion (int8 to the activations' type)."""
-    take_turn(PDL)
     first_m, first_n = _program(M, N, BM, BN, BAND)
     m, n, k = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
     row, tile_row = tl.minimum(m, M - 1).to(tl.int64), tl.minimum(n, (N + TR - 1) // TR * TR - 1)
@@ -172,13 +170,12 @@ def _rows_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale, 
                  CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
                  MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
-                 ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr, PDL: tl.constexpr,
+                 ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                  SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """int8 weights by rows. ``x`` and ``weight`` are descriptors: the chip's copy engine needs no registers.
 
     The weights are the left operand, so that a thread needs two scales a step.
     """
-    take_turn(PDL)
     first_m, first_n = _program(M, N, BM, BN, BAND)
     m, n = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN)
     scale_at = _scales_of(group_scale, n, N, K // CHUNK, SCALE_ROWS)
@@ -221,13 +218,12 @@ def _packed_kernel(x, x_scale, weight, group_scale, factor, bias, inverse, scale
                    CHUNK: tl.constexpr, SCALE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    BK: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, GROUPED: tl.constexpr,
                    MODE: tl.constexpr, DYNAMIC: tl.constexpr, HAS_BIAS: tl.constexpr,
-                   ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr, PDL: tl.constexpr,
+                   ROUNDING: tl.constexpr, ANY_CODES: tl.constexpr, ANY_VALUES: tl.constexpr,
                    SPLIT_AT: tl.constexpr, SPLIT_FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Two 4-bit codes a byte, unpacked in registers: the weights are the left operand, W x^T.
 
     CHUNK codes share a scale; their integer sums stay below 2^22.
     """
-    take_turn(PDL)
     first_m, first_n = _program(M, N, BM, BN, BAND)
     m, n, j = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK // 2)
     row, tile_row = tl.minimum(m, M - 1).to(tl.int64), tl.minimum(n, (N + TR - 1) // TR * TR - 1)
@@ -270,8 +266,7 @@ class Finish:
 
     LAND: those with a grid go to ``first`` as int8, the others to ``values``. RESIDUAL: added to ``residual``. SPLIT:
     outputs below ``split_at`` go to ``first`` (in the order of ``split_format``), the others, landed and read again,
-    to ``values``. SOFTPLUS: landed, read again, softplus(y + ``shift``) to ``values``. PLAIN: to ``values``. ``pdl``:
-    the product starts while the kernel before ends (programmatic dependent launch), and waits for it.
+    to ``values``. SOFTPLUS: landed, read again, softplus(y + ``shift``) to ``values``. PLAIN: to ``values``.
     """
 
     mode: int
@@ -281,7 +276,6 @@ class Finish:
     shift: Tensor | None = None
     split_at: int = 0
     split_format: int = 0
-    pdl: bool = False
 
 
 def _depth(linear: TiledLinear, config: Config) -> tuple[int, int]:
@@ -305,7 +299,7 @@ def choose_outputs(x_scale: Tensor | None, linear: TiledLinear, factor: Tensor, 
         "MODE": finish.mode, "DYNAMIC": x_scale is not None, "HAS_BIAS": linear.bias is not None,
         "ROUNDING": landing.rounding if landing is not None and any_codes else 0, "ANY_CODES": any_codes,
         "ANY_VALUES": landing is None or landing.values_anywhere, "SPLIT_AT": finish.split_at,
-        "SPLIT_FORMAT": finish.split_format, "PDL": finish.pdl,
+        "SPLIT_FORMAT": finish.split_format,
     }  # fmt: skip
     return tuple(factor if part is None else part for part in given), flags
 
@@ -335,5 +329,4 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
         SCALE_ROWS=1 if linear.group_scale is None else group_scale.shape[2], BM=config.rows, BN=config.outputs,
         BK=depth, BAND=8, FORMAT=int(linear.format), GROUPED=linear.group_scale is not None, NATIVE=not INTERPRETED,
         num_warps=config.warps, num_stages=config.stages, **flags,
-        **_launch(finish.pdl),
     )  # fmt: skip

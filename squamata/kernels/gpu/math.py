@@ -171,14 +171,6 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def take_turn(PDL: tl.constexpr):
-    """Wait for the kernels before this one; the next one's programs may then take what room there is, and wait."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def let_next_start(PDL: tl.constexpr):
     """Let the next kernel's programs start, so that they can load what does not depend on this one."""
     if PDL:

@@ -14,8 +14,7 @@ from squamata.errors import SquamataError
 from squamata.kernels.gpu.gemm import permuted
 from squamata.kernels.gpu.gemv import INTERPRETED
 from squamata.kernels.gpu.landing import RowSite, land_row
-from squamata.kernels.gpu.math import as_float, silu, take_turn, to_codes, to_int8
-from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.math import as_float, silu, to_codes, to_int8
 from squamata.kernels.gpu.scan import InputPlan
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
@@ -28,8 +27,7 @@ HEADROOM = 0.0625  # of float16 between the two products of a rotation, in ``rig
 @triton.jit
 def _norm_kernel(residual, weight, out, out_scale, D, epsilon, inverse, low, high, span, FORMAT: tl.constexpr,
                  QUANTIZED: tl.constexpr, DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr,
-                 BD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    take_turn(PDL)
+                 BD: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BD)
     mask = column < D
@@ -43,13 +41,13 @@ def _norm_kernel(residual, weight, out, out_scale, D, epsilon, inverse, low, hig
 
 
 def norm_rows(residual: Tensor, weight: Tensor, epsilon: float, site: RowSite, out: Tensor, out_scale: Tensor,
-              format: int, pdl: bool = False) -> None:  # fmt: skip
+              format: int) -> None:  # fmt: skip
     """out = RMS norm of the residual (M, D) float32 times weight, landed, in the column order of ``format``."""
     rows, width = residual.shape
     _norm_kernel[(rows,)](
         residual, weight, out, out_scale, width, epsilon, site.inverse, site.low, site.high, site.span, FORMAT=format,
         QUANTIZED=site.quantized, DYNAMIC=site.span > 0, ROUNDING=site.rounding, BD=triton.next_power_of_2(width),
-        PDL=pdl, num_warps=8 if width > 1024 else 4, **_launch(pdl),
+        num_warps=8 if width > 1024 else 4,
     )  # fmt: skip
 
 
@@ -113,7 +111,7 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
                    Z_CODES: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, TURNED: tl.constexpr,
                    MIDDLE: tl.constexpr,
                    MIDDLE_ROUNDING: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDING: tl.constexpr,
-                   EXACT: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                   EXACT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """One row: out = H (norm(y * SiLU(z)) * gain) * factor, landed."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PADDED)
@@ -124,7 +122,6 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
         H_right = tl.load(right + side[:, None] * SIDE + side[None, :])
         if ROTATED:
             H_left = tl.load(left + part[:, None] * PADDED + part[None, :])
-    take_turn(PDL)
     v = tl.load(y + row * E + channel, mask=mask, other=0.0).to(tl.float32)
     if Z_CODES:
         z = tl.load(z_codes + row * N_IN + Z_START + channel, mask=mask, other=0)
@@ -172,7 +169,7 @@ def _rotate_kernel(y, z_codes, z_values, z_scale, gain, left, right, out, factor
 
 def rotate_rows(y: Tensor, z: tuple[Tensor, Tensor], z_input: InputPlan, z_start: int, gain: Tensor | None,
                 epsilon: float, groups: int, plan: RowRotation, middle: RowSite, site: RowSite,
-                out: Tensor, pdl: bool = False) -> None:  # fmt: skip
+                out: Tensor) -> None:  # fmt: skip
     """Gate, RMS norm in groups (none without ``gain``) landed on ``middle``, rotation, landed on ``site``.
 
     ``y``: (M, E), float16 or float32; ``z``: codes and values of in_proj's outputs, (M, N) both.
@@ -184,6 +181,6 @@ def rotate_rows(y: Tensor, z: tuple[Tensor, Tensor], z_input: InputPlan, z_start
         Z_START=z_start, E=width, PARTS=plan.parts, PADDED=plan.left.shape[0], SIDE=plan.right.shape[0], GROUPS=groups,
         Z_CODES=z_input.codes, NORM=gain is not None, ROTATED=plan.rotated, TURNED=plan.turned, MIDDLE=middle.quantized,
         MIDDLE_ROUNDING=middle.rounding, QUANTIZED=site.quantized, ROUNDING=site.rounding,
-        EXACT=plan.left.dtype == torch.float32, PDL=pdl, NATIVE=not INTERPRETED,
-        num_warps=ROTATE_WARPS, **_launch(pdl),
+        EXACT=plan.left.dtype == torch.float32, NATIVE=not INTERPRETED,
+        num_warps=ROTATE_WARPS,
     )  # fmt: skip

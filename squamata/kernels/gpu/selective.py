@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -12,10 +10,8 @@ from torch import Tensor
 
 from squamata.kernels.gpu.gemm import permuted
 from squamata.kernels.gpu.gemv import INTERPRETED
-from squamata.kernels.gpu.math import as_float, take_turn
-from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.math import as_float
 from squamata.kernels.gpu.scan import InputPlan, StatePlan, _load_state, _store_state
-from squamata.kernels.gpu.segments import CHANNELS, TOKENS, WARPS, Segments, _ends_kernel, _segment_kernel
 from squamata.kernels.gpu.sequence import Sequences
 
 SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; channels a program
@@ -40,9 +36,8 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
                       state_span, lengths, out, L, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr,
                       T: tl.constexpr, FORMAT: tl.constexpr, CODES: tl.constexpr, QUANTIZED: tl.constexpr,
                       ALONG: tl.constexpr, DYNAMIC: tl.constexpr, STATE_ROUNDING: tl.constexpr,
-                      PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                      NATIVE: tl.constexpr):  # fmt: skip
     """BE channels of one sequence, token by token, T loaded together (Gu and Dao 2023, algorithm 2)."""
-    take_turn(PDL)
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
     row = tl.program_id(1)
     n = tl.arange(0, N)
@@ -79,38 +74,20 @@ def _selective_kernel(u, u_scale, dt, bc, A, skip, state, state_scale, state_inv
 
 
 def selective_rows(u: Tensor, u_input: InputPlan, dt: Tensor, bc: Tensor, A: Tensor, skip: Tensor, state: Tensor,
-                   grid: StatePlan | None, sequences: Sequences, out: Tensor, format: int,
-                   scratch: Segments | None = None) -> None:  # fmt: skip
+                   grid: StatePlan | None, sequences: Sequences, out: Tensor, format: int) -> None:  # fmt: skip
     """Mamba-1's scan with skip: out (B L, E); ``state`` (B, E, N) is moved on.
 
     ``u``: int8 or float (B L, E), columns in the order of ``format``; ``dt``: after its softplus, (B L, E); ``bc``:
-    float32 (B L, 2 N). With ``scratch`` segments of the tokens are worked on at once.
+    float32 (B L, 2 N).
     """
     rows, channels, states = state.shape
-    grids = (grid.scale, grid.inverse, grid.low, grid.high, grid.span) if grid else (skip, skip, 0.0, 0.0, 0.0)
-    sizes: dict[str, Any] = {
-        "E": channels, "N": states, "FORMAT": format, "CODES": u.dtype == torch.int8, "NATIVE": not INTERPRETED,
-        "PDL": sequences.pdl, **_launch(sequences.pdl),
-    }  # fmt: skip
-    stored = {
-        "QUANTIZED": grid is not None, "ALONG": grid.along_states if grid else False,
-        "DYNAMIC": grid is not None and grid.span > 0, "STATE_ROUNDING": grid.rounding if grid else 0,
-    }  # fmt: skip
-    length = sequences.length
-    if scratch is None:
-        _selective_kernel[(triton.cdiv(channels, SCAN_CHANNELS), rows)](
-            u, u_input.scale, dt, bc, A, skip, state, *grids, sequences.lengths, out, length, BE=SCAN_CHANNELS,
-            T=min(SCAN_TOKENS, states, length), num_warps=1, **sizes, **stored,
-            maxnreg=255,  # with fewer registers the assembler moves every load to its use, each with the whole latency
-        )  # fmt: skip
-        return
-    sizes |= {"BE": CHANNELS, "T": TOKENS, "num_warps": WARPS}
-    blocks, given = triton.cdiv(channels, CHANNELS), (u, u_input.scale, dt, bc, A)
-    if scratch.count > 1:
-        _ends_kernel[(blocks, scratch.count - 1, rows)](
-            *given, sequences.lengths, scratch.ends, scratch.moved, length, scratch.tokens, **sizes
-        )
-    _segment_kernel[(blocks, scratch.count, rows)](
-        *given, skip, state, *grids, sequences.lengths, scratch.ends, scratch.moved, out, length, scratch.tokens,
-        **sizes, **stored,
+    filler = skip
+    grids = (grid.scale, grid.inverse, grid.low, grid.high, grid.span) if grid else (filler, filler, 0.0, 0.0, 0.0)
+    _selective_kernel[(triton.cdiv(channels, SCAN_CHANNELS), rows)](
+        u, u_input.scale, dt, bc, A, skip, state, *grids, sequences.lengths, out, sequences.length, E=channels,
+        N=states, BE=SCAN_CHANNELS, T=min(SCAN_TOKENS, states, sequences.length), FORMAT=format,
+        CODES=u.dtype == torch.int8, QUANTIZED=grid is not None, ALONG=grid.along_states if grid else False,
+        DYNAMIC=grid is not None and grid.span > 0, STATE_ROUNDING=grid.rounding if grid else 0,
+        NATIVE=not INTERPRETED, num_warps=1,
+        maxnreg=255,  # with fewer registers the assembler moves every load to its use, each with the whole latency
     )  # fmt: skip

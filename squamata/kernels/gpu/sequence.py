@@ -16,11 +16,10 @@ from torch import Tensor
 from squamata.kernels.gpu.conv import ConvolutionPlan
 from squamata.kernels.gpu.gemm import unpermuted
 from squamata.kernels.gpu.gemv import INTERPRETED
-from squamata.kernels.gpu.math import as_float, rounded_bits, silu, take_turn, to_codes
-from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.math import as_float, rounded_bits, silu, to_codes
 
 CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 16, 8, 256, 2  # a program
-ONE_ROWS, ONE_CHANNELS, ONE_WARPS = 8, 256, 2  # a program, where every sequence has one token
+ONE_ROWS, ONE_CHANNELS, ONE_WARPS = 2, 256, 2  # a program, where every sequence has one token
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class Sequences:
     lengths: Tensor
     position: Tensor
     length: int
-    pdl: bool = False
 
     @property
     def batch(self) -> int:
@@ -49,7 +47,7 @@ def _landed(x, grid, second, ROUNDING: tl.constexpr, SECOND_ROUNDING: tl.constex
 
 @triton.jit
 def _stored(u, kind: tl.constexpr):
-    """u as ``kind``; int8 from whole numbers without the conversion, for the same reason."""
+    """u as ``kind``; int8 from whole numbers without the conversion, for the reason of ``as_float``."""
     return rounded_bits(u).to(tl.int8) if kind == tl.int8 else u.to(kind)
 
 
@@ -66,12 +64,11 @@ def _conv_input(sequence, ring, time, channel, live, now, row, rows, L, N_IN, C:
 def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, lengths, position, out, L, N_IN,
                  START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr,
                  BC: tl.constexpr, WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr,
-                 CODES: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                 CODES: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BC channels of BT tokens of one sequence, token by token, AHEAD of them loaded together.
 
     The last inputs stay in registers. The program of the first tokens moves the ring on.
     """
-    take_turn(PDL)
     place = tl.program_id(0) * BC + tl.arange(0, BC)
     channel = unpermuted(place, FORMAT)  # stores stay whole
     first = tl.program_id(1) * BT
@@ -126,9 +123,8 @@ def _conv_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, l
 def _one_kernel(entered, ring, taps, factor, bias, inverse, scale, low, high, position, out, ROWS, N_IN,
                 START: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
                 WIDTH: tl.constexpr, FIRST_ROUNDING: tl.constexpr, REST_ROUNDING: tl.constexpr, CODES: tl.constexpr,
-                FORMAT: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                FORMAT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BC channels of BR sequences of one token: tables are read once, the newest input takes the oldest one's slot."""
-    take_turn(PDL)
     place = tl.program_id(0) * BC + tl.arange(0, BC)
     channel = unpermuted(place, FORMAT)  # stores stay whole
     live = place < C
@@ -180,8 +176,7 @@ def conv_rows(entered: Tensor, start: int, ring: Tensor, conv: ConvolutionPlan, 
     tables = (conv.taps, conv.factor, conv.bias, conv.inverse, conv.scale, conv.low, conv.high)
     shared: dict[str, Any] = {
         "START": start, "C": channels, "SPLIT": split, "WIDTH": conv.taps.shape[0], "FIRST_ROUNDING": conv.rounding,
-        "REST_ROUNDING": conv.rounding_bc, "CODES": codes, "FORMAT": format,
-        "NATIVE": not INTERPRETED, "PDL": sequences.pdl, **_launch(sequences.pdl),
+        "REST_ROUNDING": conv.rounding_bc, "CODES": codes, "FORMAT": format, "NATIVE": not INTERPRETED,
     }  # fmt: skip
     if length == 1:
         _one_kernel[(triton.cdiv(channels, ONE_CHANNELS), triton.cdiv(sequences.batch, ONE_ROWS))](

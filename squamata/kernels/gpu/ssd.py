@@ -17,8 +17,7 @@ from torch import Tensor
 
 from squamata.kernels.gpu.conv import ConvolutionPlan
 from squamata.kernels.gpu.gemv import INTERPRETED
-from squamata.kernels.gpu.math import dot_float, softplus, take_turn
-from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.math import dot_float, softplus
 from squamata.kernels.gpu.scan import InputPlan, StatePlan, _store_state
 from squamata.kernels.gpu.sequence import Sequences
 from squamata.kernels.gpu.token import token_rows
@@ -32,11 +31,10 @@ WARPS, STAGES = 4, 3
 @triton.jit
 def _decay_kernel(codes, values, dt_scale, dt_bias, A, lengths, step, decay, weight, kept, L, N_IN, dt_low, dt_high,
                   DT_START: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
-                  CODES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  CODES: tl.constexpr):  # fmt: skip
     """dt' of T tokens and BH heads, the running sum of dt' A / ln 2 from the first of them, and what of each token is
     left after the last, times dt': all (B, H, PADDED). What is left of the state before them: (B, H, steps).
     """
-    take_turn(PDL)
     t = tl.program_id(0) * T + tl.arange(0, T)
     row = tl.program_id(1)
     head = tl.program_id(2) * BH + tl.arange(0, BH)
@@ -66,13 +64,12 @@ def _ssd_states_kernel(u, u_scale, dt_weight, dt_kept, state, state_scale, state
                        state_span, before, L, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                        GROUPS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr,
                        CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr, DYNAMIC: tl.constexpr,
-                       STATE_ROUNDING: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                       STATE_ROUNDING: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """BN states of one head of one sequence, moved on T tokens at a time.
 
     What each step starts from goes to ``before`` (B, steps, E, N), what the last one leaves to ``state``.
     """
     C: tl.constexpr = H * P + 2 * GROUPS * N
-    take_turn(PDL)
     head, row = tl.program_id(0), tl.program_id(2)
     channel, n, step = head * P + tl.arange(0, P), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, T)
     group = H * P + (head * GROUPS // H) * N
@@ -110,13 +107,12 @@ def _ssd_states_kernel(u, u_scale, dt_weight, dt_kept, state, state_scale, state
 @triton.jit
 def _ssd_outputs_kernel(u, u_scale, dt_step, dt_decay, skip, before, out, L, H: tl.constexpr, P: tl.constexpr,
                         N: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
-                        HEADS: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                        HEADS: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """T tokens of HEADS heads of one group: within them as masked attention, the state before them through its decay.
 
     C B^T is the same for all heads of a group.
     """
     C: tl.constexpr = H * P + 2 * GROUPS * N
-    take_turn(PDL)
     first, index, row = tl.program_id(0) * HEADS, tl.program_id(1), tl.program_id(2)
     group = H * P + (first * GROUPS // H) * N
     n, p, step = tl.arange(0, N), tl.arange(0, P), tl.arange(0, T)
@@ -194,24 +190,22 @@ def ssd_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Te
     }  # fmt: skip
     dt_bias, A, skip = parameters
     if length == 1:
-        token_rows(u, codes, conv, dt, dt_input, dt_start, parameters, state, grid, groups, limit, out,
-                   sequences.pdl)  # fmt: skip
+        token_rows(u, codes, conv, dt, dt_input, dt_start, parameters, state, grid, groups, limit, out)
         return
     sizes |= {"T": scratch.tokens, "PADDED": scratch.step.shape[2], "NATIVE": not INTERPRETED}
-    chained = {"PDL": sequences.pdl, **_launch(sequences.pdl)}
     steps, block = scratch.kept.shape[2], min(32, triton.next_power_of_2(heads))
     _decay_kernel[(steps, rows, triton.cdiv(heads, block))](
         *dt, dt_input.scale, dt_bias, A, sequences.lengths, scratch.step, scratch.decay, scratch.weight, scratch.kept,
         length, dt[0].shape[1], *limit, DT_START=dt_start, H=heads, BH=block, T=sizes["T"], PADDED=sizes["PADDED"],
-        CODES=dt_input.codes, num_warps=WARPS, **chained,
+        CODES=dt_input.codes, num_warps=WARPS,
     )  # fmt: skip
     block = states if stored["DYNAMIC"] else min(STATES, states)  # a new scale is of all states
     _ssd_states_kernel[(heads, states // block, rows)](
         u, conv.scale, scratch.weight, scratch.kept, state, *grids, scratch.before, length, BN=block,
-        num_warps=WARPS, num_stages=STAGES, **sizes, **stored, **chained,
+        num_warps=WARPS, num_stages=STAGES, **sizes, **stored,
     )  # fmt: skip
     together = max(count for count in range(1, HEADS + 1) if heads // groups % count == 0)
     _ssd_outputs_kernel[(heads // together, steps, rows)](
         u, conv.scale, scratch.step, scratch.decay, skip, scratch.before, out, length, HEADS=together,
-        num_warps=WARPS, num_stages=STAGES, **sizes, **chained,
+        num_warps=WARPS, num_stages=STAGES, **sizes,
     )  # fmt: skip

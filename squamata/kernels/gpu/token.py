@@ -13,8 +13,7 @@ from torch import Tensor
 from squamata.kernels.gpu.conv import ConvolutionPlan
 from squamata.kernels.gpu.gemv import INTERPRETED
 from squamata.kernels.gpu.landing import SMALLEST_SCALE
-from squamata.kernels.gpu.math import byte_to_float, dot4, pack_bytes, rounded_bits, softplus, take_turn
-from squamata.kernels.gpu.norm import _launch
+from squamata.kernels.gpu.math import byte_to_float, dot4, pack_bytes, rounded_bits, softplus
 from squamata.kernels.gpu.scan import InputPlan, StatePlan, _store_state
 
 CHANNELS, WARPS = 32, 2  # of a head, a program
@@ -45,7 +44,7 @@ def _time_step(dt, tables, head, live, row, limit, N_IN, START: tl.constexpr, CO
 def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, DT_START: tl.constexpr,
                   H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, BP: tl.constexpr,
                   CODES: tl.constexpr, DT_CODES: tl.constexpr, QUANTIZED: tl.constexpr, ALONG: tl.constexpr,
-                  DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  DYNAMIC: tl.constexpr, ROUNDING: tl.constexpr):  # fmt: skip
     """BP channels of one head of one sequence, a state of any kind."""
     state_scale, state_inverse, state_low, state_high, state_span = grid
     C: tl.constexpr = H * P + 2 * GROUPS * N
@@ -57,8 +56,7 @@ def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, D
     scale_place = channel[:, None] * N + n[None, :] if ALONG else channel[:, None]
     if DYNAMIC:
         scale_place += row * (H * P)
-    s = tl.load(state + place).to(tl.float32)  # which the last step wrote
-    take_turn(PDL)
+    s = tl.load(state + place).to(tl.float32)
     group = H * P + (head * GROUPS // H) * N
     token = u + row * C
     x, B = tl.load(token + channel).to(tl.float32), tl.load(token + group + n).to(tl.float32)
@@ -80,7 +78,7 @@ def _token_kernel(u, u_scale, dt, tables, skip, state, grid, out, limit, N_IN, D
 @triton.jit
 def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, out, limit, N_IN, DT_START: tl.constexpr,
                    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, BP: tl.constexpr,
-                   BLOCKS: tl.constexpr, BH: tl.constexpr, DT_CODES: tl.constexpr, PDL: tl.constexpr,
+                   BLOCKS: tl.constexpr, BH: tl.constexpr, DT_CODES: tl.constexpr,
                    NATIVE: tl.constexpr):  # fmt: skip
     """BLOCKS times BP channels of one group of one sequence: int8 states with a scale a channel, four to a word.
 
@@ -100,7 +98,6 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
     scale_at, x_at, unit_at = scales + row * (H * P) + channel, token + channel, u_scale + channel
     out_at = out + row * (H * P) + channel
     following, scale_next, unit_next = tl.load(first), tl.load(scale_at), tl.load(unit_at)
-    take_turn(PDL)  # not for the state, which the last step wrote
     x_next = tl.load(x_at)
     head = first_head + tl.arange(0, BH)
     steps, decays = _time_step(dt, tables, head, head < H, row, limit, N_IN, DT_START, DT_CODES)
@@ -145,8 +142,7 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
 
 def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Tensor], dt_input: InputPlan,
                dt_start: int, parameters: tuple[Tensor, Tensor, Tensor], state: Tensor, grid: StatePlan | None,
-               groups: int, limit: tuple[float, float], out: Tensor,
-               pdl: bool = False) -> None:  # fmt: skip
+               groups: int, limit: tuple[float, float], out: Tensor) -> None:  # fmt: skip
     """Mamba-2's scan with skip for one token a sequence, as ``gpu.sequence.ssd_rows``: out (B, E)."""
     rows, heads, head_dim, states = state.shape
     dt_bias, A, skip = parameters
@@ -157,8 +153,6 @@ def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, 
         "N": states,
         "GROUPS": groups,
         "DT_CODES": dt_input.codes,
-        "PDL": pdl,
-        **_launch(pdl),
     }
     tables, columns = (dt_input.scale, dt_bias, A), dt[0].shape[1]
     dynamic = grid is not None and grid.span > 0

@@ -7,7 +7,7 @@ Mamba-1 layer eight. With one token a sequence this is also the decode step of l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -29,7 +29,6 @@ from squamata.kernels.gpu.expand import (
 from squamata.kernels.gpu.gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
 from squamata.kernels.gpu.parts import norm_parts_apart
 from squamata.kernels.gpu.rows import norm_rows, rotate_rows
-from squamata.kernels.gpu.segments import Segments, segments
 from squamata.kernels.gpu.selective import selective_rows
 from squamata.kernels.gpu.sequence import Sequences, conv_rows
 from squamata.kernels.gpu.ssd import ScanScratch, scan_scratch, ssd_rows
@@ -40,9 +39,6 @@ FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
 # Rows of activations, and outputs and columns of a weight, from which its layout by rows pays
 ROWS_FROM, OUTPUTS_FROM, COLUMNS_FROM = 128, 64, 512
 SHALLOW_FROM = 128  # columns, where one scale is a row's
-
-# Kernels that start while the one before ends, as a decode step's do: written and compiled, never run on a GPU
-CHAINED = False
 
 
 @dataclass
@@ -64,7 +60,6 @@ class Workspace:
     sums: Tensor | None = None
     scratch: Tensor | None = None
     of_states: dict[torch.Size, ScanScratch] = field(default_factory=dict)
-    of_segments: dict[torch.Size, Segments | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = self.batch * self.length
@@ -89,12 +84,6 @@ class Workspace:
         if state.shape not in self.of_states:
             self.of_states[state.shape] = scan_scratch(self.batch, self.length, state, self.float)
         return self.of_states[state.shape]
-
-    def segments(self, state: Tensor) -> Segments | None:
-        """Scratch of Mamba-1's scan for a state of this shape; None where it runs token by token."""
-        if state.shape not in self.of_segments:
-            self.of_segments[state.shape] = segments(self.batch, self.length, state)
-        return self.of_segments[state.shape]
 
     def by_rows(self, linear: TiledLinear) -> bool:
         """True if the product wants its weight laid out by rows (``gpu.expand``)."""
@@ -166,8 +155,7 @@ class SequencePlan:
     work: Workspace
 
     def __post_init__(self) -> None:
-        self.pdl = CHAINED and self.plan.buffers.pdl
-        self.sequences = Sequences(self.work.lengths, self.plan.buffers.position, self.work.length, self.pdl)
+        self.sequences = Sequences(self.work.lengths, self.plan.buffers.position, self.work.length)
 
     def kernels(self) -> Iterator[Kernel]:
         """Every launch, in order, with the name of what it does."""
@@ -190,7 +178,6 @@ class SequencePlan:
 
     def _product(self, name: str, projection: Projection, x: Tensor, finish: Finish) -> Iterator[Kernel]:
         """One fused product, or the library's with what surrounds it."""
-        finish = replace(finish, pdl=self.pdl)
         scale = self.work.row_scale if projection.site.span > 0 else None
         linear, factor, landing = projection.linear, projection.factor, projection.landing
         if not self.work.by_rows(linear):
@@ -213,7 +200,7 @@ class SequencePlan:
     def _enter(self, stage: InputStage, x: Tensor) -> None:
         work, projection = self.work, stage.projection
         norm_rows(work.residual, stage.gain, stage.epsilon, projection.site, x, work.row_scale,
-                  int(projection.linear.format), self.pdl)  # fmt: skip
+                  int(projection.linear.format))  # fmt: skip
 
     def _leave(self, stage: OutputStage, layer: Mamba1Layer | Mamba2Layer, entered: tuple[Tensor, Tensor],
                z_start: int) -> Iterator[Kernel]:  # fmt: skip
@@ -222,7 +209,7 @@ class SequencePlan:
         x = work.input_of("rotated", projection)
         yield "rotate", lambda: rotate_rows(
             y, entered, layer.scan.inputs["z"], z_start, stage.gain, stage.epsilon, stage.groups, stage.rows,
-            stage.middle, projection.site, x, self.pdl,
+            stage.middle, projection.site, x,
         )  # fmt: skip
         yield from self._product("out_proj", projection, x, Finish(RESIDUAL, residual=work.residual))
 
@@ -279,18 +266,7 @@ class SequencePlan:
         yield (
             "scan",
             lambda: selective_rows(
-                u,
-                scan.inputs["u"],
-                dt,
-                bc,
-                scan.A,
-                scan.skip,
-                layer.state.state,
-                scan.grid,
-                self.sequences,
-                y,
-                order,
-                work.segments(layer.state.state),
+                u, scan.inputs["u"], dt, bc, scan.A, scan.skip, layer.state.state, scan.grid, self.sequences, y, order
             ),
         )
         yield from self._leave(layer.exit, layer, entered, layer.z_start)
@@ -307,15 +283,12 @@ class SequencePlan:
         x = work.get("head", linear.columns, dtype)[: work.batch]
         yield (
             "norm",
-            lambda: norm_rows(
-                buffers.h, head.gain, head.epsilon, site, x, buffers.row_scale, int(linear.format), self.pdl
-            ),
+            lambda: norm_rows(buffers.h, head.gain, head.epsilon, site, x, buffers.row_scale, int(linear.format)),
         )
         scale = buffers.row_scale if site.span > 0 else None
-        to_logits = Finish(PLAIN, values=self.plan.logits, pdl=self.pdl)
         yield (
             "head",
-            lambda: gemm(x, scale, linear, head.projection.factor, None, to_logits),
+            lambda: gemm(x, scale, linear, head.projection.factor, None, Finish(PLAIN, values=self.plan.logits)),
         )
 
     def _take_last(self) -> None:
