@@ -36,7 +36,7 @@ from squamata.run.generate import generate
 from squamata.run.model import Model
 from squamata.save.format import describe
 from squamata.save.read import read_checkpoint
-from squamata.save.write import CheckpointWriter
+from squamata.save.write import CheckpointWriter, check_target
 from squamata.spec.recipe import Recipe
 
 __all__ = ["Quantization", "evaluate", "generate", "load", "quantize"]
@@ -46,7 +46,9 @@ Progress = Callable[[int, int], None]  # steps done, steps in all
 
 @dataclass(frozen=True)
 class Quantization:
-    """What ``quantize`` did. Sizes in bytes, time in seconds."""
+    """What ``quantize`` did. Sizes in bytes, time in seconds; ``parts_resumed``: how many of embedding, layers and head
+    a killed call had finished.
+    """
 
     recipe: str
     architecture: str
@@ -56,6 +58,7 @@ class Quantization:
     seconds: float
     peak_rss_bytes: int
     calibration: dict[str, Any] = field(default_factory=dict)
+    parts_resumed: int = 0
 
 
 def quantize(
@@ -67,7 +70,7 @@ def quantize(
     length: int | None = None,
     seed: int = 0,
     force: bool = False,
-    resume: bool = False,
+    resume: bool | None = None,
     progress: Progress | None = None,
     embedding: str | None = None,
     head: str | None = None,
@@ -78,12 +81,15 @@ def quantize(
 
     ``source``: a folder, a hub name or ``bundled``. ``calibration``: a .txt or .jsonl file, needed if the recipe has
     static activation scales or a weight quantizer that sees inputs or gradients; ``samples`` documents of ``length``
-    tokens (the recipe's numbers unless given). ``resume``: go on after the last layer that a killed call with the same
-    arguments finished. ``embedding``, ``head``: float, int8 or int4 for these two tables, not what the recipe says.
-    ``device``: where it is computed, ``cpu`` or ``cuda``. ``recoverable``: leave what ``resume`` needs after a layer.
+    tokens (the recipe's numbers unless given). ``force``: replace a checkpoint that is at ``out``. ``resume``: what
+    becomes of the layers that a killed call for the same ``out`` finished. True: go on after them, if its arguments
+    were the same (so is the result, byte for byte); False: throw them away; None: refuse, so that they are not lost.
+    ``embedding``, ``head``: float, int8 or int4 for these two tables, not what the recipe says. ``device``: where it is
+    computed, ``cpu`` or ``cuda``. ``recoverable``: leave what ``resume`` needs after a layer.
     Raises SquamataError for anything the caller can put right; then nothing is written.
     """
     started = time.perf_counter()
+    check_target(Path(out), force, resume)
     opened = open_source(source)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     recipe = recipe.with_calibration(samples=samples, length=length).with_tables(embedding, head)
@@ -96,11 +102,11 @@ def quantize(
     description = describe(parts.config, recipe.to_mapping(), record)
     work = hashlib.sha256(repr((description, opened.fingerprint(), device)).encode()).hexdigest()
     with CheckpointWriter(Path(out), opened.config, force, work=work, resume=resume) as writer:
-        parts.restore(writer.parts.count, writer.parts.state())
+        parts.restore(resumed := writer.parts.count, writer.parts.state())
         sizes = writer.parts.record.get("bytes_float", 0)
-        for number in range(writer.parts.count, parts.count):
+        for number in range(resumed, parts.count):
             tensors = parts.make(number)
-            state = parts.streams() if recoverable else {}
+            state = parts.streams() if recoverable else None
             writer.add(tensors, state, {"bytes_float": sizes + parts.bytes_read})
             parts.tell(number + 1)
         writer.publish(description, opened.folder)
@@ -113,6 +119,7 @@ def quantize(
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss_bytes(),
         calibration=drawn.record() if drawn else {},
+        parts_resumed=resumed,
     )
 
 

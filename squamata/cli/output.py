@@ -143,6 +143,11 @@ def size(count: int) -> str:
     return decimal(count)
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things for a person: ``1 token``, ``2 tokens``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def interval(bounds: tuple[float, float] | None, digits: int) -> str:
     """A confidence interval for a person, or nothing."""
     return "" if bounds is None else f"{bounds[0]:z.{digits}f} .. {bounds[1]:z.{digits}f}"
