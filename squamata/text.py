@@ -7,10 +7,12 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from squamata.errors import SquamataError, nearest
+from squamata.errors import SquamataError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -28,6 +30,8 @@ def read_documents(path: str | Path) -> list[str]:
 def read_fingerprinted(path: str | Path) -> tuple[list[str], str]:
     """``read_documents``, and the SHA-256 of the very bytes that gave them."""
     path = Path(path)
+    if path.suffix not in (".jsonl", ".txt") and path.is_dir():
+        raise _is_folder(path)
     if path.suffix not in (".jsonl", ".txt"):
         raise SquamataError(f"{path}: text must be a .txt file or a .jsonl file with a 'text' field a line")
     content = _read(path)
@@ -67,7 +71,7 @@ def _parse_row(line: str, fields: dict[str, type], place: str) -> dict[str, Any]
         raise SquamataError(f"{place}: a JSON {type(row).__name__}, not an object with {_quoted(fields)}")
     for field, kind in fields.items():
         if field not in row:
-            raise SquamataError(f"{place}: no field '{field}'{nearest(field, row) if row else ' in an empty object'}")
+            raise SquamataError(f"{place}: no field '{field}'; it has {_quoted(row) or 'none'}")
         if not isinstance(row[field], kind):
             found = type(row[field]).__name__
             raise SquamataError(f"{place}: field '{field}' must be of type {kind.__name__}, not {found}")
@@ -76,19 +80,23 @@ def _parse_row(line: str, fields: dict[str, type], place: str) -> dict[str, Any]
     return row
 
 
-def _quoted(names: dict[str, type]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name[:40]}'" for name in islice(names, 8))
 
 
 def _read(path: Path) -> bytes:
     if path.is_dir():
-        raise SquamataError(f"{path} is a folder: give a .txt or .jsonl file")
+        raise _is_folder(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:
         raise SquamataError(f"no such file: {path}") from None
     except OSError as error:
         raise SquamataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _is_folder(path: Path) -> SquamataError:
+    return SquamataError(f"{path} is a folder: give a .txt or .jsonl file")
 
 
 def _decode(path: Path, content: bytes) -> str:

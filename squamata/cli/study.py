@@ -12,6 +12,7 @@ from squamata.cli.output import (
     JsonFile,
     check_files,
     check_json,
+    counted,
     interval,
     note,
     progress,
@@ -72,14 +73,14 @@ def run(
         show_rows(study.model_dump(mode="json"), done.rows, out)
         if any("simulation" in row for row in done.rows):
             note(simulation_line(done.rows))
-        there = f"{done.measured} rows measured now, {len(done.rows)} in {out}"
+        there = f"{counted(done.measured, 'row')} measured now, {len(done.rows)} in {out}"
         note(f"{there}; next: squamata report {out} --out report.html")
     write_json(
         json_file,
         {"study": study.name, "out": out, "measured": done.measured, "failures": done.failures, "rows": done.rows},
     )
     if done.failures:
-        more = f" (and {len(done.failures) - 1} more rows)" if len(done.failures) > 1 else ""
+        more = f" (and {counted(len(done.failures) - 1, 'more row')})" if len(done.failures) > 1 else ""
         raise SquamataError(f"{done.failures[0]}{more}; the other rows are kept")
 
 
@@ -88,7 +89,7 @@ def simulation_line(rows: list[dict[str, Any]]) -> str:
     compared = [row["simulation"]["largest_difference"] for row in rows if "simulation" in row]
     apart = sum(difference > 0 for difference in compared)
     said = "exactly" if not apart else f"not in {apart} of them (logits by {max(compared):.1e} at most)"
-    return f"simulation equals integers (reference kernels) in {len(compared)} rows compared: {said}"
+    return f"simulation equals integers (reference kernels) in {counted(len(compared), 'row')} compared: {said}"
 
 
 def verbs() -> Any:
@@ -144,4 +145,4 @@ def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -
         "95 %",
         "<perplexity beside\nthe baseline",
     )
-    table(f"{study.get('name', '')}: {len(rows)} rows", columns, lines)
+    table(f"{study.get('name', '')}: {counted(len(rows), 'row')}", columns, lines)
