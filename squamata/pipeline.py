@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -20,7 +20,7 @@ from squamata.evaluate.perplexity import Evaluation
 from squamata.evaluate.perplexity import evaluate as judge
 from squamata.evaluate.windows import Corpus
 from squamata.kernels.site import Mode
-from squamata.load.hub import resolve
+from squamata.load.hub import calibration_of, resolve
 from squamata.load.quamba import is_quamba_checkpoint, read_quamba
 from squamata.load.random_model import RandomSource
 from squamata.load.source import is_squamata_checkpoint, open_source
@@ -32,7 +32,9 @@ from squamata.models.lm import LanguageModel
 from squamata.parts import QuantizedParts, calibrated_sites
 from squamata.quantize import check as check_weight_quantizer
 from squamata.quantize import needs_gradients, needs_inputs
-from squamata.run.generate import generate
+from squamata.run.device import DeviceModel
+from squamata.run.generate import Generation, Piece
+from squamata.run.generate import generate as continued
 from squamata.run.model import Model
 from squamata.save.format import describe
 from squamata.save.read import read_checkpoint
@@ -80,12 +82,13 @@ def quantize(
     """Quantize a float checkpoint by a recipe and write the result to the folder ``out``.
 
     ``source``: a folder, a hub name or ``bundled``. ``calibration``: a .txt or .jsonl file, needed if the recipe has
-    static activation scales or a weight quantizer that sees inputs or gradients; ``samples`` documents of ``length``
-    tokens (the recipe's numbers unless given). ``force``: replace a checkpoint that is at ``out``. ``resume``: what
-    becomes of the layers that a killed call for the same ``out`` finished. True: go on after them, if its arguments
-    were the same (so is the result, byte for byte); False: throw them away; None: refuse, so that they are not lost.
-    ``embedding``, ``head``: float, int8 or int4 for these two tables, not what the recipe says. ``device``: where it is
-    computed, ``cpu`` or ``cuda``. ``recoverable``: leave what ``resume`` needs after a layer.
+    static activation scales or a weight quantizer that sees inputs or gradients (``bundled`` has a text of its own);
+    ``samples`` documents of ``length`` tokens are drawn with ``seed`` (the recipe's numbers unless given). ``force``:
+    replace a checkpoint that is at ``out``. ``resume``: what becomes of the layers that a killed call for the same
+    ``out`` finished. True: go on after them, if its arguments were the same (so is the result, byte for byte); False:
+    throw them away; None: refuse, so that they are not lost. ``embedding``, ``head``: float, int8 or int4 for these two
+    tables, not what the recipe says. ``device``: where it is computed, *cpu* or *cuda*. ``recoverable``: leave what
+    ``resume`` needs after a layer. ``progress`` is told after every step how many are done, and of how many.
     Raises SquamataError for anything the caller can put right; then nothing is written.
     """
     started = time.perf_counter()
@@ -96,7 +99,7 @@ def quantize(
     check(recipe, opened.config)
     if resume and (what := whole.needed(recipe, recipe.resolve(opened.config.blocks))):
         raise SquamataError(f"{what} needs the whole model, so nothing is left to resume from: leave --resume out")
-    drawn = _draw(opened.folder, opened.config, recipe, calibration, seed)
+    drawn = _draw(opened.folder, opened.config, recipe, calibration_of(source, calibration), seed)
     record = {"seed": seed, "squamata_version": __version__, "calibration": drawn.record() if drawn else {}}
     parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [], device, progress)
     description = describe(parts.config, recipe.to_mapping(), record)
@@ -124,7 +127,12 @@ def quantize(
 
 
 def load(path: str | Path, mode: Mode = "integer") -> Model:
-    """Load any checkpoint, float or quantized: ``model(ids)`` with ids int64 (B, L) gives logits (B, L, V)."""
+    """Load any checkpoint, float or quantized: ``model(ids)`` with ids int64 (B, L) gives logits float32 (B, L, V).
+
+    ``path``: a folder, a hub name or ``bundled``. ``mode``: *integer*, the kernels; *simulate*, the same numbers
+    rounded in float; *float*, nothing rounded at the sites; *observe*, statistics taken. SquamataError names the first
+    thing that is wrong with the files.
+    """
     folder = resolve(path)
     if is_squamata_checkpoint(folder):
         checkpoint = read_checkpoint(folder)
@@ -149,10 +157,43 @@ def evaluate(
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Judge a model, or the checkpoint at a path, on a text: see ``squamata.evaluate.perplexity.evaluate``."""
-    first = load(model) if isinstance(model, str | Path) else model
-    second = load(against) if isinstance(against, str | Path) else against
-    return judge(first, text, second, window, max_tokens, mode, batch, progress)
+    """Judge a model, or the checkpoint at a path, on a text: perplexity, bits per byte, and beside another model KL and
+    top-1 agreement, with 95 % intervals over documents.
+
+    ``text``: a .txt or .jsonl file, or a list of documents, of which the first ``max_tokens`` tokens are read in
+    windows of ``window``, each from a fresh state: in one pass (``mode`` *parallel*) or token by token (*recurrent*).
+    ``batch``: windows at a time, as many as memory allows unless given. SquamataError for what cannot be judged.
+    """
+    second = None if against is None else _loaded(against)
+    return judge(_loaded(model), text, second, window, max_tokens, mode, batch, progress)
+
+
+def generate(
+    model: LanguageModel | DeviceModel | str | Path,
+    prompt: str | Sequence[int],
+    on_piece: Callable[[Piece], None] | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> Generation:
+    """Continue a prompt (text, or token ids used as they are) by a model, or by the checkpoint at a path.
+
+    ``on_piece`` is called with every piece of text as it comes. ``device``: *cpu* or *cuda*. ``options``:
+    ``max_new_tokens`` 128, ``temperature`` 0 (the likeliest token), ``top_k`` 0 and ``top_p`` 1 (from all),
+    ``repetition_penalty`` 1 (none), ``seed`` 0, ``stop`` (), a tuple of strings before which the text ends.
+    """
+    return continued(_loaded(model), prompt, on_piece, device, **options)
+
+
+@overload
+def _loaded(model: LanguageModel | str | Path) -> LanguageModel: ...
+
+
+@overload
+def _loaded(model: LanguageModel | DeviceModel | str | Path) -> LanguageModel | DeviceModel: ...
+
+
+def _loaded(model: LanguageModel | DeviceModel | str | Path) -> LanguageModel | DeviceModel:
+    return load(model) if isinstance(model, str | Path) else model
 
 
 def check(recipe: Recipe, config: ModelConfig) -> None:

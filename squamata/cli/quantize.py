@@ -55,9 +55,8 @@ def quantize(
     from squamata import pipeline
 
     with _telling_what_is_kept(out), progress("quantizing, layer by layer") as advance:
-        text = calibration_of(source, calibration)
         result = pipeline.quantize(
-            source, recipe, out, text, samples, length, seed, force, resume, advance,
+            source, recipe, out, calibration, samples, length, seed, force, resume, advance,
             embedding, head, device.value,
         )  # fmt: skip
     _show(f"{source} -> {out}", result)
@@ -96,12 +95,3 @@ def _telling_what_is_kept(out: Path) -> Iterator[None]:
         if parts_left(out):
             note("finished layers are kept: the same command with --resume goes on")
         raise
-
-
-def calibration_of(source: str, given: Path | None) -> Path | None:
-    """The calibration text: the one given, or the one that comes with the bundled model."""
-    from squamata.load.hub import bundled, resolve
-
-    if given is None and source == "bundled" and resolve(source) == bundled():
-        return bundled() / "calibration.jsonl"
-    return given

@@ -25,7 +25,6 @@ from squamata.cli.output import (
     table,
     write_json,
 )
-from squamata.cli.quantize import calibration_of
 from squamata.cli.study import verbs
 from squamata.errors import SquamataError
 from squamata.text import check_writable, write_whole
@@ -115,7 +114,7 @@ def sensitivity(
     check_out(out)
     check_device(device.value)
     price = _price(budget)
-    drawn = CalibrationChoice(calibration_of(model, calibration), samples, length, seed, device.value)
+    drawn = CalibrationChoice(calibration, samples, length, seed, device.value)
     with progress("calibrating and quantizing") as advance:
         advance(0, 1)
         forms = _forms(model, recipe, budget, drawn)

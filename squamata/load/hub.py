@@ -31,6 +31,13 @@ def bundled() -> Path:
     return Path(__file__).parent.parent / "assets" / "mamba2-5m"
 
 
+def calibration_of(path_or_name: str | Path, given: str | Path | None) -> str | Path | None:
+    """The calibration text of a model: the one given, or else the one that comes with the bundled model."""
+    if given is None and path_or_name == "bundled" and resolve(path_or_name) == bundled():
+        return bundled() / "calibration.jsonl"
+    return given
+
+
 def resolve(path_or_name: str | Path) -> Path:
     """Return the local folder of a model, fetching it from the hub if ``path_or_name`` is a hub name.
 

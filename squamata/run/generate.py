@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,10 +138,15 @@ def prompt_ids(model: LanguageModel | DeviceModel, prompt: str | Sequence[int]) 
         ids = [int(token) for token in prompt]
     if not ids:
         raise SquamataError("the prompt is empty: give some text, or at least one token id")
-    outside = next((token for token in ids if not 0 <= token < model.config.vocab_size), None)
-    if outside is not None:
-        raise SquamataError(f"token id {outside} is outside the model's vocabulary of {model.config.vocab_size}")
+    refuse_outside(ids, model.config.vocab_size)
     return ids
+
+
+def refuse_outside(ids: Iterable[int], vocabulary: int) -> None:
+    """SquamataError for the first id that names no row of the embedding."""
+    outside = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if outside is not None:
+        raise SquamataError(f"token id {outside} is outside the model's vocabulary of {vocabulary}")
 
 
 def sampling_options(**options: Any) -> SamplingOptions:
