@@ -48,7 +48,7 @@ def convert(
     started = time.perf_counter()
     folder = resolve(source)
     if is_squamata_checkpoint(folder):
-        raise SquamataError(f"{folder}: is a Squamata checkpoint already")
+        raise SquamataError(f"{folder}: is a Squamata checkpoint already: there is nothing to convert")
     parts = _quamba_parts(folder) if is_quamba_checkpoint(folder) else _float_parts(open_source(source))
     layout, config, recipe, record, steps, tensors = parts
     with CheckpointWriter(Path(out), config, force) as writer, tempfile.TemporaryDirectory() as made:

@@ -89,28 +89,27 @@ def quantize(
     throw them away; None: refuse, so that they are not lost. ``embedding``, ``head``: float, int8 or int4 for these two
     tables, not what the recipe says. ``device``: where it is computed, *cpu* or *cuda*. ``recoverable``: leave what
     ``resume`` needs after a layer. ``progress`` is told after every step how many are done, and of how many.
-    Raises SquamataError for anything the caller can put right; then nothing is written.
+    SquamataError for anything the caller can put right; then ``out`` is as it was.
     """
     started = time.perf_counter()
-    check_target(Path(out), force, resume)
+    check_target(out := Path(out), force, resume)
     opened = open_source(source)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     recipe = recipe.with_calibration(samples=samples, length=length).with_tables(embedding, head)
     check(recipe, opened.config)
-    if resume and (what := whole.needed(recipe, recipe.resolve(opened.config.blocks))):
-        raise SquamataError(f"{what} needs the whole model, so nothing is left to resume from: leave --resume out")
+    _check_resume(recipe, opened.config, resume)
     drawn = _draw(opened.folder, opened.config, recipe, calibration_of(source, calibration), seed)
-    record = {"seed": seed, "squamata_version": __version__, "calibration": drawn.record() if drawn else {}}
+    seen = drawn.record() if drawn else {}
+    record = {"seed": seed, "squamata_version": __version__, "calibration": seen}
     parts = QuantizedParts(opened, recipe, drawn.batches() if drawn else [], device, progress)
     description = describe(parts.config, recipe.to_mapping(), record)
     work = hashlib.sha256(repr((description, opened.fingerprint(), device)).encode()).hexdigest()
-    with CheckpointWriter(Path(out), opened.config, force, work=work, resume=resume) as writer:
+    with CheckpointWriter(out, opened.config, force, work=work, resume=resume) as writer:
         parts.restore(resumed := writer.parts.count, writer.parts.state())
         sizes = writer.parts.record.get("bytes_float", 0)
         for number in range(resumed, parts.count):
             tensors = parts.make(number)
-            state = parts.streams() if recoverable else None
-            writer.add(tensors, state, {"bytes_float": sizes + parts.bytes_read})
+            writer.add(tensors, parts.streams() if recoverable else None, {"bytes_float": sizes + parts.bytes_read})
             parts.tell(number + 1)
         writer.publish(description, opened.folder)
     return Quantization(
@@ -121,7 +120,7 @@ def quantize(
         bytes_quantized=writer.bytes,
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss_bytes(),
-        calibration=drawn.record() if drawn else {},
+        calibration=seen,
         parts_resumed=resumed,
     )
 
@@ -206,6 +205,11 @@ def check(recipe: Recipe, config: ModelConfig) -> None:
     check_weight_quantizer(recipe, specs.values())
     check_correction(recipe)
     whole.check(recipe, config)
+
+
+def _check_resume(recipe: Recipe, config: ModelConfig, resume: bool | None) -> None:
+    if resume and (what := whole.needed(recipe, recipe.resolve(config.blocks))):
+        raise SquamataError(f"{what} needs the whole model, so nothing is left to resume from: leave --resume out")
 
 
 def random_model(shape_name: str, recipe: str | Recipe, progress: Progress | None = None) -> Model:

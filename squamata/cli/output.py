@@ -171,6 +171,13 @@ def check_files(*paths: Path | None) -> None:
             raise SquamataError(f"no such file: {path}")
 
 
+def check_folders(*paths: Path | None) -> None:
+    """Refuse, before any work is done, a folder to read that is not there."""
+    for path in paths:
+        if path is not None and not path.is_dir():
+            raise SquamataError(f"{path}: is a file; give a folder" if path.exists() else f"no such folder: {path}")
+
+
 def check_json(path: Path | None) -> None:
     """Refuse, before any work is done, a JSON file that could not be written after it."""
     check_writable(path, "--json")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from squamata.cli.output import JsonFile, check_files, check_json, counted, note, say, size, write_json
+from squamata.cli.output import JsonFile, check_folders, check_json, counted, note, say, size, write_json
 from squamata.errors import SquamataError
 
 SHOWN = ("id", "model", "recipe", "override", "seed", "perplexity", "kl", "top1_agreement", "bits_per_byte", "bytes")
@@ -23,7 +23,7 @@ def report(
     JSON files of 'squamata sensitivity' and 'squamata outliers' in DIR are shown with it.
     """
     check_json(json_file)
-    check_files(folder)
+    check_folders(folder)
     from squamata.report.compare import verdicts
     from squamata.report.page import check_out, read_others, write_page
     from squamata.report.rows import read_study

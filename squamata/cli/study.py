@@ -11,6 +11,7 @@ from squamata.cli.output import (
     Device,
     JsonFile,
     check_files,
+    check_folders,
     check_json,
     counted,
     interval,
@@ -25,8 +26,6 @@ from squamata.models.config import ModelConfig
 from squamata.spec.recipe import Recipe
 
 app = typer.Typer(invoke_without_command=True, help="Run a grid of models and recipes, and go on where it stopped.")
-
-Folder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the study's relative paths start.")]
 
 
 @app.callback()
@@ -47,13 +46,18 @@ def run(
     device: Annotated[
         Device, typer.Option(help="cpu: the integer kernels; cuda: simulated, workers on GPUs in turn.")
     ] = Device.cpu,
-    models: Folder = None,
-    data: Folder = None,
+    models: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the study's relative paths of models start.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the study's relative paths of texts start.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure every row of a study that DIR does not have yet; killed at any time, it goes on when run again."""
     check_json(json_file)
-    check_files(file, models, data)
+    check_files(file)
+    check_folders(models, data)
     if workers < 1:
         raise SquamataError(f"--workers must be at least 1, not {workers}")
     from squamata.report.plan import Places, Study

@@ -72,7 +72,7 @@ def test_what_is_refused(refuse: Callable[..., str], study: Path, tmp_path: Path
     study.write_text(study.read_text().replace("recipes", "recipies"))
     assert "did you mean 'recipes'" in refuse("study", "run", study, "--out", out, "--data", EXCERPT.parent)
     assert not out.exists()
-    assert "no such file" in refuse("report", tmp_path / "none", "--out", tmp_path / "x.html")
+    assert "no such folder" in refuse("report", tmp_path / "none", "--out", tmp_path / "x.html")
     assert "holds no rows" in refuse("report", tmp_path, "--out", tmp_path / "x.html")
     assert "quantizes nothing" in refuse("sensitivity", "bundled", "--text", EXCERPT, "--recipe", "float")
     budgets = ("--budget-bits", 4, "--budget-bytes", 5)
