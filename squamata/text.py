@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -115,21 +116,36 @@ def check_writable(path: Path | None, option: str) -> None:
         raise SquamataError(f"{path} is a folder: give a file to {option}")
     if not folder.is_dir():
         raise SquamataError(f"{option} {path}: no folder '{path.parent}' to write it to")
-    if not os.access(folder, os.W_OK):
+    if path.exists() and not os.access(path, os.W_OK):
+        raise SquamataError(f"{option} {path}: the file there cannot be written to")
+    if not _is_special(path) and not os.access(folder, os.W_OK):
         raise SquamataError(f"{option} {path}: the folder '{path.parent}' cannot be written to")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, in place of what was there."""
+    """Write a file, whole or not at all, in place of what was there, whose permissions it keeps.
+
+    What a link names is replaced, not the link. A device or a pipe (``/dev/null``, ``/dev/stdout``) is written to.
+    """
     partial = None
     try:
-        folder, prefix = path.absolute().parent, f".{path.name}."
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=prefix, delete=False, encoding="utf-8") as file:
-            partial = Path(file.name)
+        if _is_special(path):
+            path.write_text(text, encoding="utf-8")
+            return
+        path = Path(os.path.realpath(path))
+        partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+        with partial.open("x", encoding="utf-8") as file:
             file.write(text)
-        partial.chmod(0o644)
+        if path.exists():
+            partial.chmod(stat.S_IMODE(path.stat().st_mode))
         partial.replace(path)
     except OSError as error:
         if partial is not None:
             partial.unlink(missing_ok=True)
         raise SquamataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is there and no regular file, or names an open stream of this process."""
+    folder = os.path.realpath(path.absolute().parent)
+    return path.exists() and (not path.is_file() or folder == "/dev" or folder.startswith("/proc/"))
