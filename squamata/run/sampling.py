@@ -11,6 +11,8 @@ from torch import Tensor
 
 from squamata.errors import SquamataError
 
+COLDEST = 1e-30  # a temperature by which float32 logits can still be divided
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -118,7 +120,8 @@ def draw(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -
     """
     if options.temperature == 0:
         return logits.argmax(-1)
-    probabilities, ids = trim(logits / options.temperature, options.top_k, options.top_p)
+    temperature = max(options.temperature, COLDEST)
+    probabilities, ids = trim(logits / temperature, options.top_k, options.top_p)
     winner = (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1, True)
     return (winner if ids is None else ids.gather(-1, winner))[:, 0]
 

@@ -152,3 +152,10 @@ def test_a_gpu_draws_the_same_distribution_from_one_graph(options):
     assert [greedy.pick(logits) for _ in range(3)] == [3, 1, 1]
     with pytest.raises(SquamataError, match="not finite"):
         greedy.pick(torch.full((6,), math.nan, device="cuda"))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-45, 1e-300])
+def test_the_coldest_draw_is_the_likeliest(temperature):
+    """Division by a number that float32 does not have would leave nothing but NaN to draw from."""
+    logits = 50 * LOGITS
+    assert Sampler(SamplingOptions(temperature=temperature)).pick(logits) == int(logits.argmax())
