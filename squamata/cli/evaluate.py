@@ -59,9 +59,8 @@ def evaluate(
         raise SquamataError("nothing to judge by: give --text FILE (or --lambada FILE, or --tasks NAMES)")
     if tasks is not None and data is None:
         raise SquamataError("--tasks needs --data FOLDER, the folder that holds their JSONL files")
-    if by_position and text is None:
-        raise SquamataError("--by-position is of --text FILE: give one, or leave it out")
-    _refuse_idle_options(text, lambada, tasks, against=against, max_tokens=max_tokens, data=data, limit=limit)
+    of_text = {"against": against, "max_tokens": max_tokens, "by_position": by_position or None}
+    _refuse_idle_options(text, lambada, tasks, **of_text, data=data, limit=limit)
     names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
     if tasks is not None and not names:
         raise SquamataError("--tasks names none: give some, as in arc_easy,piqa")
@@ -87,24 +86,25 @@ def evaluate(
         _show(model, text, against, result)
         if by_position:
             _show_positions(result)
+        write_json(json_file, found)  # whatever becomes of the rest
     if lambada is not None:
         found["lambada"] = _lambada(loaded, lambada, limit)
+        write_json(json_file, found)
     if tasks is not None and data is not None:
         found["tasks"] = _tasks(loaded, names, data, limit)
-    write_json(json_file, found)
+        write_json(json_file, found)
 
 
 def _refuse_idle_options(text: object, lambada: object, tasks: object, **given: object) -> None:
     """SquamataError for an option that would change nothing of what was asked for."""
-    of_text, of_tasks = ("against", "max_tokens"), ("data", "limit")
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name in of_text and text is None:
-            raise SquamataError(f"--{name.replace('_', '-')} is of --text FILE: give one, or leave it out")
-        if name in of_tasks and tasks is None and (name == "data" or lambada is None):
-            others = "--tasks NAMES" if name == "data" else "--tasks NAMES or --lambada FILE"
-            raise SquamataError(f"--{name} is of {others}: give one, or leave it out")
+    judged_by = {
+        "data": ("--tasks NAMES", tasks is None),
+        "limit": ("--tasks NAMES or --lambada FILE", tasks is None and lambada is None),
+    }
+    for name in (name for name, value in given.items() if value is not None):
+        others, idle = judged_by.get(name, ("--text FILE", text is None))
+        if idle:
+            raise SquamataError(f"--{name.replace('_', '-')} is of {others}: give one, or leave it out")
 
 
 def _show(model: str, text: Path, against: str | None, result: Evaluation) -> None:

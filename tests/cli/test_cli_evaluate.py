@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def test_lambada_and_tasks(succeed: Callable[..., dict[str, Any]], command: Call
     assert found["tasks"]["piqa"]["accuracy"] == evaluate_task(model, "piqa", tmp_path).accuracy == 0.5
     assert "perplexity" not in found
     assert "50.00" in command("evaluate", "bundled", "--tasks", "piqa", "--data", tmp_path).out
+
+
+def test_figures_that_are_found_are_not_lost_by_what_follows(
+    command: Callable[..., Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "lambada.jsonl").write_text(json.dumps({"context": "The", "continuation": "sky"}) + "\n")
+    monkeypatch.setattr(sys.modules["squamata.evaluate"], "evaluate_lambada", interrupted)
+    numbers = tmp_path / "numbers.json"
+    judged = ("--text", text, "--lambada", tmp_path / "lambada.jsonl", "--json", numbers)
+    assert command("evaluate", "bundled", *judged).status == 130
+    assert json.loads(numbers.read_text())["perplexity"] > 1
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_what_is_refused(refuse: Callable[..., str], study: Path, tmp_path: Path
     chip = ("--budget-ms", 1, "--chip", "h20")
     assert "did you mean 'h200'" in refuse("sensitivity", "bundled", "--text", EXCERPT, *chip)
     assert "needs a budget" in refuse("sensitivity", "bundled", "--text", EXCERPT, "--save-recipe", tmp_path / "r.yaml")
+    assert "--judge needs a budget" in refuse("sensitivity", "bundled", "--text", EXCERPT, "--judge", EXCERPT)
     unwritable = ("--budget-bits", 9, "--save-recipe", tmp_path / "none" / "r.yaml")
     assert "--save-recipe" in refuse("sensitivity", "bundled", "--text", EXCERPT, *unwritable)
     too_little = ("--recipe", "w4a16", "--budget-bits", 1)
