@@ -107,6 +107,14 @@ def _decode(path: Path, content: bytes) -> str:
         raise SquamataError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8 first") from None
 
 
+def check_name(folder: str | Path) -> None:
+    """Refuse a folder whose name has no UTF-8: safetensors cannot open what is in it."""
+    if _SURROGATE.search(str(folder)):
+        raise SquamataError(
+            f"{folder}: the name of this folder is not UTF-8, in which checkpoints cannot be: rename it"
+        )
+
+
 def check_writable(path: Path | None, option: str) -> None:
     """Refuse, before any work is done, a file that could not be written after it; ``option``: what asked for it."""
     if path is None:

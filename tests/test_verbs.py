@@ -77,6 +77,15 @@ def test_ids_that_are_none_are_refused(ids: Any, said: str) -> None:
         squamata.load("bundled")(ids)
 
 
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_work(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    for call in (lambda: squamata.load(folder), lambda: squamata.quantize("bundled", "w4a16", folder / "out")):
+        with pytest.raises(SquamataError, match="not UTF-8"):
+            call()
+    assert not list(folder.iterdir())
+
+
 def test_the_bundled_model_brings_its_calibration(tmp_path: Path) -> None:
     done = squamata.quantize("bundled", "w8a8", tmp_path / "out", samples=2, length=16)
     assert done.calibration["tokens"] == 32

@@ -29,7 +29,9 @@ def generate(
     top_p: TopP = 1.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
     json_file: JsonFile = None,
 ) -> None:

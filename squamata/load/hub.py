@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from squamata.errors import SquamataError
+from squamata.text import check_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.model"]
@@ -47,6 +48,7 @@ def resolve(path_or_name: str | Path) -> Path:
     """
     if not str(path_or_name):
         raise SquamataError("the name of the model is empty; give a folder, a hub name or 'bundled'")
+    check_name(path_or_name)
     path = Path(os.path.expanduser(path_or_name))
     if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that no file can have
         return path

@@ -26,6 +26,7 @@ from squamata.models.config import ModelConfig
 from squamata.models.lm import model_layouts
 from squamata.save.format import CONFIG, INDEX, TOKENIZER_FILES, describe, scale_name, sparse_names
 from squamata.save.parts import LOCK, PartFiles, read_progress
+from squamata.text import check_name
 
 SHARD_BYTES = 2**30
 
@@ -298,7 +299,8 @@ def parts_left(folder: Path) -> int:
 
 
 def _real(folder: Path) -> Path:
-    """The folder that a link names: it is replaced, not the link."""
+    """The folder that a link names: it is replaced, not the link. SquamataError for a name that is not UTF-8."""
+    check_name(folder)
     return Path(os.path.realpath(folder))
 
 
