@@ -86,6 +86,8 @@ def evaluate(
         raise SquamataError(f"the two models have vocabularies of {sizes} tokens: compare models that share one")
     started = time.perf_counter()
     corpus = text if isinstance(text, Corpus) else corpus_of(text, tokenizer_of(model), window, max_tokens)
+    if corpus.text_bytes <= 0:
+        raise SquamataError(f"the {corpus.tokens} tokens to judge by spell not one whole character: judge more of them")
     with seeded(0):
         cells = _cells(corpus, _measurements(corpus, model, against, runner, progress))
     return _summarize(corpus, cells, mode, window, time.perf_counter() - started)

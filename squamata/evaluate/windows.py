@@ -83,7 +83,7 @@ def cut(documents: Sequence[str], tokenizer: Tokenizer, window: int, max_tokens:
     A document starts with the tokenizer's begin token (without one, its own first token is context only); a later
     window of a document starts with the last token of the window before. A model sees at most ``window`` tokens at
     once, from a fresh state. ``max_tokens`` keeps the first so many predicted tokens of all.
-    SquamataError if fewer than two tokens are predicted, or they spell no whole character.
+    SquamataError if fewer than two tokens are predicted.
     """
     if window < 1:
         raise SquamataError(f"a window must hold at least 1 token, not {window}")
@@ -105,8 +105,6 @@ def cut(documents: Sequence[str], tokenizer: Tokenizer, window: int, max_tokens:
         used += 1
     if kept < 2:
         raise SquamataError("the text is shorter than 2 tokens, too short to judge a model by: give a longer one")
-    if not text_bytes:
-        raise SquamataError(f"the {kept} tokens to judge by spell not one whole character: raise max-tokens")
     return Corpus(tuple(windows), used, text_bytes)
 
 

@@ -168,7 +168,7 @@ def test_half_precision_logits_are_measured_in_float32():
         ({"model": TableModel(torch.full((257, 257), torch.nan))}, "not finite"),
         ({"model": TableModel(random_table(0) * 1e5)}, "loses [0-9]+ nats a token, too many for a perplexity"),
         ({"against": TableModel(torch.full((257, 257), torch.nan))}, "KL is not finite: the reference"),
-        ({"text": ["\N{SNAKE}"], "max_tokens": 2}, "spell not one whole character: raise max-tokens"),
+        ({"text": ["\N{SNAKE}"], "max_tokens": 2}, "spell not one whole character: judge more"),
     ],
 )
 def test_bad_input(arguments, message):
