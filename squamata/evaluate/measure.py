@@ -64,7 +64,7 @@ def measure(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor
     if reference is None:
         return Measured(nats)
     if not torch.isfinite(kl).all():
-        raise SquamataError("KL is not finite: the reference (or this model) gives logits that are not finite somewhere")
+        raise SquamataError("KL is not finite: the reference, or this model, gives logits that are not")
     return Measured(nats, kl, agrees)
 
 

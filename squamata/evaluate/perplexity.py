@@ -215,7 +215,7 @@ def _exp(nats_per_token: float) -> float:
         return math.exp(nats_per_token)
     except OverflowError:
         raise SquamataError(
-            f"the model loses {nats_per_token:.0f} nats a token, too many for a perplexity: its weights or scales are damaged"
+            f"the model loses {nats_per_token:.0f} nats a token, too many for a perplexity: it is damaged"
         ) from None
 
 

@@ -11,7 +11,7 @@ from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import PairedDifference, UnitSums, difference_of_sums
 from squamata.evaluate.uncertainty import FEWEST_UNITS
 from squamata.report.plan import AS_IT_IS
-from squamata.report.rows import read_details, unpack_sums
+from squamata.report.rows import Planned, read_details, read_plan, unpack_sums
 
 Row = Mapping[str, Any]
 Measure = Literal["nats", "kl"]
@@ -27,8 +27,8 @@ class Comparison:
 
 def verdicts(folder: Path, study: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Comparison]:
     """Row id -> how its perplexity stands beside that of its baseline, on the first text in the first mode."""
-    sums = sums_of(folder, rows)
-    return {row["id"]: _beside(row, baseline_of(row, rows, study.get("baseline")), sums) for row in rows}
+    sums, planned = sums_of(folder, rows), read_plan(folder)[1] or [Planned.of(row) for row in rows]
+    return {row["id"]: _beside(row, baseline_of(row, planned, study.get("baseline")), sums) for row in rows}
 
 
 def sums_of(folder: Path, rows: Sequence[Row]) -> dict[str, UnitSums | None]:
@@ -36,23 +36,29 @@ def sums_of(folder: Path, rows: Sequence[Row]) -> dict[str, UnitSums | None]:
     return {row["id"]: unpack_sums(read_details(folder, row["id"])) for row in rows}
 
 
-def baseline_of(row: Row, rows: Sequence[Row], wanted: Mapping[str, Any] | None) -> Row:
-    """The row that this one is compared with: the study's baseline for the same model and seed, else the model's
-    first row. An override that leaves the baseline's recipe as it is names the row that is called so."""
-    same_model = [other for other in rows if other["model"] == row["model"]]
+def baseline_of(row: Row, planned: Sequence[Planned], wanted: Mapping[str, Any] | None) -> Planned:
+    """The row that this one is compared with, measured or not: the study's baseline for the same model and seed; the
+    model's first row if there is none (its recipe is not for this model, or the study names no baseline). An override
+    that is not for the baseline's recipe leaves that as it is."""
+    same_model = [other for other in planned if other.model == row["model"]]
     if wanted is not None:
-        own = [other for other in same_model if (other["seed"], other["recipe"]) == (row["seed"], wanted["recipe"])]
         for name in (wanted.get("override"), AS_IT_IS):
-            for other in own:
-                if name in (None, other["override"]):
+            for other in same_model:
+                if other.seed == row["seed"] and any(_is_meant(asked, wanted["recipe"], name) for asked in other.asked):
                     return other
     return same_model[0]
 
 
-def _beside(row: Row, baseline: Row, sums: Mapping[str, UnitSums | None]) -> Comparison:
-    if row["id"] == baseline["id"]:
+def _is_meant(asked: Sequence[str], recipe: str, override: str | None) -> bool:
+    return asked[0] == recipe and override in (None, asked[1])
+
+
+def _beside(row: Row, baseline: Planned, sums: Mapping[str, UnitSums | None]) -> Comparison:
+    if row["id"] == baseline.id:
         return Comparison("baseline")
-    difference = paired(sums[baseline["id"]], sums[row["id"]])
+    if baseline.id not in sums:
+        return Comparison("its baseline is not measured")
+    difference = paired(sums[baseline.id], sums[row["id"]])
     if difference is None:
         return Comparison("not comparable")
     change = f"{100 * (difference.perplexity_ratio - 1):+.2f} %"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,25 +34,30 @@ _references = References()  # of this process
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row and its details; or, in ``error``, the line that says why there is none."""
+    """A row and its details; or, in ``error``, the line that says why there is none, with the ``traceback`` of what
+    nobody foresaw."""
 
     plan: RowPlan
     row: dict[str, Any] = field(default_factory=dict)
     details: Arrays = field(default_factory=dict)
     error: str | None = None
+    traceback: str | None = None
 
 
 def measure_row(plan: RowPlan, verbs: Verbs, scratch: Path | None = None, device: str = "cpu") -> Outcome:
     """Measure a row. ``scratch``: where the checkpoint lives meanwhile; the system's folder for such unless given.
     ``device``: *cpu*, by the integer kernels; *cuda*: the current GPU, by simulation, which they agree with.
 
-    What a user can put right becomes the outcome's ``error``: the other rows are still worth measuring.
+    Whatever goes wrong becomes the outcome's ``error``: the other rows are still worth measuring.
     """
     try:
         with about(plan.name), tempfile.TemporaryDirectory(dir=scratch) as folder:
             return _measure(plan, verbs, Path(folder) / "checkpoint", device)
     except SquamataError as error:
         return Outcome(plan, error=str(error))
+    except Exception as error:  # a matrix that is singular, memory that is short: one row's trouble, not the study's
+        said = " ".join(str(error).split())[:200]
+        return Outcome(plan, error=f"{plan.name}: {type(error).__name__}: {said}", traceback=traceback.format_exc())
 
 
 def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outcome:

@@ -15,7 +15,7 @@ from squamata.report import figures, site_figures
 from squamata.report.compare import Comparison, Row, sums_of, verdicts
 from squamata.report.distributions import unpack_distributions
 from squamata.report.page_style import END, STYLE, WATCH
-from squamata.report.rows import STUDY, read_details
+from squamata.report.rows import STUDY, read_details, read_plan
 from squamata.text import check_writable, write_whole
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _sections(
 ) -> Iterator[str]:
     if rows:
         compared = verdicts(folder, study, rows)
-        yield "<h2>Rows</h2>" + _conditions(rows) + _table(rows, compared) + _seeds(rows)
+        yield "<h2>Rows</h2>" + _conditions(rows) + _missing(rows, folder) + _table(rows, compared) + _seeds(rows)
         yield from _fronts(rows)
         yield from _differences(rows, compared, folder)
         yield from _positions(rows)
@@ -120,6 +120,17 @@ def _conditions(rows: Sequence[Row]) -> str:
         told.append(f"calibration text sha256 {source['calibration_sha256'][:12]}")
     units = "documents" if count >= FEWEST_UNITS else "windows"
     return f"<p>{escape('; '.join(told))}. Intervals are 95 % bootstrap intervals over {units}.</p>"
+
+
+def _missing(rows: Sequence[Row], folder: Path) -> str:
+    """What the study asks for and has no row of, with the reason if a run gave one."""
+    written, planned = {row["id"] for row in rows}, read_plan(folder)[1]
+    left = [row for row in planned if row.id not in written]
+    if not left:
+        return ""
+    told = "".join(f"<li>{escape(row.error or f'{row.name}: not measured yet')}</li>" for row in left[:LARGEST_PAIRS])
+    more = f"<li>and {len(left) - LARGEST_PAIRS} more</li>" if len(left) > LARGEST_PAIRS else ""
+    return f"<p class='worse'>{len(left)} of {len(planned)} rows are missing:</p><ul class='worse'>{told}{more}</ul>"
 
 
 def _made_on(row: Row) -> str:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -176,7 +176,8 @@ class Places:
 @dataclass(frozen=True)
 class RowPlan:
     """One row to be measured. ``labels``: model, recipe, override. ``description``: all that decides its numbers,
-    free of paths; ``id``: its hash."""
+    free of paths; ``id``: its hash. ``asked``: the overrides of the grid that it is the row of, by recipe and override
+    (two of the same numbers are measured once)."""
 
     id: str
     labels: dict[str, str]
@@ -186,6 +187,7 @@ class RowPlan:
     calibration: str | None
     texts: dict[str, str]
     description: dict[str, Any]
+    asked: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -224,7 +226,7 @@ class _Planner:
             lost = source != "bundled" and not Path(source).exists()
             hint = "; --models FOLDER says where a study's models are" if lost else ""
             raise SquamataError(f"{error}{hint}") from None
-        seen: dict[str, str] = {}
+        seen: dict[str, RowPlan] = {}
         for name in self.study.recipes:
             recipe = _read_recipe(name, self.places.study)
             if not set(config.blocks) <= set(recipe.architectures):
@@ -233,15 +235,17 @@ class _Planner:
             for override in self.study.overrides:
                 if override.recipes is None or name in override.recipes:
                     for row in self._rows(label, source, config, (name, recipe), override):
-                        self._keep(row, f"{label}, {name}, {override.name}, seed {row.seed}", config, seen)
+                        self._keep(row, (name, override.name), config, seen)
 
-    def _keep(self, row: RowPlan, asked: str, config: ModelConfig, seen: dict[str, str]) -> None:
+    def _keep(self, row: RowPlan, asked: tuple[str, str], config: ModelConfig, seen: dict[str, RowPlan]) -> None:
         meaning = _digest(row.description | {"labels": None, "recipe": _meaning(row.recipe, config)})
-        if meaning in seen:
-            self.notes.append(f"{asked}: left out, it equals {seen[meaning]}")
-        else:
-            seen[meaning] = row.name
+        kept = seen.setdefault(meaning, row)
+        kept.asked.append(asked)
+        if kept is row:
             self.rows.append(row)
+        else:
+            words = ", ".join((row.labels["model"], *asked))
+            self.notes.append(f"{words}, seed {row.seed}: left out, it equals {kept.name}")
 
     def _rows(
         self, label: str, source: str, config: ModelConfig, named: tuple[str, Recipe], override: Override

@@ -8,9 +8,8 @@ import torch
 from fakes import ByteTokenizer, TableModel, random_model, random_table
 
 from squamata.errors import SquamataError
-from squamata.evaluate import evaluate, paired_difference
+from squamata.evaluate import evaluate, paired_difference, uncertainty
 from squamata.evaluate import measure as measure_module
-from squamata.evaluate import uncertainty
 from squamata.evaluate.measure import measure
 from squamata.evaluate.perplexity import UnitSums, difference_of_sums
 from squamata.evaluate.uncertainty import ratio_interval, tail

@@ -18,7 +18,7 @@ from squamata.evaluate.perplexity import UnitSums
 from squamata.report.compare import baseline_of, verdicts
 from squamata.report.figures import by_position, pareto_front, seed_spread
 from squamata.report.page import check_out, read_others, write_page
-from squamata.report.rows import append_row, locked, pack_sums, read_study, write_plan
+from squamata.report.rows import Planned, append_row, locked, pack_sums, read_study, write_plan
 
 pytest.importorskip("plotly", reason="the library 'plotly' is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -71,7 +71,8 @@ def folder(tmp_path: Path) -> Path:
                 "distribution.layers.0.mixer.u.scales": np.array(1),
             }
             append_row(out, row, details)
-        write_plan(out, {"name": "made up", "description": "a <b>test</b>"}, [row["id"] for row, _ in made])
+        asked = [Planned.of(row) for row, _ in made]
+        write_plan(out, {"name": "made up", "description": "a <b>test</b>"}, asked)
     (out / "cells.json").write_text(json.dumps(sensitivity("cell")))
     (out / "layers.json").write_text(json.dumps(sensitivity("layer")))
     (out / "outliers.json").write_text(json.dumps(OUTLIERS))
@@ -120,18 +121,36 @@ def test_verdicts_say_what_is_significant(folder: Path) -> None:
     assert words[2][:4] in ("+4.9", "+5.0", "+5.1", "+5.2", "+5.3")
     beside_bad = verdicts(folder, {"baseline": {"recipe": "w4a8-bad"}}, rows)
     assert beside_bad[rows[0]["id"]].words.endswith(", better")
-    assert baseline_of(rows[3], rows, {"recipe": "w4a8-bad"})["seed"] == 1  # of its own seed
-    assert baseline_of(rows[3], rows, {"recipe": "w8a8"}) is rows[0]  # none of its seed: the model's first row
+    planned = [Planned.of(row) for row in rows]
+    assert baseline_of(rows[3], planned, {"recipe": "w4a8-bad"}).seed == 1  # of its own seed
+    assert baseline_of(rows[3], planned, {"recipe": "w8a8"}) is planned[0]  # none of its seed: the model's first row
 
 
-def test_a_baseline_whose_override_changes_nothing_is_the_row_as_it_is_of_its_own_seed() -> None:
-    def row(seed: int, override: str) -> dict[str, Any]:
-        return {"id": f"{seed} {override}", "model": "m", "recipe": "r", "seed": seed, "override": override}
+def test_a_baseline_is_found_by_every_name_that_it_was_asked_for(folder: Path) -> None:
+    """'on Pile' changes nothing and 'on books' equals 'twice', so both are measured once, under another name."""
+    asked = {"as it is": ["as it is", "on Pile"], "on books": ["on books", "twice"]}
+    planned = [
+        Planned(f"{seed} {name}", "", "m", seed, [("r", each) for each in names])
+        for name, names in asked.items()
+        for seed in (0, 1)
+    ]
+    row = {"model": "m", "seed": 1}
+    for wanted, expected in (("on Pile", "1 as it is"), ("twice", "1 on books"), (None, "1 as it is")):
+        assert baseline_of(row, planned, {"recipe": "r", "override": wanted}).id == expected
+    assert baseline_of(row, planned, {"recipe": "r", "override": "of other recipes"}).id == "1 as it is"
 
-    rows = [row(0, "as it is"), row(1, "as it is"), row(0, "on books"), row(1, "on books")]
-    wanted = {"recipe": "r", "override": "on Pile"}
-    assert baseline_of(rows[3], rows, wanted) is rows[1]
-    assert baseline_of(rows[2], rows, {"recipe": "r", "override": "on books"}) is rows[2]
+
+def test_a_baseline_that_was_not_measured_is_not_replaced_by_another(folder: Path, tmp_path: Path) -> None:
+    study, rows = read_study(folder)
+    lost = Planned(
+        "lost", "m, quamba, as it is, seed 0", rows[0]["model"], 0, [("quamba", "as it is")], "m: <too short>"
+    )
+    write_plan(folder, study, [lost, *map(Planned.of, rows)])
+    for wanted in ({"recipe": "quamba", "override": None}, None):  # named, or the model's first row
+        found = verdicts(folder, study | {"baseline": wanted}, rows)
+        assert found[rows[0]["id"]].words == "its baseline is not measured"
+    page = page_of(folder, tmp_path / "page.html")
+    assert "1 of 5 rows are missing" in page and "m: &lt;too short&gt;" in page
 
 
 def test_error_by_distance_is_drawn_of_what_was_decoded_beside_a_float_model(folder: Path) -> None:
