@@ -4,36 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import expm1
 from pathlib import Path
 from typing import Any, Literal
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import PairedDifference, UnitSums, difference_of_sums
-from squamata.evaluate.uncertainty import FEWEST_UNITS
+from squamata.evaluate.uncertainty import FEWEST_UNITS, Interval
 from squamata.report.plan import AS_IT_IS
 from squamata.report.rows import Planned, read_details, read_plan, unpack_sums
 
 Row = Mapping[str, Any]
 Measure = Literal["nats", "kl"]
 
+SMALLEST_KL = 1e-9  # below it lies only float noise
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row beside its baseline: ``words`` for a person, ``difference`` None for the baseline itself."""
+    """A row beside its baseline: ``words`` for a person, ``difference`` None for the baseline itself; ``percent``: the
+    change of perplexity or KL in percent of the baseline's, and its interval if there is one."""
 
     words: str
     difference: PairedDifference | None = None
+    percent: tuple[float, Interval | None] | None = None
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, not significant, or nothing."""
+        return self.difference.verdict if self.difference else ""
 
 
-def verdicts(folder: Path, study: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Comparison]:
-    """Row id -> how its perplexity stands beside that of its baseline, on the first text in the first mode."""
-    sums, planned = sums_of(folder, rows), read_plan(folder)[1] or [Planned.of(row) for row in rows]
-    return {row["id"]: _beside(row, baseline_of(row, planned, study.get("baseline")), sums) for row in rows}
+def verdicts(
+    folder: Path, study: Mapping[str, Any], rows: Sequence[Row], place: int = 0, measure: Measure = "nats"
+) -> dict[str, Comparison]:
+    """Row id -> how its perplexity (or KL) stands beside that of its baseline, in evaluation ``place`` (the first: of
+    the first text in the first mode)."""
+    sums, planned = sums_of(folder, rows, place), read_plan(folder)[1] or [Planned.of(row) for row in rows]
+    baselines = {row["id"]: baseline_of(row, planned, study.get("baseline")).id for row in rows}
+    return {name: _beside(name, baseline, sums, measure) for name, baseline in baselines.items()}
 
 
-def sums_of(folder: Path, rows: Sequence[Row]) -> dict[str, UnitSums | None]:
-    """Row id -> losses of the documents in the first evaluation."""
-    return {row["id"]: unpack_sums(read_details(folder, row["id"])) for row in rows}
+def sums_of(folder: Path, rows: Sequence[Row], place: int = 0) -> dict[str, UnitSums | None]:
+    """Row id -> losses of the documents in evaluation ``place``."""
+    return {row["id"]: unpack_sums(read_details(folder, row["id"]), place) for row in rows}
 
 
 def baseline_of(row: Row, planned: Sequence[Planned], wanted: Mapping[str, Any] | None) -> Planned:
@@ -53,16 +67,31 @@ def _is_meant(asked: Sequence[str], recipe: str, override: str | None) -> bool:
     return asked[0] == recipe and override in (None, asked[1])
 
 
-def _beside(row: Row, baseline: Planned, sums: Mapping[str, UnitSums | None]) -> Comparison:
-    if row["id"] == baseline.id:
+def _beside(name: str, baseline: str, sums: Mapping[str, UnitSums | None], measure: Measure) -> Comparison:
+    if name == baseline:
         return Comparison("baseline")
-    if baseline.id not in sums:
+    if baseline not in sums:
         return Comparison("its baseline is not measured")
-    difference = paired(sums[baseline.id], sums[row["id"]])
+    difference = paired(sums[baseline], sums[name], measure)
     if difference is None:
         return Comparison("not comparable")
-    change = f"{100 * (difference.perplexity_ratio - 1):+.2f} %"
-    return Comparison(f"{change}, {difference.verdict}{_if_few(sums[row['id']])}", difference)
+    percent = _percent(difference, sums[baseline], measure)
+    if percent is None:  # beside float all KL is more
+        return Comparison("", difference)
+    digits = 2 if measure == "nats" else 1 if abs(percent[0]) < 10 else 0
+    change = f"{percent[0]:+,.{digits}f} %"
+    return Comparison(f"{change}, {difference.verdict}{_if_few(sums[name])}", difference, percent)
+
+
+def _percent(found: PairedDifference, base: UnitSums | None, measure: Measure) -> tuple[float, Interval | None] | None:
+    """Of perplexity, or of the baseline's KL unless that is nothing but float's noise."""
+    if measure == "nats":
+        return 100 * expm1(found.nats_per_token), found.ci and (100 * expm1(found.ci[0]), 100 * expm1(found.ci[1]))
+    assert base is not None and base.kl is not None
+    kl = float(base.kl.sum() / base.tokens.sum())
+    if kl <= SMALLEST_KL:
+        return None
+    return 100 * found.nats_per_token / kl, found.ci and (100 * found.ci[0] / kl, 100 * found.ci[1] / kl)
 
 
 def _if_few(sums: UnitSums | None) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from squamata.report.distributions import Distribution
 from squamata.report.figures import COLOURS, FAINT, INK, SCALE, figure, steps, upright
+from squamata.report.labels import logarithmic
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -104,7 +105,7 @@ def _ranking(found: Mapping[str, Any]) -> Figure:
     )
     upright(made, found["together_kl"], "all together", COLOURS[6], logarithmic=True)
     title = "KL to float, nats a token (grey: perplexity not significantly changed)"
-    made.update_xaxes(title=title, type="log", exponentformat="power", dtick=1)
+    made.update_xaxes(title=title, **logarithmic([*values, found["together_kl"]]))
     made.update_yaxes(autorange="reversed")
     return made
 
@@ -222,5 +223,6 @@ def zeroed(found: Mapping[str, Any]) -> Figure:
     made.add_bar(x=names, y=[row["kl"] for row in rows], name="outlier channels", marker={"color": COLOURS[6]})
     made.add_bar(x=names, y=[row["random_kl"] for row in rows], name="as many at random", marker={"color": FAINT})
     made.update_xaxes(title="site (channels zeroed in all layers)", color=INK)
-    made.update_yaxes(title="KL, nats a token", type="log", exponentformat="power", dtick=1)
+    heights = [row[name] for row in rows for name in ("kl", "random_kl")]
+    made.update_yaxes(title="KL, nats a token", **logarithmic(heights))
     return made

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import UnitSums
 from squamata.report.compare import baseline_of, verdicts
-from squamata.report.figures import by_position, pareto_front, seed_spread
+from squamata.report.figures import by_position, differences, pareto_front, seed_spread
+from squamata.report.labels import PLACES, box_of, logarithmic, pixels, place_names
 from squamata.report.page import check_out, read_others, write_page
 from squamata.report.rows import Planned, append_row, locked, pack_sums, read_study, write_plan
 
@@ -169,7 +171,7 @@ def test_the_page_is_whole_and_names_are_escaped(folder: Path, tmp_path: Path) -
     visible = outside_scripts(page)
     assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page[: page.index("<body>")] + visible)
     assert "m&lt;/script&gt;&lt;1&gt;" in visible and "m</script><1>" not in visible and "a &lt;b&gt;test" in visible
-    assert visible.count("not significant") >= 1 and "SRAM for scales" in visible
+    assert visible.count("not significant") >= 1 and "SRAM for the scales of u" in visible
     assert page == page_of(folder, tmp_path / "again.html")  # same rows, same page
 
 
@@ -200,10 +202,67 @@ def test_pareto_front_by_brute_force() -> None:
 
 def test_spread_over_seeds(folder: Path) -> None:
     rows = read_study(folder)[1]
-    ((model, name, mean, deviation, seeds),) = seed_spread(rows)
     values = [row["perplexity"] for row in rows[2:]]
-    assert (model, name, seeds) == ("m</script><1>", "w4a8-bad", 2) and mean == pytest.approx(sum(values) / 2)
-    assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert seed_spread(rows) == {("m</script><1>", "w4a8-bad"): values}
+    assert seed_spread(rows, 1, "kl") == {("m</script><1>", "w4a8-bad"): [0.05, 0.06]}
+    page = page_of(folder, folder / "page.html")
+    mean, deviation = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
+    assert f"<td>{mean:.4f} ± {deviation:.4f}</td>" in page and "<td>0.055000 ± 0.007071</td>" in page
+
+
+def test_kl_is_compared_too_and_in_every_evaluation(tmp_path: Path) -> None:
+    """By hand: KL of 0.02 beside 0.01 in the second evaluation, the same in the first."""
+    tokens = np.full(8, 100.0)
+    rows = []
+    with locked(tmp_path):
+        for name, decoded in (("w8a8", 0.01), ("w4a8", 0.02)):
+            row, _ = row_of(name, 0.01)
+            sums = [UnitSums("documents", tokens, 3 * tokens, kl * tokens) for kl in (0.01, decoded)]
+            append_row(tmp_path, row, pack_sums(0, sums[0]) | pack_sums(1, sums[1]))
+            rows.append(row)
+        write_plan(tmp_path, {"name": "two"}, [Planned.of(row) for row in rows])
+    second = rows[1]["id"]
+    alike = verdicts(tmp_path, {}, rows, 0, "kl")[second]
+    assert (alike.words, alike.verdict) == ("+0.0 %, not significant", "not significant")
+    worse = verdicts(tmp_path, {}, rows, 1, "kl")[second]
+    assert worse.words == "+100 %, worse" and worse.percent == (pytest.approx(100), (pytest.approx(100),) * 2)
+    made = differences(rows, verdicts(tmp_path, {}, rows, 1, "kl"), "kl", "some text")
+    assert made.data[0].x == (pytest.approx(100),) and made.layout.title.text.startswith("some text: KL beside")
+    page = page_of(tmp_path, tmp_path / "page.html")
+    assert "+100 %, worse" in page and "+0.0 %, not significant" in page and "token, some &lt;text&gt;, rec" in page
+
+
+def test_beside_float_all_kl_is_more_and_nothing_is_said(tmp_path: Path) -> None:
+    ones = np.ones(8)
+    with locked(tmp_path):
+        rows = [row_of("float", 0.0)[0], row_of("w8a8", 0.01)[0]]
+        for row in rows:
+            append_row(tmp_path, row, pack_sums(0, UnitSums("documents", ones, ones, row["kl"] * ones)))
+    assert verdicts(tmp_path, {}, rows, 0, "kl")[rows[1]["id"]].words == ""
+
+
+def test_names_of_points_never_cover_one_another() -> None:
+    draw = random.Random(1)
+    for _ in range(40):
+        points = [(draw.random(), draw.choice((0.1, draw.random()))) for _ in range(draw.randint(1, 30))]
+        named = [(number, "x" * draw.randint(3, 40)) for number in range(len(points))]
+        places = place_names(points, named)
+        drawn = pixels(points)
+        boxes = [
+            box_of(drawn[number], words, place)
+            for (number, words), place in zip(named, places, strict=True)
+            if place is not None
+        ]
+        assert places[0] is not None and boxes
+        for one, other in combinations(boxes, 2):
+            assert one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+    assert place_names([(1.0, 1.0)], [(0, "alone")]) == [PLACES[0]]
+    assert place_names([], []) == []
+
+
+@pytest.mark.parametrize(("values", "steps"), [((4e-3, 0.02), "D1"), ((1e-3, 0.3), "D2"), ((1e-7, 1.0), 1), ((), "D1")])
+def test_logarithmic_axes_say_whole_numbers(values: tuple[float, ...], steps: str | int) -> None:
+    assert logarithmic((*values, 0.0)) == {"type": "log", "tickformat": "~g", "dtick": steps}
 
 
 def draw(page: Path, *options: str) -> str:
