@@ -280,16 +280,22 @@ def _positions(rows: Sequence[Row]) -> Iterator[str]:
 def _distributions(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     draw = _Drawing("distribution")
     drawn: list[str] = []
+    left = 0
     for row in rows:
         found = unpack_distributions(read_details(folder, row["id"]))
-        if found and any(entry.levels.size for entry in found):
-            name = f"{row['model']}, {figures.label(row)}"
-            shown = found[:DISTRIBUTIONS]
-            pictures = "".join(draw(site_figures.distribution(entry, f"{name}: {entry.site}")) for entry in shown)
-            drawn.append(f"<details{'' if drawn else ' open'}><summary>{escape(name)}</summary>{pictures}</details>")
+        if not any(entry.levels.size for entry in found):
+            continue
+        if len(drawn) == DISTRIBUTION_ROWS:
+            left += 1
+            continue
+        name = f"{row['model']}, {figures.label(row)}"
+        shown = found[:DISTRIBUTIONS]
+        pictures = "".join(draw(site_figures.distribution(entry, f"{name}: {entry.site}")) for entry in shown)
+        drawn.append(f"<details{'' if drawn else ' open'}><summary>{escape(name)}</summary>{pictures}</details>")
     if drawn:
-        yield "<h2>What lands on the sites</h2><p>Red ticks: every level that the number format has; red shade: "
-        yield "clipped.</p>" + "".join(drawn[:DISTRIBUTION_ROWS])
+        yield "<h2>What lands on the sites</h2><p>Red ticks: every level that the number format has; red shade: beyond "
+        yield "them. Observed in float, on the beginning of the first text.</p>" + "".join(drawn)
+        yield f"<p>{left} more rows have such pictures; make a study of fewer to see them.</p>" if left else ""
 
 
 def _sensitivities(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -172,8 +172,9 @@ def _grid_words(found: Distribution) -> str:
         return "float, or a scale taken at run time"
     smallest, largest = steps(found.levels)
     step = f"step {smallest:.3g}" if largest < 1.001 * smallest else f"steps {smallest:.3g} to {largest:.3g}"
-    of = "" if found.scales <= 1 else f", median of {found.scales} scales"
-    return f"{len(found.levels)} levels, {step}{of}; beyond them {found.clipped:.1e} of the values"
+    of = "" if found.scales <= 1 else f", drawn for the median of {found.scales} scales"
+    clipped = "" if found.clipped is None else f"; clipped: {found.clipped:.1e} of the values"
+    return f"{len(found.levels)} levels, {step}{of}{clipped}"
 
 
 def outlier_channels(found: Mapping[str, Any]) -> Figure:
