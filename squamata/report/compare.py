@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import PairedDifference, UnitSums, difference_of_sums
-from squamata.evaluate.uncertainty import FEWEST_UNITS, Interval
+from squamata.evaluate.uncertainty import FEWEST_UNITS, Interval, ratio_interval
 from squamata.report.plan import AS_IT_IS
 from squamata.report.rows import Planned, read_details, read_plan, unpack_sums
 
@@ -75,7 +75,7 @@ def _beside(name: str, baseline: str, sums: Mapping[str, UnitSums | None], measu
     difference = paired(sums[baseline], sums[name], measure)
     if difference is None:
         return Comparison("not comparable")
-    percent = _percent(difference, sums[baseline], measure)
+    percent = _percent(difference, sums[baseline], sums[name], measure)
     if percent is None:  # beside float all KL is more
         return Comparison("", difference)
     digits = 2 if measure == "nats" else 1 if abs(percent[0]) < 10 else 0
@@ -83,15 +83,19 @@ def _beside(name: str, baseline: str, sums: Mapping[str, UnitSums | None], measu
     return Comparison(f"{change}, {difference.verdict}{_if_few(sums[name])}", difference, percent)
 
 
-def _percent(found: PairedDifference, base: UnitSums | None, measure: Measure) -> tuple[float, Interval | None] | None:
-    """Of perplexity, or of the baseline's KL unless that is nothing but float's noise."""
+def _percent(
+    found: PairedDifference, base: UnitSums | None, other: UnitSums | None, measure: Measure
+) -> tuple[float, Interval | None] | None:
+    """Of perplexity, or of the baseline's KL unless that is nothing but float's noise. The interval of KL's ratio is of
+    the same resamples as that of the difference, so both say the same of zero."""
     if measure == "nats":
         return 100 * expm1(found.nats_per_token), found.ci and (100 * expm1(found.ci[0]), 100 * expm1(found.ci[1]))
-    assert base is not None and base.kl is not None
-    kl = float(base.kl.sum() / base.tokens.sum())
-    if kl <= SMALLEST_KL:
+    assert base is not None and other is not None and base.kl is not None and other.kl is not None
+    if base.kl.sum() / base.tokens.sum() <= SMALLEST_KL:
         return None
-    return 100 * found.nats_per_token / kl, found.ci and (100 * found.ci[0] / kl, 100 * found.ci[1] / kl)
+    bounds = ratio_interval(other.kl, base.kl)
+    change = 100 * (float(other.kl.sum() / base.kl.sum()) - 1)
+    return change, bounds and (100 * (bounds[0] - 1), 100 * (bounds[1] - 1))
 
 
 def _if_few(sums: UnitSums | None) -> str:

@@ -210,26 +210,29 @@ def differences(
 
 
 def pairs(rows: Sequence[Row], sums: Mapping[str, UnitSums | None], of: str = "") -> Figure:
-    """Every row of a model beside every other: percent of perplexity, row less column; a dot where not significant.
+    """Every row of a model beside every other: percent of perplexity, row less column; a dot without colour where not
+    significant.
 
     ``of``: what they were judged on, for the title.
     """
     names = [label(row) for row in rows]
-    values = np.full((len(rows), len(rows)), np.nan)
+    values, seen = np.full((2, len(rows), len(rows)), np.nan)
     words = [["" for _ in rows] for _ in rows]
     for down, row in enumerate(rows):
         for across, other in enumerate(rows):
             found = None if down == across else paired(sums[other["id"]], sums[row["id"]])
             if found is not None:
                 values[down, across] = 100 * (found.perplexity_ratio - 1)
-                quiet = found.verdict == "not significant"
-                words[down][across] = "·" if quiet else f"{values[down, across]:+.1f}"
+                loud = found.verdict != "not significant"
+                words[down][across] = f"{values[down, across]:+.1f}" if loud else "·"
+                seen[down, across] = values[down, across] if loud else 0.0
     made = figure(
         f"{rows[0]['model']}{of}: row beside column, % of perplexity (· not significant)", 190 + 28 * len(rows)
     )
-    bound = float(np.nanmax(np.abs(values), initial=1e-9))
+    bound = float(np.nanmax(np.abs(seen), initial=1e-9))
     made.add_heatmap(
-        z=np.clip(values, -bound, bound).tolist(),
+        z=seen.tolist(),
+        customdata=values.tolist(),
         x=names,
         y=names,
         text=words,
@@ -240,7 +243,7 @@ def pairs(rows: Sequence[Row], sums: Mapping[str, UnitSums | None], of: str = ""
         xgap=1,
         ygap=1,
         colorbar={"title": "%", "thickness": 12},
-        hovertemplate="%{y}<br>beside %{x}<br>%{z:+.3f} %<extra></extra>",
+        hovertemplate="%{y}<br>beside %{x}<br>%{customdata:+.3f} %<extra></extra>",
     )
     made.update_xaxes(showgrid=False)
     made.update_yaxes(autorange="reversed", showgrid=False)

@@ -16,8 +16,8 @@ import pytest
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import UnitSums
-from squamata.report.compare import baseline_of, verdicts
-from squamata.report.figures import by_position, differences, pareto_front, seed_spread
+from squamata.report.compare import baseline_of, sums_of, verdicts
+from squamata.report.figures import by_position, differences, pairs, pareto_front, seed_spread
 from squamata.report.labels import PLACES, box_of, logarithmic, pixels, place_names
 from squamata.report.page import check_out, read_others, write_page
 from squamata.report.rows import Planned, append_row, locked, pack_sums, read_study, write_plan
@@ -226,10 +226,19 @@ def test_kl_is_compared_too_and_in_every_evaluation(tmp_path: Path) -> None:
     assert (alike.words, alike.verdict) == ("+0.0 %, not significant", "not significant")
     worse = verdicts(tmp_path, {}, rows, 1, "kl")[second]
     assert worse.words == "+100 %, worse" and worse.percent == (pytest.approx(100), (pytest.approx(100),) * 2)
+    better = verdicts(tmp_path, {"baseline": {"recipe": "w4a8"}}, rows, 1, "kl")[rows[0]["id"]]
+    assert better.words == "-50 %, better" and better.percent[1] == (pytest.approx(-50),) * 2
     made = differences(rows, verdicts(tmp_path, {}, rows, 1, "kl"), "kl", "some text")
     assert made.data[0].x == (pytest.approx(100),) and made.layout.title.text.startswith("some text: KL beside")
     page = page_of(tmp_path, tmp_path / "page.html")
     assert "+100 %, worse" in page and "+0.0 %, not significant" in page and "token, some &lt;text&gt;, rec" in page
+
+
+def test_a_difference_that_is_not_significant_has_no_colour(folder: Path) -> None:
+    rows = read_study(folder)[1]
+    made = pairs(rows, sums_of(folder, rows)).data[0]
+    assert made.text[1][0] == "·" and made.z[1][0] == 0 and made.customdata[1][0] != 0
+    assert made.text[2][0] == "+5.1" and made.z[2][0] == made.customdata[2][0] == pytest.approx(5.1, abs=0.05)
 
 
 def test_beside_float_all_kl_is_more_and_nothing_is_said(tmp_path: Path) -> None:
