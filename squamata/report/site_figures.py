@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SHOWN = 40  # bars of a ranking
 FAINTEST = 1e-7  # a KL that is drawn as nothing
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "hexagon")
 RUG = 1024  # levels that are drawn one by one
 
 
@@ -42,7 +43,9 @@ def _heat(found: Mapping[str, Any]) -> Figure:
     kl = [[_kl(cells.get((layer, part))) for layer in layers] for part in parts]
     logs = [[None if value is None else float(np.log10(max(value, floor))) for value in line] for line in kl]
     words = "KL %{customdata:.3g}"
-    return _layers_by_sites(_title(found), (parts, layers), logs, "log10 KL", words, customdata=kl)
+    outside = [f"{part} {row['kl']:.2g}" for (layer, part), row in cells.items() if layer is None]
+    told = f"<br><sub>outside the layers: KL of {', '.join(outside)}</sub>" if outside else ""
+    return _layers_by_sites(_title(found) + told, (parts, layers), logs, "log10 KL", words, customdata=kl)
 
 
 def _layers_by_sites(
@@ -188,7 +191,12 @@ def outlier_channels(found: Mapping[str, Any]) -> Figure:
             y=[layer for _, layer in marks],
             mode="markers",
             name=part.removeprefix("mixer."),
-            marker={"size": 9, "symbol": number, "color": COLOURS[number % len(COLOURS)], "opacity": 0.85},
+            marker={  # the same channel may stick out at several sites: a mark leaves those below it visible
+                "size": 7 + 2 * number,
+                "symbol": f"{SYMBOLS[number % len(SYMBOLS)]}-open",
+                "color": COLOURS[number % len(COLOURS)],
+                "line": {"width": 2},
+            },
             hovertemplate=f"{part}<br>channel %{{x}}, layer %{{y}}<extra></extra>",
         )
     made.update_xaxes(title="channel")
@@ -220,10 +228,25 @@ def zeroed(found: Mapping[str, Any]) -> Figure:
     """KL after zeroing outlier channels, beside as many channels drawn at random."""
     rows: Sequence[Mapping[str, Any]] = found["zeroed"]
     names = [f"{row['part'].removeprefix('mixer.')} ({row['channels']})" for row in rows]
-    made = figure(f"{found['model']}: channels set to zero, KL to the model as it is", 380, barmode="group")
-    made.add_bar(x=names, y=[row["kl"] for row in rows], name="outlier channels", marker={"color": COLOURS[6]})
-    made.add_bar(x=names, y=[row["random_kl"] for row in rows], name="as many at random", marker={"color": FAINT})
-    made.update_xaxes(title="site (channels zeroed in all layers)", color=INK)
+    made = figure(f"{found['model']}: channels set to zero, KL to the model as it is", 380)
+    bounds = [row.get("kl_ci") or (row["kl"], row["kl"]) for row in rows]
+    made.add_scatter(
+        x=names,
+        y=[row["kl"] for row in rows],
+        name="outlier channels",
+        mode="markers",
+        marker={"size": 11, "color": COLOURS[6]},
+        error_y={
+            "type": "data",
+            "array": [high - row["kl"] for (_, high), row in zip(bounds, rows, strict=True)],
+            "arrayminus": [row["kl"] - low for (low, _), row in zip(bounds, rows, strict=True)],
+        },
+    )
+    marker = {"size": 11, "color": FAINT, "symbol": "diamond"}
+    made.add_scatter(
+        x=names, y=[row["random_kl"] for row in rows], name="as many at random", mode="markers", marker=marker
+    )
+    made.update_xaxes(title="site (channels zeroed in all layers)", color=INK, type="category")
     heights = [row[name] for row in rows for name in ("kl", "random_kl")]
     made.update_yaxes(title="KL, nats a token", **logarithmic(heights))
     return made

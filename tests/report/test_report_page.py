@@ -16,6 +16,7 @@ import pytest
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import UnitSums
+from squamata.report import site_figures
 from squamata.report.compare import baseline_of, sums_of, verdicts
 from squamata.report.figures import by_position, differences, pairs, pareto_front, seed_spread
 from squamata.report.labels import PLACES, box_of, logarithmic, pixels, place_names
@@ -239,6 +240,21 @@ def test_a_difference_that_is_not_significant_has_no_colour(folder: Path) -> Non
     made = pairs(rows, sums_of(folder, rows)).data[0]
     assert made.text[1][0] == "·" and made.z[1][0] == 0 and made.customdata[1][0] != 0
     assert made.text[2][0].startswith("+5.") and made.z[2][0] == made.customdata[2][0] == pytest.approx(5.1, abs=0.2)
+
+
+def test_what_is_in_no_layer_is_told_above_the_heat_map() -> None:
+    found = sensitivity("cell")
+    found["rows"].append({"unit": "head.in", "kl": 0.0321, "kl_ci": None, "perplexity": 9.0, "verdict": "worse"})
+    made = site_figures.sensitivity(found)
+    assert "outside the layers: KL of head.in 0.032" in made.layout.title.text
+    assert made.data[0].y == ("u", "x") and np.shape(made.data[0].z) == (2, 2)
+
+
+def test_zeroed_channels_are_drawn_with_their_interval() -> None:
+    row = OUTLIERS["zeroed"][0] | {"kl_ci": [0.15, 0.3]}
+    outliers, at_random = site_figures.zeroed(OUTLIERS | {"zeroed": [row]}).data
+    assert outliers.y == (0.2,) and outliers.error_y.array == pytest.approx((0.1,)) and at_random.y == (0.01,)
+    assert outliers.error_y.arrayminus == pytest.approx((0.05,))
 
 
 def test_beside_float_all_kl_is_more_and_nothing_is_said(tmp_path: Path) -> None:
