@@ -11,6 +11,7 @@ from typing import Any, Literal
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import PairedDifference, UnitSums, difference_of_sums
 from squamata.evaluate.uncertainty import FEWEST_UNITS, Interval, ratio_interval
+from squamata.report.accuracy import accuracy_difference
 from squamata.report.plan import AS_IT_IS
 from squamata.report.rows import Planned, read_details, read_plan, unpack_sums
 
@@ -43,6 +44,25 @@ def verdicts(
     sums, planned = sums_of(folder, rows, place), read_plan(folder)[1] or [Planned.of(row) for row in rows]
     baselines = {row["id"]: baseline_of(row, planned, study.get("baseline")).id for row in rows}
     return {name: _beside(name, baseline, sums, measure) for name, baseline in baselines.items()}
+
+
+def task_verdicts(folder: Path, study: Mapping[str, Any], rows: Sequence[Row], task: str) -> dict[str, Comparison]:
+    """Row id -> how its accuracy at a task stands beside that of its baseline."""
+    planned = read_plan(folder)[1] or [Planned.of(row) for row in rows]
+    details = {row["id"]: read_details(folder, row["id"]) for row in rows}
+    found = {}
+    for row in rows:
+        baseline = baseline_of(row, planned, study.get("baseline")).id
+        if baseline == row["id"]:
+            found[row["id"]] = Comparison("baseline")
+        elif baseline not in details:
+            found[row["id"]] = Comparison("its baseline is not measured")
+        else:
+            difference = accuracy_difference(details[baseline], details[row["id"]], task)
+            points = None if difference is None else f"{100 * difference.nats_per_token:+.2f} points"
+            words = "not comparable" if difference is None else f"{points}, {difference.verdict}"
+            found[row["id"]] = Comparison(words, difference)
+    return found
 
 
 def sums_of(folder: Path, rows: Sequence[Row], place: int = 0) -> dict[str, UnitSums | None]:

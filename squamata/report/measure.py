@@ -18,6 +18,7 @@ from squamata.kernels.dispatch import use_backend
 from squamata.kernels.site import Mode
 from squamata.memory import peak_rss_bytes
 from squamata.models.lm import LanguageModel
+from squamata.report.accuracy import measure_tasks
 from squamata.report.distributions import observe_distributions
 from squamata.report.plan import RowPlan
 from squamata.report.reference import References, beginning, parameter_count
@@ -68,6 +69,8 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outc
     quantized = time.perf_counter()
     judged_model = placed(model, device)
     evaluations, details = _judge(plan, verbs, judged_model, device)
+    tasks, hits = measure_tasks(judged_model, plan.tasks, plan.description.get("task_limit"))
+    details |= hits
     judged = time.perf_counter()
     distributions = plan.description["distributions"]
     if distributions:
@@ -79,6 +82,8 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outc
     row |= {name: evaluations[0][name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
     row["simulation"] = _simulation_beside_integers(plan, model)
     row |= {"bytes": bytes_by_part(model), "parameters": parameter_count(plan.model), "evaluations": evaluations}
+    if tasks:
+        row["tasks"] = tasks
     if verbs.hardware is not None:
         row["hardware"] = dict(verbs.hardware(model.config, plan.recipe))
     provenance = {key: value for key, value in plan.description.items() if key not in ("labels", "seed", "recipe")}

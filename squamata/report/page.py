@@ -14,7 +14,8 @@ from squamata import __version__
 from squamata.errors import SquamataError
 from squamata.evaluate.uncertainty import FEWEST_UNITS
 from squamata.report import figures, site_figures
-from squamata.report.compare import Comparison, Measure, Row, sums_of, verdicts
+from squamata.report.accuracy import tasks_of
+from squamata.report.compare import Comparison, Measure, Row, sums_of, task_verdicts, verdicts
 from squamata.report.distributions import unpack_distributions
 from squamata.report.page_style import END, STYLE, WATCH
 from squamata.report.rows import STUDY, read_details, read_plan
@@ -99,6 +100,7 @@ def _sections(
     if rows:
         judged = _judged(study, rows, folder)
         yield "<h2>Rows</h2>" + _conditions(rows) + _missing(rows, folder) + _table(rows, judged) + _seeds(rows, judged)
+        yield _tasks(study, rows, folder)
         yield from _fronts(rows)
         yield from _differences(rows, judged, folder)
         yield from _positions(rows)
@@ -230,6 +232,32 @@ def _seeds(rows: Sequence[Row], judged: Sequence[Judged]) -> str:
         lines.append(_line(cells, "td"))
     told = "<h3>Over calibration seeds: mean ± standard deviation</h3>"
     return f"{told}<div class='card wide'><table>{_line(map(escape, heads), 'th')}{''.join(lines)}</table></div>"
+
+
+def _tasks(study: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> str:
+    names = tasks_of(rows)
+    if not names:
+        return ""
+    beside = {name: task_verdicts(folder, study, rows, name) for name in names}
+    counts = {
+        name: next(row["tasks"][name]["examples"] for row in rows if name in row.get("tasks", ())) for name in names
+    }
+    lines = []
+    for row in rows:
+        cells = [escape(str(row[name])) for name in ("model", "recipe", "override", "seed")]
+        cells += [_accuracy(row.get("tasks", {}).get(name)) + _verdict(beside[name][row["id"]]) for name in names]
+        lines.append(_line(cells, "td"))
+    heads = ["model", "recipe", "variation", "seed"]
+    heads += [f"{name}, % of {counts[name]}" for name in names]
+    told = "<h3>Tasks: accuracy ± standard error, and the paired difference from the baseline</h3>"
+    return f"{told}<div class='card wide'><table>{_line(map(escape, heads), 'th')}{''.join(lines)}</table></div>"
+
+
+def _accuracy(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    error = found["accuracy_stderr"]
+    return f"{100 * found['accuracy']:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
