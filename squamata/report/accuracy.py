@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from squamata.evaluate.lambada import evaluate_lambada, read_passages
+from squamata.evaluate.lambada import LambadaResult, evaluate_lambada, read_passages
 from squamata.evaluate.perplexity import PairedDifference, UnitSums, difference_of_sums
-from squamata.evaluate.tasks import evaluate_task, read_questions
+from squamata.evaluate.tasks import TaskResult, evaluate_task, read_questions
 from squamata.models.lm import LanguageModel
 from squamata.report.rows import Arrays
 
@@ -32,10 +32,11 @@ def measure_tasks(
     figures: dict[str, dict[str, Any]] = {}
     details: Arrays = {}
     for name, path in tasks.items():
-        lambada = name == LAMBADA
-        found = (
-            evaluate_lambada(model, path, limit) if lambada else evaluate_task(model, name, Path(path).parent, limit)
-        )
+        found: LambadaResult | TaskResult
+        if name == LAMBADA:
+            found = evaluate_lambada(model, path, limit)
+        else:
+            found = evaluate_task(model, name, Path(path).parent, limit)
         figures[name] = found.to_dict()
         details[f"hits.{name}"] = np.array(found.hits)
     return figures, details
@@ -48,8 +49,8 @@ def accuracy_difference(first: Arrays, second: Arrays, name: str) -> PairedDiffe
     if one is None or other is None or len(one) != len(other):
         return None
     ones = np.ones(len(one))
-    misses = [UnitSums("examples", ones, 1.0 - hits) for hits in (one, other)]
-    found = difference_of_sums(*misses)
+    before, after = (UnitSums("examples", ones, 1.0 - hits) for hits in (one, other))
+    found = difference_of_sums(before, after)
     bounds = None if found.ci is None else (-found.ci[1], -found.ci[0])
     return PairedDifference(-found.nats_per_token, bounds, found.verdict)
 

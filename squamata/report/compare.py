@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import expm1
 from pathlib import Path
@@ -41,27 +41,38 @@ def verdicts(
 ) -> dict[str, Comparison]:
     """Row id -> how its perplexity (or KL) stands beside that of its baseline, in evaluation ``place`` (the first: of
     the first text in the first mode)."""
-    sums, planned = sums_of(folder, rows, place), read_plan(folder)[1] or [Planned.of(row) for row in rows]
-    baselines = {row["id"]: baseline_of(row, planned, study.get("baseline")).id for row in rows}
-    return {name: _beside(name, baseline, sums, measure) for name, baseline in baselines.items()}
+    sums = sums_of(folder, rows, place)
+    return _compared(folder, study, rows, lambda name, baseline: _beside(sums[name], sums[baseline], measure))
 
 
 def task_verdicts(folder: Path, study: Mapping[str, Any], rows: Sequence[Row], task: str) -> dict[str, Comparison]:
     """Row id -> how its accuracy at a task stands beside that of its baseline."""
-    planned = read_plan(folder)[1] or [Planned.of(row) for row in rows]
     details = {row["id"]: read_details(folder, row["id"]) for row in rows}
+
+    def beside(name: str, baseline: str) -> Comparison:
+        difference = accuracy_difference(details[baseline], details[name], task)
+        if difference is None:
+            return Comparison("not comparable")
+        return Comparison(f"{100 * difference.nats_per_token:+.2f} points, {difference.verdict}", difference)
+
+    return _compared(folder, study, rows, beside)
+
+
+def _compared(
+    folder: Path, study: Mapping[str, Any], rows: Sequence[Row], beside: Callable[[str, str], Comparison]
+) -> dict[str, Comparison]:
+    """Row id -> ``beside(row id, baseline's id)`` where both are measured."""
+    planned = read_plan(folder)[1] or [Planned.of(row) for row in rows]
+    measured = {row["id"] for row in rows}
     found = {}
     for row in rows:
         baseline = baseline_of(row, planned, study.get("baseline")).id
-        if baseline == row["id"]:
-            found[row["id"]] = Comparison("baseline")
-        elif baseline not in details:
+        if row["id"] == baseline:
+            found[baseline] = Comparison("baseline")
+        elif baseline not in measured:
             found[row["id"]] = Comparison("its baseline is not measured")
         else:
-            difference = accuracy_difference(details[baseline], details[row["id"]], task)
-            points = None if difference is None else f"{100 * difference.nats_per_token:+.2f} points"
-            words = "not comparable" if difference is None else f"{points}, {difference.verdict}"
-            found[row["id"]] = Comparison(words, difference)
+            found[row["id"]] = beside(row["id"], baseline)
     return found
 
 
@@ -87,20 +98,16 @@ def _is_meant(asked: Sequence[str], recipe: str, override: str | None) -> bool:
     return asked[0] == recipe and override in (None, asked[1])
 
 
-def _beside(name: str, baseline: str, sums: Mapping[str, UnitSums | None], measure: Measure) -> Comparison:
-    if name == baseline:
-        return Comparison("baseline")
-    if baseline not in sums:
-        return Comparison("its baseline is not measured")
-    difference = paired(sums[baseline], sums[name], measure)
+def _beside(own: UnitSums | None, base: UnitSums | None, measure: Measure) -> Comparison:
+    difference = paired(base, own, measure)
     if difference is None:
         return Comparison("not comparable")
-    percent = _percent(difference, sums[baseline], sums[name], measure)
+    percent = _percent(difference, base, own, measure)
     if percent is None:  # beside float all KL is more
         return Comparison("", difference)
     digits = 2 if measure == "nats" else 1 if abs(percent[0]) < 10 else 0
     change = f"{percent[0]:+,.{digits}f} %"
-    return Comparison(f"{change}, {difference.verdict}{_if_few(sums[name])}", difference, percent)
+    return Comparison(f"{change}, {difference.verdict}{_if_few(own)}", difference, percent)
 
 
 def _percent(

@@ -239,9 +239,7 @@ def _tasks(study: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> str:
     if not names:
         return ""
     beside = {name: task_verdicts(folder, study, rows, name) for name in names}
-    counts = {
-        name: next(row["tasks"][name]["examples"] for row in rows if name in row.get("tasks", ())) for name in names
-    }
+    counts = {name: some["examples"] for row in rows for name, some in row.get("tasks", {}).items()}
     lines = []
     for row in rows:
         cells = [escape(str(row[name])) for name in ("model", "recipe", "override", "seed")]

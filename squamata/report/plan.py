@@ -185,8 +185,8 @@ class Places:
 @dataclass(frozen=True)
 class RowPlan:
     """One row to be measured. ``labels``: model, recipe, override. ``description``: all that decides its numbers,
-    free of paths; ``id``: its hash. ``tasks``: files of them. ``asked``: the overrides of the grid that it is the row of, by recipe and override
-    (two of the same numbers are measured once)."""
+    free of paths; ``id``: its hash. ``texts`` and ``tasks``: their files. ``asked``: the overrides of the grid that it
+    is the row of, by recipe and override (two of the same numbers are measured once)."""
 
     id: str
     labels: dict[str, str]
@@ -278,9 +278,8 @@ class _Planner:
         for seed in self.study.seeds:
             description = {"labels": labels, "seed": seed, "model_sha256": self.prints.model(source)}
             description |= self._conditions(varied, calibration)
-            yield RowPlan(
-                _digest(description), labels, seed, source, varied, calibration, self.texts, description, self.tasks
-            )
+            judged_by = (self.texts, description, self.tasks)
+            yield RowPlan(_digest(description), labels, seed, source, varied, calibration, *judged_by)
 
     def _conditions(self, recipe: Recipe, calibration: str | None) -> dict[str, Any]:
         """What decides a row's numbers, model and seed apart, without any path."""
