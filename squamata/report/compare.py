@@ -53,7 +53,7 @@ def task_verdicts(folder: Path, study: Mapping[str, Any], rows: Sequence[Row], t
         difference = accuracy_difference(details[baseline], details[name], task)
         if difference is None:
             return Comparison("not comparable")
-        return Comparison(f"{100 * difference.nats_per_token:+.2f} points, {difference.verdict}", difference)
+        return Comparison(f"{100 * difference.nats_per_token:+z.2f} points, {difference.verdict}", difference)
 
     return _compared(folder, study, rows, beside)
 
@@ -106,7 +106,7 @@ def _beside(own: UnitSums | None, base: UnitSums | None, measure: Measure) -> Co
     if percent is None:  # beside float all KL is more
         return Comparison("", difference)
     digits = 2 if measure == "nats" else 1 if abs(percent[0]) < 10 else 0
-    change = f"{percent[0]:+,.{digits}f} %"
+    change = f"{percent[0]:+z,.{digits}f} %"
     return Comparison(f"{change}, {difference.verdict}{_if_few(own)}", difference, percent)
 
 
