@@ -23,6 +23,7 @@ INSTALL = "pip install 'squamata[studies]'"
 COLOURS = ("#2a7f62", "#c8792b", "#4a6fa5", "#9b4a75", "#7a8b3c", "#5b6770", "#b5493b", "#3f8f9f")
 DASHES = ("solid", "dash", "dot", "dashdot")  # once the colours are used up
 FAINT, INK, GRID = "#9aa5ab", "#26323a", "#e6eaec"
+VERDICTS = {"better": COLOURS[0], "worse": COLOURS[6], "not significant": FAINT}
 SCALE = [[0.0, "#f6f8f7"], [0.35, "#a9d1c1"], [0.7, "#2a7f62"], [1.0, "#12372a"]]
 
 
@@ -194,7 +195,7 @@ def differences(
     several = len(models_of(rows)) > 1
     for row, middle, (low, high) in shown:
         found = compared[row["id"]]
-        colour = {"better": COLOURS[0], "worse": COLOURS[6]}.get(found.verdict, FAINT)
+        colour = VERDICTS.get(found.verdict, FAINT)
         name = f"{row['model']}: {label(row)}" if several else label(row)
         made.add_scatter(
             x=[middle],

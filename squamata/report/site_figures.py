@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from squamata.report.distributions import Distribution
-from squamata.report.figures import COLOURS, FAINT, INK, SCALE, figure, steps, upright
+from squamata.report.figures import COLOURS, FAINT, INK, SCALE, VERDICTS, figure, steps, upright
 from squamata.report.labels import logarithmic
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _ranking(found: Mapping[str, Any]) -> Figure:
         x=values,
         y=[row["unit"] for row in rows],
         mode="markers",
-        marker={"size": 9, "color": [FAINT if row["verdict"] == "not significant" else COLOURS[0] for row in rows]},
+        marker={"size": 9, "color": [VERDICTS[row["verdict"]] for row in rows]},
         error_x={
             "type": "data",
             "array": [high - value for (_, high), value in zip(bounds, values, strict=True)],
@@ -106,8 +106,8 @@ def _ranking(found: Mapping[str, Any]) -> Figure:
         customdata=[[row["perplexity"], row["verdict"]] for row in rows],
         hovertemplate="<b>%{y}</b><br>KL %{x:.3g}<br>perplexity %{customdata[0]:.4f}, %{customdata[1]}<extra></extra>",
     )
-    upright(made, found["together_kl"], "all together", COLOURS[6], logarithmic=True)
-    title = "KL to float, nats a token (grey: perplexity not significantly changed)"
+    upright(made, found["together_kl"], "all together", INK, logarithmic=True)
+    title = "KL to float, nats a token (red: perplexity worse, green: better, grey: not significantly changed)"
     made.update_xaxes(title=title, **logarithmic([*values, found["together_kl"]]))
     made.update_yaxes(autorange="reversed")
     return made
@@ -125,7 +125,12 @@ def search(found: Mapping[str, Any]) -> Figure:
             y=[mixture["kl"]],
             name=mixture["name"],
             mode="markers",
-            marker={"size": 11, "color": colour, "symbol": number},
+            marker={  # two searches may find the same
+                "size": 9 + 4 * number,
+                "color": colour,
+                "symbol": f"{SYMBOLS[number % len(SYMBOLS)]}-open",
+                "line": {"width": 2},
+            },
             error_y={"type": "data", "array": [high - mixture["kl"]], "arrayminus": [mixture["kl"] - low]},
             hovertext="<br>".join(mixture["upgraded"][:20]) or "nothing upgraded",
         )

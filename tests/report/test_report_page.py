@@ -250,6 +250,12 @@ def test_what_is_in_no_layer_is_told_above_the_heat_map() -> None:
     assert made.data[0].y == ("u", "x") and np.shape(made.data[0].z) == (2, 2)
 
 
+def test_a_rankings_colours_say_the_verdict() -> None:
+    found = sensitivity("layer")
+    found["rows"][1]["verdict"] = "not significant"
+    assert site_figures.sensitivity(found).data[0].marker.color == ("#b5493b", "#9aa5ab")
+
+
 def test_zeroed_channels_are_drawn_with_their_interval() -> None:
     row = OUTLIERS["zeroed"][0] | {"kl_ci": [0.15, 0.3]}
     outliers, at_random = site_figures.zeroed(OUTLIERS | {"zeroed": [row]}).data
