@@ -117,9 +117,11 @@ def chip_figures(config: ModelConfig, recipe: Recipe) -> dict[str, float]:
 
 def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
     """A line a row: size, perplexity and KL of the first evaluation, and whether it differs from the baseline."""
-    from squamata.report.compare import verdicts
+    from squamata.report.accuracy import tasks_of
+    from squamata.report.compare import task_verdicts, verdicts
 
     against = verdicts(folder, study, rows)
+    tasks = {name: task_verdicts(folder, study, rows, name) for name in tasks_of(rows)}
     lines = []
     for row in rows:
         first, compared = row["evaluations"][0], against[row["id"]]
@@ -135,6 +137,7 @@ def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -
                 "" if row["kl"] is None else f"{row['kl']:.5f}",
                 interval(first["kl_ci"], 5),
                 compared.words,
+                *(_accuracy(row, name, found[row["id"]].words) for name, found in tasks.items()),
             )
         )
     columns = (
@@ -148,5 +151,11 @@ def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -
         "KL",
         "95 %",
         "<perplexity beside\nthe baseline",
+        *(f"<{name}, %" for name in tasks),
     )
     table(f"{study.get('name', '')}: {counted(len(rows), 'row')}", columns, lines)
+
+
+def _accuracy(row: dict[str, Any], task: str, words: str) -> str:
+    found = row.get("tasks", {}).get(task)
+    return "" if found is None else f"{100 * found['accuracy']:.2f} ({words})"
