@@ -9,6 +9,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.nn.functional import cross_entropy
 
 from squamata.calibrate.gradients import squared_gradients
+from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend
 
 KINDS = ["mamba1", "mamba2"]
@@ -59,3 +60,12 @@ def test_of_one_sequence_they_are_finite_differences_squared(kind: str) -> None:
                 logits = float_model(config, moved, torch.float64)(ids[None])
             losses.append(float(cross_entropy(logits[0, :-1], ids[1:])))
         assert ((losses[0] - losses[1]) / (2 * step)) ** 2 == pytest.approx(float(found.view(-1)[place]), rel=1e-2)
+
+
+def test_gradients_that_are_not_finite_are_refused() -> None:
+    """k-means would take elements of weight NaN for those that the sparse part has."""
+    config = config_of("mamba2")
+    tensors, sequences = perturbed_tensors(config), sequences_of((12,), config.vocab_size)
+    tensors["layers.0.mixer.in_proj.weight"][:] = 3e38
+    with pytest.raises(SquamataError, match=r"^layers\.1\.mixer\.out_proj\.weight: gradients .* not finite"):
+        squared_gradients(config, tensors, sequences, ["layers.1.mixer.out_proj.weight"])
