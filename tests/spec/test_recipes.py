@@ -79,6 +79,49 @@ def test_what_w4a16_quantizes(kind: str) -> None:
     assert set(specs) == {f"layers.0.mixer.{name}.weight" for name in names}
 
 
+MOVING = "percentile(alpha=0.9995, ema=0.01)"
+UPSTREAM = {  # site -> granularity, scale, rounding; all int8; by its modelutils_mamba.py, qMambaLayer.py and qMamba2.py
+    "mamba1": {
+        "mixer.u": ("tensor", MOVING, "half-away"),
+        "mixer.state": ("tensor", MOVING, "half-away"),
+        "mixer.out": ("tensor", "minmax", "truncate"),
+    },
+    "mamba2": {
+        "mixer.u": ("index", "minmax", "half-away"),
+        "mixer.B_conv": ("ssd_group", "minmax", "half-away"),
+        "mixer.C_conv": ("ssd_group", "minmax", "half-away"),
+        "mixer.state": ("index,state", "minmax", "half-away"),
+        "mixer.out": ("tensor", "minmax", "truncate"),
+        "mixer.in_proj.weight": ("segment", "minmax", "half-even"),
+        "mixer.conv.weight": ("segment", "minmax", "half-even"),
+        "mixer.conv.bias": ("segment", "minmax", "half-even"),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", list(BLOCKS))
+def test_like_upstream_is_what_its_code_does(kind: str) -> None:
+    specs = Recipe.read("quamba2-w8a8-like-upstream").resolve((kind,))
+    left = {"layers.0.mixer.y"} | ({"layers.0.mixer.dt_bias"} if kind == "mamba2" else set())
+    assert set(specs) == {site for site, info in all_sites((kind,)).items() if not info.on_request} - left
+    segments = ("segment", "minmax", "half-even") if kind == "mamba1" else None  # of one part: a tensor
+    for site, spec in specs.items():
+        short = site.removeprefix("layers.0.")
+        plain = ("channel" if site == "embedding.weight" else "tensor", "minmax", "half-even")
+        plain = segments if segments and short.startswith("mixer.conv.") else plain
+        granularity, scale, rounding = UPSTREAM[kind].get(short, plain)
+        assert (spec.describe(), spec.rounding) == (f"int8 per {granularity}, {scale}", rounding), site
+
+
+def test_like_upstream_quantizes_a_mamba1_alike_in_both_papers() -> None:
+    """Its code reorders nothing there: --group_heads is for Mamba-2."""
+    first, second = (Recipe.read(f"{name}-w8a8-like-upstream").resolve(("mamba1",)) for name in ("quamba", "quamba2"))
+    assert {site: spec for site, spec in second.items() if site.startswith("layers.")} == first
+    four = Recipe.read("quamba2-w4a8-like-upstream").resolve(("mamba1",))
+    other = {site.rpartition("mixer.")[2] for site, spec in second.items() if four[site] != spec}
+    assert other == {"embedding.weight", "head.weight"} | {f"{name}_proj.weight" for name in ("in", "x", "out")}
+
+
 def test_float_head_leaves_embedding_and_head() -> None:
     specs = Recipe.read("quamba-w8a8-float-head").resolve(("mamba1",))
     assert not [name for name in specs if not name.startswith("layers.")]
