@@ -55,7 +55,7 @@ class Transform:
     ``ends``: ``(config, tensors, statistics) -> tensors`` of the model's two ends: ``embedding.weight``, and
     ``final_norm.weight`` with ``head.weight``; of the statistics there is ``stream`` alone. Either table may come some
     of its rows at a time, so each row must change by itself.
-    ``unties``: the head is no longer the embedding afterwards.
+    ``unties``: the head is no longer the embedding afterwards. ``maps``: it leaves the index maps of ragged sites.
     """
 
     function: Callable[..., Tensors]
@@ -64,14 +64,15 @@ class Transform:
     pairs: bool = False
     ends: Callable[..., Tensors] | None = None
     unties: bool = False
+    maps: bool = False
 
 
 _SORTED = ("mixer.z", "mixer.x", "mixer.u", "mixer.dt", "mixer.state", "mixer.y", "mixer.out")  # by heads and channels
 
 TRANSFORMS: dict[str, Transform] = {
     "sort_inputs": Transform(sort_inputs, needs=SORTED, pairs=True),
-    "reorder": Transform(reorder, needs=("mixer.u",), changes=_SORTED),
-    "reorder_within": Transform(reorder_within, needs=("mixer.u",), changes=_SORTED),
+    "reorder": Transform(reorder, needs=("mixer.u",), changes=_SORTED, maps=True),
+    "reorder_within": Transform(reorder_within, needs=("mixer.u",), changes=_SORTED, maps=True),
     "smooth": Transform(smooth, needs=SITES, changes=SITES),
     "awq": Transform(awq, needs=("mixer.in", "mixer.u", "mixer.out"), changes=("mixer.in", "mixer.out"), pairs=True),
     "fold_norm": Transform(fold_norm, changes=("mixer.in",), ends=fold_final_norm, unties=True),
@@ -101,8 +102,11 @@ def check(recipe: Recipe, specs: Iterable[QuantSpec] = ()) -> None:
     if "sort_inputs" in names and len(names) > 1:
         others = ", ".join(sorted(names - {"sort_inputs"}))
         raise SquamataError(f"recipe {recipe.name}: sort_inputs sorts channels as the model came: leave {others} out")
+    specs = list(specs)
     if any(spec.kept_channels for spec in specs) and "sort_inputs" not in names:
         raise SquamataError(f"recipe {recipe.name}: 'keep' has to know which: add the transform 'sort_inputs'")
+    if any(spec.granularity.ragged for spec in specs) and not any(TRANSFORMS[name].maps for name in names):
+        raise SquamataError(f"recipe {recipe.name}: granularity 'index' needs a map: add the transform 'reorder'")
     _refuse_outdated(recipe)
 
 

@@ -80,7 +80,7 @@ def test_what_w4a16_quantizes(kind: str) -> None:
 
 
 MOVING = "percentile(alpha=0.9995, ema=0.01)"
-UPSTREAM = {  # site -> granularity, scale, rounding; all int8; by its modelutils_mamba.py, qMambaLayer.py and qMamba2.py
+UPSTREAM = {  # site -> granularity, scale, rounding of int8, by its modelutils_mamba.py, qMambaLayer.py and qMamba2.py
     "mamba1": {
         "mixer.u": ("tensor", MOVING, "half-away"),
         "mixer.state": ("tensor", MOVING, "half-away"),
@@ -339,6 +339,8 @@ def test_mamba1_products_sum_over_u_and_dt_low(site: str) -> None:
         ("head.in", {"dynamic": True}, "add 'token'"),
         ("*.in_proj.weight", {"granularity": "index"}, "an index is for"),
         ("*.mixer.conv.weight", {"granularity": "index"}, "an index is for"),
+        ("*.mixer.z", {"granularity": "index"}, "has no index map"),
+        ("*.mixer.B_conv", {"granularity": "index"}, "has no index map"),
         ("*.in_proj.weight", {"granularity": "segment,group(128)"}, "group"),
         ("*.mixer.nothing", {}, "no site matches"),
     ],

@@ -22,6 +22,8 @@ from squamata.save.read import read_checkpoint
 from squamata.save.write import write_checkpoint
 from squamata.scales import gather_for
 from squamata.scales.statistics import Statistics
+from squamata.spec.granularity import Granularity
+from squamata.spec.quant import QuantSpec
 from squamata.transform import TRANSFORMS, Transform, apply, check, needs
 
 Tensors = dict[str, Tensor]
@@ -160,3 +162,10 @@ def test_orders_in_which_everything_told_still_holds(transforms: list[Any]) -> N
 
 def test_a_site_that_no_layer_has_is_not_in_the_way() -> None:
     check(recipe_of(transforms=["smooth", "fold_norm", "klt"], architectures=["mamba2"]))
+
+
+def test_a_ragged_scale_needs_a_transform_that_leaves_maps() -> None:
+    ragged = [QuantSpec(bits=8, granularity=Granularity(("index",)))]
+    with pytest.raises(SquamataError, match="needs a map: add the transform 'reorder'"):
+        check(recipe_of(transforms=["hadamard"]), ragged)
+    check(recipe_of(transforms=["reorder_within"]), ragged)
