@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from squamata import scales
 from squamata.calibrate.observe import Stream
+from squamata.calibrate.passed import passed
 from squamata.errors import SquamataError, about, nearest
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.site import Site
@@ -45,7 +45,7 @@ def lsq(
 
     def slopes(step: int, chosen: Mapping[str, Tensor]) -> None:
         put(student.sites.values(), chosen)
-        with torch.enable_grad(), allow_mutation_on_saved_tensors():  # caches are updated in place
+        with torch.enable_grad():
             _loss(teacher, student, sequences[step % len(sequences)]).backward()  # type: ignore[no-untyped-call]
 
     error = partial(reconstruction_error, teacher, student, stream)
@@ -127,13 +127,9 @@ def reconstruction_error(teacher: Block, student: Block, stream: Stream) -> floa
 
 def _loss(teacher: Block, student: Block, h: Tensor) -> Tensor:
     with torch.no_grad():
-        target = _output(teacher, h)
-    return (_output(student, h) - target).square().mean() / target.square().mean().clamp_min(1e-30)
-
-
-def _output(block: Block, h: Tensor) -> Tensor:
-    written, _ = block.forward(h, None, block.new_cache(h.shape[0]))
-    return written
+        target, _ = passed(teacher, h)
+    written, _ = passed(student, h)
+    return (written - target).square().mean() / target.square().mean().clamp_min(1e-30)
 
 
 def _learnable(site: Site) -> bool:

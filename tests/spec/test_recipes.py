@@ -79,6 +79,18 @@ def test_what_w4a16_quantizes(kind: str) -> None:
     assert set(specs) == {f"layers.0.mixer.{name}.weight" for name in names}
 
 
+@pytest.mark.parametrize("kind", list(BLOCKS))
+def test_ptq4vms_parts_are_the_projections_and_what_they_read(kind: str) -> None:
+    shipped = Recipe.read("lnorm-w8a8")
+    specs = shipped.resolve((kind,))
+    weights = {site for site, info in all_sites((kind,)).items() if info.reads and site != "head.weight"}
+    own = {"u_proj", "dt_low"} if kind == "mamba1" else set()
+    assert set(specs) == weights | {f"layers.0.mixer.{site}" for site in {"in", "out"} | own}
+    assert {specs[site].describe() for site in weights} == {"int8 per channel, lnorm"}
+    assert {specs[site].describe() for site in set(specs) - weights} == {"int8 asymmetric per tensor, lnorm"}
+    assert [named.name for named in (*shipped.transforms, shipped.tune) if named] == ["smooth", "lsq"]
+
+
 MOVING = "percentile(alpha=0.9995, ema=0.01)"
 UPSTREAM = {  # site -> granularity, scale, rounding of int8, by its modelutils_mamba.py, qMambaLayer.py and qMamba2.py
     "mamba1": {
