@@ -35,8 +35,9 @@ def lsq(
     """Learned step sizes (LSQ, Esser et al. 2020, equation 3) of every static activation site of one layer.
 
     ``teacher``: the layer in float. ``student``: the same quantized, in mode *simulate*, with the scales to start from.
-    ``stream``: what enters the layer. Adam on log(scale), one sequence a step in turn, its rate falling linearly to
-    zero; the loss is the squared error of the layer's output over its square. Second numbers (zero points) stay.
+    ``stream``: what enters the layer. Adam on log(scale), which makes the paper's factor on the gradient needless, one
+    sequence a step in turn, its rate falling linearly to zero; the loss is the squared error of the layer's output over
+    its square, where the paper trains with the task's, and the weights too. Second numbers (zero points) stay.
     Returns ``NAME.scale`` of every site in stored form; those it started from if the error over the whole stream has
     not become smaller. The state's scale stays too: a parallel pass rounds the state only after the last token.
     Deterministic.
