@@ -138,7 +138,7 @@ def _dealt_with(named: Named, sites: tuple[str, ...]) -> set[str]:
 
 def needs(recipe: Recipe, kind: str) -> dict[str, QuantSpec]:
     """Sites of a layer of this kind that the recipe's transforms want observed, each with a number a feature."""
-    wanted = {site for named in recipe.transforms for site in TRANSFORMS[named.name].needs}
+    wanted = {site for named in recipe.transforms for site in _dealt_with(named, TRANSFORMS[named.name].needs)}
     return {
         site: QuantSpec(bits=8, granularity=Granularity(info.axes))
         for site, info in BLOCKS[kind].items()

@@ -206,7 +206,7 @@ def test_every_static_site_gets_a_scale_and_no_other(kind: str) -> None:
         ({"rules": [{"site": "*.mixer.u", "spec": {"bits": 8}}]}, "u"),
         ({"rules": [{"site": "*.mixer.z", "spec": {"bits": 8, "scale": "mse"}}]}, "z"),
         ({"rules": [{"site": "*.out_proj.weight", "spec": {"bits": 8}}], "weights": "gptq"}, "out"),
-        ({"transforms": ["smooth"]}, "x"),
+        ({"transforms": ["smooth"]}, "out"),
     ],
 )
 def test_a_model_that_overflows_is_told_where(recipe: dict[str, Any], site: str) -> None:

@@ -169,3 +169,10 @@ def test_a_ragged_scale_needs_a_transform_that_leaves_maps() -> None:
     with pytest.raises(SquamataError, match="needs a map: add the transform 'reorder'"):
         check(recipe_of(transforms=["hadamard"]), ragged)
     check(recipe_of(transforms=["reorder_within"]), ragged)
+
+
+def test_what_a_transform_leaves_alone_is_not_observed() -> None:
+    recipe = recipe_of(transforms=[{"smooth": {"products": ["out_proj"]}}])
+    assert list(needs(recipe, "mamba2")) == ["mixer.out"]
+    assert list(needs(recipe_of(transforms=["smooth"]), "mamba2")) == ["mixer.in", "mixer.out"]
+    assert list(needs(recipe_of(transforms=["smooth"]), "mamba1")) == ["mixer.in", "mixer.dt_low", "mixer.out"]
