@@ -14,9 +14,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from squamata.kernels.decode.records import LAYER, MODEL, PRIVATE, SHARED
+from squamata.kernels import landing
+from squamata.kernels.decode.records import DYNAMIC, LAYER, MODEL, PRIVATE, SHARED, STATIC
 from squamata.kernels.decode.rows import ROWS
-from squamata.kernels.decode.state import DYNAMIC, STATIC
 from squamata.kernels.decode.token import (
     decode_token,
     function_address,
@@ -34,7 +34,7 @@ from squamata.kernels.packing import PackedLinear, allocate
 
 Floats = NDArray[np.float32]
 States = tuple[NDArray, NDArray, Floats]
-ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2, "stochastic": STOCHASTIC}
+ROUNDINGS = landing.ROUNDINGS | {"stochastic": STOCHASTIC}
 
 
 @dataclass(frozen=True)
@@ -268,9 +268,9 @@ class DecodePlan:
         record["low"], record["high"], record["rounding"] = site.low, site.high, ROUNDINGS[site.rounding]
         record["span"] = site.span
         if site.scale is None:
-            record["mode"] = 2
+            record["mode"] = DYNAMIC
             return
-        record["mode"], record["land"] = 1, function_address(land_static)
+        record["mode"], record["land"] = STATIC, function_address(land_static)
         scale, inverse = site.expanded(features)
         record["scale"], record["inverse"], record["value"] = self._keep(scale), self._keep(inverse), site.scale.flat[0]
 
@@ -310,7 +310,7 @@ class DecodePlan:
             self._fill_rotation(record["rotation"], layer.rotation)
 
     def _fill_state(self, record: np.void, site: StateSitePlan, states: int) -> None:
-        record["integer"], record["rounding"] = DYNAMIC if site.dynamic else STATIC, ROUNDINGS[site.rounding]
+        record["mode"], record["rounding"] = DYNAMIC if site.dynamic else STATIC, ROUNDINGS[site.rounding]
         record["low"], record["high"], record["span"] = site.low, site.high, site.span
         if site.table is None:
             return
