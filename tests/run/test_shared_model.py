@@ -97,6 +97,23 @@ assert numba.threading_layer() == {layer!r}
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_told_what_to_do() -> None:
+    model = make_model("mamba2")
+    expected = model(torch.tensor([[1, 2]]))
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            found = repr(torch.equal(model(torch.tensor([[1, 2]])), expected))
+        except SquamataError as error:
+            found = str(error)
+        os.write(writing, found.encode())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    said = os.read(reading, 1000).decode()
+    assert "get_context('spawn')" in said if numba.threading_layer() == "omp" else said == "True"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_share_no_buffers(kind: str) -> None:
     """A plan is full of addresses: in a copy they would be those of the original, which may be gone."""
