@@ -6,20 +6,16 @@ vary, so that every kernel is compiled once whatever is quantized. Rows are toke
 
 from __future__ import annotations
 
-import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from threading import RLock
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from numba import njit, types
 from numpy.typing import NDArray
 from torch import Tensor
 
-from squamata.errors import SquamataError
+import squamata.kernels.threads  # noqa: F401  starts numba's before a kernel does
 from squamata.kernels import simd
 from squamata.kernels.compilation import announce_compilation
 from squamata.kernels.flagged import packed_rows, read_packed_row
@@ -33,50 +29,7 @@ _NO_CODES, _NO_VALUES = np.empty((0, 0), np.int8), np.empty((0, 0), np.float32)
 _NOTHING, _NO_BYTES = np.empty(0, np.float32), np.empty((0, 0), np.uint8)
 
 
-def share_threads() -> None:
-    """Let this thread's kernels use as many threads as torch has now. SquamataError where they cannot run any more."""
-    if _forked:
-        raise SquamataError(
-            "this process was forked from one whose kernels had started threads, which GNU OpenMP does not survive: "
-            "start it with multiprocessing.get_context('spawn')"
-        )
-    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    if numba.get_num_threads() != wanted:
-        numba.set_num_threads(wanted)
-
-
-def _start_threads() -> None:
-    """Numba's, whose start, on first use, would reset the number of torch's: both run on one OpenMP."""
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    torch.set_num_threads(threads)
-
-
-_forked = False
-
-
-def _note_fork() -> None:
-    """In a child: numba would end it with a line on stderr at its first kernel."""
-    global _forked
-    _forked = numba.threading_layer() == "omp"
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
-_kernels = RLock()
-
-
-def alone() -> AbstractContextManager[object]:
-    """Within it no other thread of the program runs kernels, if numba's threads end the process when two do.
-
-    Those of its own (``workqueue``) do: they are what there is without the system's OpenMP library.
-    """
-    return _kernels if numba.threading_layer() == "workqueue" else nullcontext()
-
-
 announce_compilation()
-_start_threads()
 
 
 class Source(NamedTuple):

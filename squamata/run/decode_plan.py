@@ -24,12 +24,12 @@ from squamata.kernels.decode.cpu import (
     StateSitePlan,
 )
 from squamata.kernels.hadamard import Rotation
-from squamata.kernels.landing import alone, share_threads
 from squamata.kernels.lanes import STOCHASTIC
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan.chunks import ChunkSites
+from squamata.kernels.threads import alone, share_threads
 from squamata.models.block import Block, LayerCache, ScanCache
 from squamata.models.lm import Cache, LanguageModel
 from squamata.models.mamba1 import Mamba1
@@ -162,35 +162,43 @@ def _layer(block: Block) -> LayerPlan:
         for name in ("x",) if isinstance(block, Mamba1) else ("x", "B", "C"):
             plans[name] = _site(sites[name], name, codes_only=True)  # type: ignore[assignment]
     scan = block.scan
-    common: dict[str, Any] = {
-        "norm": _floats(block.norm),
-        "epsilon": block.config.norm_epsilon,
-        "conv": conv,
-        "dt_bias": _floats(scan.dt_bias),
-        "A": _floats(scan.A),
-        "skip": _floats(scan.D),
-        "states": block.config.d_state,
-        "out_proj": _linear(block.out_proj, sites["out"])[0],
-        "sites": plans,
-        "state_site": _state_site(sites["state"]),
-        "rotation": _rotation(block.out_rotation),
-    }
-    if isinstance(block, Mamba1):
-        if "u_proj" in sites:
-            raise NotPlannableError("x_proj reads a site of its own")
-        in_x, in_z = _linear(block.in_proj, sites["in"])
-        x_proj_dt, x_proj_B, x_proj_C = _linear(block.scan.x_proj, sites["u"])
-        (dt_proj,) = _linear(block.scan.dt_proj, sites["dt_low"])
-        return LayerPlan(
-            in_x=in_x, in_z=in_z, x_proj_dt=x_proj_dt, x_proj_B=x_proj_B, x_proj_C=x_proj_C, dt_proj=dt_proj,
-            bcdt_epsilon=block.scan.bcdt_norm_epsilon, **common,
-        )  # fmt: skip
-    in_z, in_x, in_B, in_C, in_dt = _linear(block.in_proj, sites["in"])
-    layout, norm = block.scan.layout, block.gate_norm
     return LayerPlan(
-        in_x=in_x, in_z=in_z, in_B=in_B, in_C=in_C, in_dt=in_dt, heads=layout.heads, groups=layout.groups,
-        gate_norm=_floats(norm.weight), gate_epsilon=norm.epsilon, dt_limit=layout.time_step_limit, **common,
-    )  # fmt: skip
+        norm=_floats(block.norm),
+        epsilon=block.config.norm_epsilon,
+        conv=conv,
+        dt_bias=_floats(scan.dt_bias),
+        A=_floats(scan.A),
+        skip=_floats(scan.D),
+        states=block.config.d_state,
+        out_proj=_linear(block.out_proj, sites["out"])[0],
+        sites=plans,
+        state_site=_state_site(sites["state"]),
+        rotation=_rotation(block.out_rotation),
+        **(_selective(block) if isinstance(block, Mamba1) else _headed(block)),
+    )
+
+
+def _selective(block: Mamba1) -> dict[str, Any]:
+    """What only a Mamba-1 layer has."""
+    sites, scan = block.sites, block.scan
+    if "u_proj" in sites:
+        raise NotPlannableError("x_proj reads a site of its own")
+    in_x, in_z = _linear(block.in_proj, sites["in"])
+    x_proj_dt, x_proj_B, x_proj_C = _linear(scan.x_proj, sites["u"])
+    (dt_proj,) = _linear(scan.dt_proj, sites["dt_low"])
+    projections = {"x_proj_dt": x_proj_dt, "x_proj_B": x_proj_B, "x_proj_C": x_proj_C, "dt_proj": dt_proj}
+    return {"in_x": in_x, "in_z": in_z, **projections, "bcdt_epsilon": scan.bcdt_norm_epsilon}
+
+
+def _headed(block: Mamba2) -> dict[str, Any]:
+    """What only a Mamba-2 layer has."""
+    in_z, in_x, in_B, in_C, in_dt = _linear(block.in_proj, block.sites["in"])
+    layout, norm = block.scan.layout, block.gate_norm
+    return {
+        **{"in_x": in_x, "in_z": in_z, "in_B": in_B, "in_C": in_C, "in_dt": in_dt},
+        **{"heads": layout.heads, "groups": layout.groups, "dt_limit": layout.time_step_limit},
+        **{"gate_norm": _floats(norm.weight), "gate_epsilon": norm.epsilon},
+    }
 
 
 def _plannable_spec(site: Site) -> QuantSpec | None:

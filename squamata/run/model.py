@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from squamata.kernels.dispatch import chosen_backend
-from squamata.kernels.landing import alone, share_threads
 from squamata.kernels.site import Mode, Revision
+from squamata.kernels.threads import alone, share_threads
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.lm import Cache, LanguageModel
 from squamata.run.decode_plan import Decoder, NotPlannableError

@@ -149,7 +149,14 @@ def make_weight(rows: int, columns: int, bits: int = 8, per: str = "channel") ->
     return QTensor(pack_int4(codes), scale, spec, length=columns) if bits == 4 else QTensor(codes, scale, spec)
 
 
-PROJECTIONS = ((33, 77, (11, 22)), (3352, 96, (3000, 352)), (1, 1, (1,)), (80, 48, (48, 16, 16)), (24, 1, (8, 16)), (24, 33, (24,)))
+PROJECTIONS = (
+    (33, 77, (11, 22)),
+    (3352, 96, (3000, 352)),
+    (1, 1, (1,)),
+    (80, 48, (48, 16, 16)),
+    (24, 1, (8, 16)),  # dt_proj where dt_rank is 1
+    (24, 33, (24,)),
+)
 FORMATS = ((8, "tensor"), (8, "channel"), (4, "channel"), (4, "group(32)"), (8, "group(32)"))
 
 
