@@ -11,11 +11,11 @@ from torch import Tensor
 
 from squamata.cli.gpu_profile import milliseconds, spread
 from squamata.errors import SquamataError
-from squamata.kernels.gpu_expand import as_rows, expand, rows_of, scratch_bytes
-from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, Finish, gemm
-from squamata.kernels.gpu_gemv import Landing, choose_shape, gemv
-from squamata.kernels.gpu_gemv import product as vector_product
-from squamata.kernels.gpu_tiles import Format, TiledLinear, tile_linear
+from squamata.kernels.gpu.expand import as_rows, expand, rows_of, scratch_bytes
+from squamata.kernels.gpu.gemm import LAND, PLAIN, RESIDUAL, Finish, gemm
+from squamata.kernels.gpu.gemv import Landing, choose_shape, gemv
+from squamata.kernels.gpu.gemv import product as vector_product
+from squamata.kernels.gpu.tiles import Format, TiledLinear, tile_linear
 from squamata.kernels.linear import Linear
 from squamata.kernels.packing import pack_int4
 from squamata.kernels.qtensor import QTensor

@@ -90,7 +90,7 @@ def _one_by_one(columns: Tensor, factor: Tensor, grid: _Scales, places: Tensor, 
 
 def _at_once(columns: Tensor, factor: Tensor, grid: _Scales, places: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """The same on a GPU, of a block that lies within one group if groups are found in turn."""
-    from squamata.kernels.gpu_columns import round_columns  # needs triton
+    from squamata.kernels.gpu.columns import round_columns  # needs triton
 
     grid.fit(columns, start)
     scale, zero = grid.of_columns(places, columns.shape[1])

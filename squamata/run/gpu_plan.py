@@ -23,14 +23,14 @@ from squamata.kernels.decode.triton import (
     Projection,
     ScanParameters,
 )
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemv import Landing, Shape, choose_shape
-from squamata.kernels.gpu_math import ROUNDINGS
-from squamata.kernels.gpu_norm import RowSite, plan_rotation
-from squamata.kernels.gpu_parts import PartNorms
-from squamata.kernels.gpu_rows import RowRotation, plan_row_rotation
-from squamata.kernels.gpu_scan import InputPlan, StatePlan
-from squamata.kernels.gpu_tiles import tile_linear, weight_format
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemv import Landing, Shape, choose_shape
+from squamata.kernels.gpu.math import ROUNDINGS
+from squamata.kernels.gpu.norm import RowSite, plan_rotation
+from squamata.kernels.gpu.parts import PartNorms
+from squamata.kernels.gpu.rows import RowRotation, plan_row_rotation
+from squamata.kernels.gpu.scan import InputPlan, StatePlan
+from squamata.kernels.gpu.tiles import tile_linear, weight_format
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.linear import Linear
 from squamata.kernels.prefill.triton import FEW_SEQUENCES

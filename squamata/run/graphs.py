@@ -9,7 +9,7 @@ from torch import Tensor
 
 from squamata.errors import SquamataError
 from squamata.kernels.decode.triton import Kernel
-from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu.gemv import INTERPRETED
 from squamata.kernels.prefill.triton import FEW_SEQUENCES, SequencePlan, Workspace
 from squamata.kernels.qtensor import QTensor
 from squamata.models.block import ScanCache

@@ -33,6 +33,6 @@ class Gram:
 def _second_moments(rows: Tensor) -> Tensor:
     if not rows.is_cuda:
         return rows.T @ rows
-    from squamata.kernels.gpu_pairs import POSSIBLE, second_moments  # needs triton
+    from squamata.kernels.gpu.pairs import POSSIBLE, second_moments  # needs triton
 
     return second_moments(rows) if POSSIBLE else rows.T @ rows

@@ -15,9 +15,9 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
 
 from squamata.kernels.decode.triton import Mamba2Layer
-from squamata.kernels.gpu_gemv import INTERPRETED, Blocks, Count, Shape, gemv, product
-from squamata.kernels.gpu_scan import InputPlan, ssd_step
-from squamata.kernels.gpu_tiles import Format, tile_linear
+from squamata.kernels.gpu.gemv import INTERPRETED, Blocks, Count, Shape, gemv, product
+from squamata.kernels.gpu.scan import InputPlan, ssd_step
+from squamata.kernels.gpu.tiles import Format, tile_linear
 from squamata.kernels.linear import Linear
 from squamata.kernels.packing import pack_int4
 from squamata.kernels.qtensor import QTensor

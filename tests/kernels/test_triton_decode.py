@@ -15,10 +15,10 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 from tiny import config_of, perturbed_tensors, quantized, random_ids, recipe_of
 
 from squamata.errors import SquamataError
-from squamata.kernels import gpu_gemv
 from squamata.kernels.dispatch import use_backend
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemv import (
+from squamata.kernels.gpu import gemv as gpu_products
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemv import (
     INTERPRETED,
     Convolution,
     Landing,
@@ -28,9 +28,9 @@ from squamata.kernels.gpu_gemv import (
     gemv_pair,
     product,
 )
-from squamata.kernels.gpu_norm import RowSite, plan_rotation, rotate
-from squamata.kernels.gpu_tiles import Format, tile_linear
-from squamata.kernels.gpu_vocabulary import greedy, greedy_scratch
+from squamata.kernels.gpu.norm import RowSite, plan_rotation, rotate
+from squamata.kernels.gpu.tiles import Format, tile_linear
+from squamata.kernels.gpu.vocabulary import greedy, greedy_scratch
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import FAMILIES, Family
 from squamata.kernels.hadamard.ref import rotate as rotate_reference
@@ -94,7 +94,7 @@ def test_product_agrees_with_the_exact_one(format: Format, bits: int, group: int
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_product_in_rounds_agrees_with_the_exact_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quads asked for two at a time: those of the next round while these are used."""
-    monkeypatch.setattr(gpu_gemv, "MOST_QUADS", 2)
+    monkeypatch.setattr(gpu_products, "MOST_QUADS", 2)
     weight = torch.randn(24, 96)
     tiled = tile_linear(Linear(weight), Format.FLOAT32_FLOAT, 8, DEVICE)
     x, out = torch.randn(rows, 96), torch.full((rows, 24), float("nan"), device=DEVICE)

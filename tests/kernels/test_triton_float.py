@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 
 from squamata.kernels.causal_conv1d import ref as conv_reference
 from squamata.kernels.causal_conv1d import triton as conv
-from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu.gemv import INTERPRETED
 from squamata.kernels.partition import Layout
 from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan import HeadLayout

@@ -15,10 +15,10 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 import triton
 import triton.language as tl
 
-from squamata.kernels.gpu_formats import read_flagged
-from squamata.kernels.gpu_gemv import INTERPRETED, Shape, product
-from squamata.kernels.gpu_scan import InputPlan, selective_step
-from squamata.kernels.gpu_tiles import Format, tile_linear
+from squamata.kernels.gpu.formats import read_flagged
+from squamata.kernels.gpu.gemv import INTERPRETED, Shape, product
+from squamata.kernels.gpu.scan import InputPlan, selective_step
+from squamata.kernels.gpu.tiles import Format, tile_linear
 from squamata.kernels.linear import Linear
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor

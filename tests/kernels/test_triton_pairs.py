@@ -12,8 +12,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_pairs import HIGH_HIGH_LOW, HIGH_LOW, product, second_moments, split_rows
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.pairs import HIGH_HIGH_LOW, HIGH_LOW, product, second_moments, split_rows
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 

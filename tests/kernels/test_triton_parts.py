@@ -15,9 +15,9 @@ from test_triton_decode import DEVICE, recipe
 from tiny import config_of, perturbed_tensors, quantized, random_ids
 
 from squamata.kernels.dispatch import use_backend
-from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_gemv import Landing
-from squamata.kernels.gpu_parts import PartNorms, norm_parts, norm_parts_apart
+from squamata.kernels.gpu.gemm import permuted
+from squamata.kernels.gpu.gemv import Landing
+from squamata.kernels.gpu.parts import PartNorms, norm_parts, norm_parts_apart
 from squamata.models.lm import LanguageModel
 from squamata.run.graphs import CapturedDecoder
 

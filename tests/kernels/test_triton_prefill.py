@@ -16,13 +16,13 @@ from test_triton_decode import CASES, DEVICE, random_weight, recipe, small
 from tiny import perturbed_tensors, quantized, random_ids
 
 from squamata.kernels.dispatch import use_backend
-from squamata.kernels.gpu_expand import as_rows, expand, finish_sums, multiply, rows_of, scratch_bytes
-from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Config, Finish, gemm, permuted
-from squamata.kernels.gpu_gemv import Landing, choose_shape
-from squamata.kernels.gpu_norm import RowSite
-from squamata.kernels.gpu_rows import plan_row_rotation, rotate_rows
-from squamata.kernels.gpu_scan import InputPlan
-from squamata.kernels.gpu_tiles import Format, TiledLinear, tile_linear
+from squamata.kernels.gpu.expand import as_rows, expand, finish_sums, multiply, rows_of, scratch_bytes
+from squamata.kernels.gpu.gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Config, Finish, gemm, permuted
+from squamata.kernels.gpu.gemv import Landing, choose_shape
+from squamata.kernels.gpu.norm import RowSite
+from squamata.kernels.gpu.rows import plan_row_rotation, rotate_rows
+from squamata.kernels.gpu.scan import InputPlan
+from squamata.kernels.gpu.tiles import Format, TiledLinear, tile_linear
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.ref import rotate as rotate_reference
 from squamata.kernels.linear import Linear

@@ -16,13 +16,13 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 
 from test_triton_decode import DEVICE
 
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemm import permuted, unpermuted
-from squamata.kernels.gpu_scan import InputPlan, StatePlan
-from squamata.kernels.gpu_selective import selective_rows
-from squamata.kernels.gpu_sequence import Sequences, conv_rows
-from squamata.kernels.gpu_ssd import scan_scratch, ssd_rows
-from squamata.kernels.gpu_tiles import Format
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemm import permuted, unpermuted
+from squamata.kernels.gpu.scan import InputPlan, StatePlan
+from squamata.kernels.gpu.selective import selective_rows
+from squamata.kernels.gpu.sequence import Sequences, conv_rows
+from squamata.kernels.gpu.ssd import scan_scratch, ssd_rows
+from squamata.kernels.gpu.tiles import Format
 
 
 def sequences(length: int, lengths: list[int], position: int = 0) -> Sequences:

@@ -11,10 +11,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_scan import InputPlan, StatePlan
-from squamata.kernels.gpu_token import token_rows
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.scan import InputPlan, StatePlan
+from squamata.kernels.gpu.token import token_rows
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 BATCH, HEADS, CHANNELS, STATES, GROUPS, SPAN = 2, 2, 32, 16, 2, 127.0

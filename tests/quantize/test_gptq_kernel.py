@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 
 from test_gptq import COLUMNS, LAYOUT, loss, problem
 
-from squamata.kernels.gpu_columns import round_columns
-from squamata.kernels.gpu_gemv import INTERPRETED
+from squamata.kernels.gpu.columns import round_columns
+from squamata.kernels.gpu.gemv import INTERPRETED
 from squamata.kernels.qtensor import QTensor
 from squamata.quantize.gptq import gptq
 from squamata.scales.gram import Gram

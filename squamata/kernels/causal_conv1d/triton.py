@@ -1,4 +1,4 @@
-"""float32 on a GPU: one pass over every input (``gpu_float``)."""
+"""float32 on a GPU: one pass over every input (``gpu.float32``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from squamata.kernels.gpu_float import convolve
+from squamata.kernels.gpu.float32 import convolve
 from squamata.kernels.qtensor import Value, as_float
 from squamata.kernels.site import Site
 

@@ -39,14 +39,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemv import Blocks, Convolution, Count, Landing, Product, Shape, gemv, gemv_pair, product
-from squamata.kernels.gpu_norm import RotationPlan, RowSite, norm, rotate
-from squamata.kernels.gpu_parts import PartNorms, norm_parts
-from squamata.kernels.gpu_rows import RowRotation
-from squamata.kernels.gpu_scan import InputPlan, StatePlan, selective_step, ssd_step
-from squamata.kernels.gpu_tiles import Format, TiledLinear
-from squamata.kernels.gpu_vocabulary import embed, greedy, greedy_scratch
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemv import Blocks, Convolution, Count, Landing, Product, Shape, gemv, gemv_pair, product
+from squamata.kernels.gpu.norm import RotationPlan, RowSite, norm, rotate
+from squamata.kernels.gpu.parts import PartNorms, norm_parts
+from squamata.kernels.gpu.rows import RowRotation
+from squamata.kernels.gpu.scan import InputPlan, StatePlan, selective_step, ssd_step
+from squamata.kernels.gpu.tiles import Format, TiledLinear
+from squamata.kernels.gpu.vocabulary import embed, greedy, greedy_scratch
 
 SSD_CHANNELS = 16  # of a head, a program
 COUNTER_WORDS = 16  # int64 between counters: a line of cache each

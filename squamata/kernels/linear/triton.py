@@ -1,4 +1,4 @@
-"""float32 activations by any weight on a GPU, for many rows: float32 products on tensor cores (``gpu_pairs``)."""
+"""float32 activations by any weight on a GPU, for many rows: float32 products on tensor cores (``gpu.pairs``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from squamata.kernels.gpu_pairs import HIGH_HIGH_LOW, POSSIBLE, product, split_rows
+from squamata.kernels.gpu.pairs import HIGH_HIGH_LOW, POSSIBLE, product, split_rows
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import Value, as_float
 from squamata.kernels.site import Site

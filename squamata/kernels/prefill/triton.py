@@ -24,7 +24,7 @@ from squamata.kernels.decode.triton import (
     Projection,
     finish,
 )
-from squamata.kernels.gpu_expand import (
+from squamata.kernels.gpu.expand import (
     OPERAND,
     as_rows,
     expand,
@@ -34,14 +34,14 @@ from squamata.kernels.gpu_expand import (
     rows_of,
     scratch_bytes,
 )
-from squamata.kernels.gpu_gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
-from squamata.kernels.gpu_parts import norm_parts_apart
-from squamata.kernels.gpu_rows import norm_rows, rotate_rows
-from squamata.kernels.gpu_selective import selective_rows
-from squamata.kernels.gpu_sequence import Sequences, conv_rows
-from squamata.kernels.gpu_ssd import ScanScratch, scan_scratch, ssd_rows
-from squamata.kernels.gpu_tiles import TiledLinear
-from squamata.kernels.gpu_vocabulary import embed, greedy
+from squamata.kernels.gpu.gemm import LAND, PLAIN, RESIDUAL, SOFTPLUS, SPLIT, Finish, gemm
+from squamata.kernels.gpu.parts import norm_parts_apart
+from squamata.kernels.gpu.rows import norm_rows, rotate_rows
+from squamata.kernels.gpu.selective import selective_rows
+from squamata.kernels.gpu.sequence import Sequences, conv_rows
+from squamata.kernels.gpu.ssd import ScanScratch, scan_scratch, ssd_rows
+from squamata.kernels.gpu.tiles import TiledLinear
+from squamata.kernels.gpu.vocabulary import embed, greedy
 
 FEW_SEQUENCES = 16  # up to which the head is a matrix-vector product
 # Rows of activations, and outputs and columns of a weight, from which its layout by rows pays
@@ -93,7 +93,7 @@ class Workspace:
         return self.of_states[state.shape]
 
     def by_rows(self, linear: TiledLinear) -> bool:
-        """True if the product wants its weight laid out by rows (``gpu_expand``)."""
+        """True if the product wants its weight laid out by rows (``gpu.expand``)."""
         large = self.rows >= ROWS_FROM and linear.rows >= OUTPUTS_FROM and linear.columns >= COLUMNS_FROM
         return large and linear.format in OPERAND and (linear.format.integer_activations or not self.exact)
 

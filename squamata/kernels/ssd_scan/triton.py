@@ -1,11 +1,11 @@
-"""float32 on a GPU, for many tokens: one kernel for all chunks (``gpu_float``)."""
+"""float32 on a GPU, for many tokens: one kernel for all chunks (``gpu.float32``)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from squamata.kernels.gpu_float import scan_heads
+from squamata.kernels.gpu.float32 import scan_heads
 from squamata.kernels.qtensor import Value
 from squamata.kernels.ssd_scan import HeadLayout
 

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_dot import load_grid, load_weights, row_product
-from squamata.kernels.gpu_formats import read_flagged
-from squamata.kernels.gpu_gemv import INTERPRETED, Blocks, Count, Product
-from squamata.kernels.gpu_math import (
+from squamata.kernels.gpu.dot import load_grid, load_weights, row_product
+from squamata.kernels.gpu.formats import read_flagged
+from squamata.kernels.gpu.gemv import INTERPRETED, Blocks, Count, Product
+from squamata.kernels.gpu.math import (
     STOCHASTIC,
     let_next_start,
     softplus,
@@ -24,7 +24,7 @@ from squamata.kernels.gpu_math import (
     wait_for_programs,
     wanted_programs,
 )
-from squamata.kernels.gpu_norm import _SMALLEST_SCALE, _land_halves, _launch
+from squamata.kernels.gpu.norm import _SMALLEST_SCALE, _land_halves, _launch
 
 SSD_WARPS = 4
 

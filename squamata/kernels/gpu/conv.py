@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_math import silu, to_codes
+from squamata.kernels.gpu.math import silu, to_codes
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import dot_float, softplus
-from squamata.kernels.gpu_scan import InputPlan, StatePlan, _store_state
-from squamata.kernels.gpu_sequence import Sequences
-from squamata.kernels.gpu_token import token_rows
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.math import dot_float, softplus
+from squamata.kernels.gpu.scan import InputPlan, StatePlan, _store_state
+from squamata.kernels.gpu.sequence import Sequences
+from squamata.kernels.gpu.token import token_rows
 
 STEP_TOKENS, EXACT_TOKENS = 64, 16  # a step; of float32, which the tensor cores do not multiply
 STATES, HEADS = 64, 5  # of a head that a program moves on; at most, whose outputs a program makes

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import byte_to_float, dot4, pack_bytes, rounded_bits, softplus
-from squamata.kernels.gpu_norm import _SMALLEST_SCALE
-from squamata.kernels.gpu_scan import InputPlan, StatePlan, _store_state
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.math import byte_to_float, dot4, pack_bytes, rounded_bits, softplus
+from squamata.kernels.gpu.norm import _SMALLEST_SCALE
+from squamata.kernels.gpu.scan import InputPlan, StatePlan, _store_state
 
 CHANNELS, WARPS = 32, 2  # of a head, a program
 PACKED_CHANNELS, PACKED_WARPS, PACKED_BLOCKS = 64, 2, 20  # where four codes are one word; blocks a program
@@ -128,7 +128,7 @@ def _packed_kernel(u, u_scale, dt, tables, skip, words, scales, span_inverse, ou
 def token_rows(u: Tensor, codes: bool, conv: ConvolutionPlan, dt: tuple[Tensor, Tensor], dt_input: InputPlan,
                dt_start: int, parameters: tuple[Tensor, Tensor, Tensor], state: Tensor, grid: StatePlan | None,
                groups: int, limit: tuple[float, float], out: Tensor) -> None:  # fmt: skip
-    """Mamba-2's scan with skip for one token a sequence, as ``gpu_sequence.ssd_rows``: out (B, E)."""
+    """Mamba-2's scan with skip for one token a sequence, as ``gpu.sequence.ssd_rows``: out (B, E)."""
     rows, heads, head_dim, states = state.shape
     dt_bias, A, skip = parameters
     shared = {

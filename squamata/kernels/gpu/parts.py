@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_gemv import Landing
-from squamata.kernels.gpu_math import to_codes
+from squamata.kernels.gpu.gemm import permuted
+from squamata.kernels.gpu.gemv import Landing
+from squamata.kernels.gpu.math import to_codes
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """The programs of a matrix-vector product: packed weights streamed once, results landed on the sites of their rows.
 
-They are kernels by themselves (``gpu_gemv``) or the beginning of another kernel's programs (``gpu_scan``).
+They are kernels by themselves (``gpu.gemv``) or the beginning of another kernel's programs (``gpu.scan``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from squamata.kernels.gpu_conv import conv_history, conv_tables, convolve
-from squamata.kernels.gpu_math import (
+from squamata.kernels.gpu.conv import conv_history, conv_tables, convolve
+from squamata.kernels.gpu.math import (
     dot4,
     let_next_start,
     nibble_to_float,

@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import small_to_float
-from squamata.kernels.gpu_scan import InputPlan, StatePlan, _load_state, _store_state
-from squamata.kernels.gpu_sequence import Sequences
+from squamata.kernels.gpu.gemm import permuted
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.math import small_to_float
+from squamata.kernels.gpu.scan import InputPlan, StatePlan, _load_state, _store_state
+from squamata.kernels.gpu.sequence import Sequences
 
 SCAN_TOKENS, SCAN_CHANNELS = 16, 128 if INTERPRETED else 8  # loaded together; channels a program
 

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """float32 kernels for many tokens, whose every result can be observed: convolution with SiLU, and Mamba-2's scan.
 
-What calibration runs on a GPU. The kernels that generate text land inside (``gpu_sequence``); these leave float32.
+What calibration runs on a GPU. The kernels that generate text land inside (``gpu.sequence``); these leave float32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from squamata.kernels.gpu_math import silu, softplus
+from squamata.kernels.gpu.math import silu, softplus
 
 CHUNK = 32  # tokens of the scan that run together
 CONV_TOKENS, CONV_CHANNELS, CONV_WARPS = 16, 128, 4

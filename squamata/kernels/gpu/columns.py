@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_math import ROUNDINGS, to_codes
+from squamata.kernels.gpu.math import ROUNDINGS, to_codes
 from squamata.spec.quant import QuantSpec
 
 MOST_COLUMNS = 128  # of a block: they stay in registers

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from squamata.errors import SquamataError
-from squamata.kernels.gpu_gemm import permuted
-from squamata.kernels.gpu_math import silu, to_codes
-from squamata.kernels.gpu_norm import RowSite, _land_row
-from squamata.kernels.gpu_scan import InputPlan
+from squamata.kernels.gpu.gemm import permuted
+from squamata.kernels.gpu.math import silu, to_codes
+from squamata.kernels.gpu.norm import RowSite, _land_row
+from squamata.kernels.gpu.scan import InputPlan
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
 

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemm import PACKED, Finish, _finish, choose_outputs
-from squamata.kernels.gpu_gemv import Landing
-from squamata.kernels.gpu_math import nibble_to_float
-from squamata.kernels.gpu_tiles import Format, TiledLinear
+from squamata.kernels.gpu.gemm import PACKED, Finish, _finish, choose_outputs
+from squamata.kernels.gpu.gemv import Landing
+from squamata.kernels.gpu.math import nibble_to_float
+from squamata.kernels.gpu.tiles import Format, TiledLinear
 
 OPERAND = {
     Format.INT8_INT8: torch.int8,
@@ -91,7 +91,7 @@ def expand(linear: TiledLinear, out: Tensor) -> None:
 
 
 def as_rows(linear: TiledLinear, weight: Tensor) -> TiledLinear:
-    """The same linear over a weight laid out by rows, for the integer products of ``gpu_gemm``."""
+    """The same linear over a weight laid out by rows, for the integer products of ``gpu.gemm``."""
     quads = linear.columns // Format.INT8_INT8.quad
     words = weight.view(torch.int32).view(linear.rows, quads, 1, 4)
     return replace(linear, format=Format.INT8_INT8, tile_rows=1, words=words)
@@ -125,7 +125,7 @@ def _finish_kernel(sums, x_scale, factor, bias, inverse, scale, low, high, shift
 
 def finish_sums(sums: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor, landing: Landing | None,
                 finish: Finish) -> None:  # fmt: skip
-    """What ``gpu_gemm.gemm`` does with its sums."""
+    """What ``gpu.gemm.gemm`` does with its sums."""
     rows, outputs = sums.shape
     pointers, flags = choose_outputs(x_scale, linear, factor, landing, finish)
     grid = (triton.cdiv(outputs, FINISH_OUTPUTS), triton.cdiv(rows, FINISH_ROWS))

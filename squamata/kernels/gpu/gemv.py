@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_dot import Cut, product_tile
-from squamata.kernels.gpu_math import count_program, dot4
-from squamata.kernels.gpu_tiles import Format, TiledLinear
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.dot import Cut, product_tile
+from squamata.kernels.gpu.math import count_program, dot4
+from squamata.kernels.gpu.tiles import Format, TiledLinear
 
 INTERPRETED = not isinstance(dot4, triton.runtime.JITFunction)
 # Quads that a thread asks for before it uses the first, four registers each. 4-bit weights: fewer, so that more
@@ -100,7 +100,7 @@ class Blocks:
     ``gate`` (B, E): multiplied with by the scan (None: has been). ``gain`` (E,): of the norm in ``groups`` that follows
     (None: no norm); the scan multiplies with it and leaves the sums of squares before, ``squares`` (B, blocks), and the
     product applies the norm, which is one number a group. ``scale`` (B, blocks): of codes in 16 bits, one a block, as
-    ``gpu_norm`` lands them (None: they are float). All float32.
+    ``gpu.norm`` lands them (None: they are float). All float32.
     """
 
     channels: int

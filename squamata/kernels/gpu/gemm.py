@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from squamata.kernels.gpu_gemv import INTERPRETED, Landing
-from squamata.kernels.gpu_math import dot_float, small_to_float, softplus, to_codes
-from squamata.kernels.gpu_tiles import Format, TiledLinear
+from squamata.kernels.gpu.gemv import INTERPRETED, Landing
+from squamata.kernels.gpu.math import dot_float, small_to_float, softplus, to_codes
+from squamata.kernels.gpu.tiles import Format, TiledLinear
 
 PACKED = (Format.INT4_INT8, Format.INT4_FLOAT, Format.INT4_INT16)
 LAND, RESIDUAL, SPLIT, SOFTPLUS, PLAIN = range(5)  # what becomes of a product: see ``Finish``
@@ -101,7 +101,7 @@ def _filling(table: list[tuple[int, Config]], outputs: int, rows: int) -> Config
 
 @triton.jit
 def permuted(k, FORMAT: tl.constexpr):
-    """Where the activation that meets weight ``k`` belongs in its row (``gpu_tiles`` has the orders)."""
+    """Where the activation that meets weight ``k`` belongs in its row (``gpu.tiles`` has the orders)."""
     if FORMAT == 2:
         inside = k % 32
         k = k - inside + (inside // 4 % 2) * 16 + inside % 4 * 4 + inside // 8
@@ -376,7 +376,7 @@ def gemm(x: Tensor, x_scale: Tensor | None, linear: TiledLinear, factor: Tensor,
     """y = x W^T, each row times ``factor`` (and ``x_scale`` (M,) if dynamic), plus bias, then as ``finish`` says.
 
     ``x``: int8, bfloat16 or float32 (M, K), its columns in the order of ``permuted``. ``landing``: the grids of the
-    outputs (``gpu_gemv.Landing``), or None.
+    outputs (``gpu.gemv.Landing``), or None.
     """
     config = config or choose_config(linear, x.shape[0])
     depth, chunk = _depth(linear, config)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import let_next_start, to_codes, wait_for_previous
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.math import let_next_start, to_codes, wait_for_previous
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard.matrices import hadamard_matrix
 
@@ -59,7 +59,7 @@ def _land_row(y, out, out_scale, row, offsets, mask, inverse, low, high, span, Q
 def _land_halves(y, largest, out, out_scale, row, offsets, mask, WIDTH):
     """y in 16 bits, its row's own scale: the upper halves first, the lower WIDTH bytes on.
 
-    The scale that is stored knows that 4-bit codes sit in the upper half of a byte (``gpu_tiles``).
+    The scale that is stored knows that 4-bit codes sit in the upper half of a byte (``gpu.tiles``).
     """
     scale = tl.maximum(largest / _SPAN_16, _SMALLEST_SCALE)
     tl.store(out_scale + row, scale * 0.0625)

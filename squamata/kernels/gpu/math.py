@@ -158,7 +158,7 @@ def let_next_start(PDL: tl.constexpr):
 
 @triton.jit
 def wanted_programs(after):
-    """What the counter of ``after`` (``gpu_gemv.Count``) comes to in this token: known before."""
+    """What the counter of ``after`` (``gpu.gemv.Count``) comes to in this token: known before."""
     wanted = 0
     if after is not None:
         wanted = (tl.load(after[1]) + 1) * after[2]

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_math import let_next_start, wait_for_previous
-from squamata.kernels.gpu_norm import _launch
+from squamata.kernels.gpu.math import let_next_start, wait_for_previous
+from squamata.kernels.gpu.norm import _launch
 
 GREEDY_PART = 1024  # logits a program
 

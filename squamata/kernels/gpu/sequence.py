@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squamata.kernels.gpu_conv import ConvolutionPlan
-from squamata.kernels.gpu_gemm import unpermuted
-from squamata.kernels.gpu_gemv import INTERPRETED
-from squamata.kernels.gpu_math import silu, to_codes
+from squamata.kernels.gpu.conv import ConvolutionPlan
+from squamata.kernels.gpu.gemm import unpermuted
+from squamata.kernels.gpu.gemv import INTERPRETED
+from squamata.kernels.gpu.math import silu, to_codes
 
 CONV_TOKENS, CONV_AHEAD, CONV_CHANNELS, CONV_WARPS = 16, 8, 256, 2  # a program
 
