@@ -24,7 +24,9 @@ def _checked(ids: Tensor, vocabulary: int) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise SquamataError(f"token ids must be whole numbers (int64), not {ids.dtype}")
     ids = ids.long()
-    outside = ids[(ids < 0) | (ids >= vocabulary)]
-    if outside.numel():
-        raise SquamataError(f"token id {int(outside[0])} is outside the model's vocabulary of {vocabulary}")
+    if ids.numel():
+        smallest, largest = (int(id_) for id_ in ids.aminmax())
+        if smallest < 0 or largest >= vocabulary:
+            outside = smallest if smallest < 0 else largest
+            raise SquamataError(f"token id {outside} is outside the model's vocabulary of {vocabulary}")
     return ids
