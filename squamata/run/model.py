@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squamata.errors import SquamataError
 from squamata.kernels.dispatch import chosen_backend
 from squamata.kernels.site import Mode, Revision
 from squamata.kernels.threads import alone, share_threads
