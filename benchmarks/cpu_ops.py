@@ -29,7 +29,6 @@ from squamata.kernels.gated_rms_norm import ref as gated_ref
 from squamata.kernels.hadamard import Rotation
 from squamata.kernels.hadamard import cpu as hadamard_cpu
 from squamata.kernels.hadamard import ref as hadamard_ref
-from squamata.kernels.landing import share_threads
 from squamata.kernels.linear import Linear
 from squamata.kernels.linear import cpu as linear_cpu
 from squamata.kernels.linear import ref as linear_ref
@@ -44,6 +43,7 @@ from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan import HeadLayout
 from squamata.kernels.ssd_scan import cpu as ssd_cpu
 from squamata.kernels.ssd_scan import ref as ssd_ref
+from squamata.kernels.threads import share_threads
 from squamata.spec.quant import QuantSpec
 
 D, E, N1, R, K, H, P, N2, LAYERS = 768, 1536, 16, 48, 4, 24, 64, 128, 24  # of mamba-130m and mamba2-130m

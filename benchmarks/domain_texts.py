@@ -58,7 +58,7 @@ def main() -> None:
         arguments.out / "books-calibration.jsonl",
         in_turn([chapter for n, chapter in enumerate(book, 1) if n % KEPT] for book in books),
     )
-    pile = [json.loads(line)["text"] for line in arguments.pile.read_text(encoding="utf-8").splitlines()]
+    pile = [json.loads(line)["text"] for line in arguments.pile.read_text(encoding="utf-8").split("\n") if line]
     write(arguments.out / "pile-heldout.jsonl", pile[-PILE_KEPT:])
     write(arguments.out / "pile-calibration.jsonl", pile[:-PILE_KEPT])
 

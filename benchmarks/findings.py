@@ -20,7 +20,7 @@ import numpy as np
 
 from squamata.evaluate.perplexity import UnitSums, difference_of_sums
 from squamata.evaluate.uncertainty import Interval, ratio_interval
-from squamata.report.rows import read_details, unpack_sums
+from squamata.report.rows import read_details, read_rows, read_study, unpack_sums
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,8 +59,7 @@ class Entry:
 def read(folder: Path, mode: str, main: str) -> dict[str, dict[Key, Entry]]:
     """model -> (name, text) -> entry, in the given mode; ``main``: the recipe that goes without saying."""
     losses: dict[str, dict[Key, list[tuple[float, UnitSums]]]] = {}
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    for row in rows:
+    for row in read_study(folder)[1] or read_rows(folder):  # not those of an earlier study
         details = read_details(folder, row["id"])
         for place, judged in enumerate(row["evaluations"]):
             sums = unpack_sums(details, place)

@@ -10,6 +10,8 @@ from typing import Any
 
 import matplotlib
 
+from squamata.text import write_whole
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -17,15 +19,15 @@ Row = dict[str, Any]
 
 
 def kept_rows(path: Path | None) -> list[Row]:
-    """The rows of a file, one a line; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.is_file() else []
+    """The rows of a file, one a line, without what a killed run left of one; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path and path.is_file() else []
 
 
 def keep(row: Row, path: Path | None) -> None:
     """Append a row to the file, if one is given."""
     if path:
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        lines = [json.dumps(each) + "\n" for each in (*kept_rows(path), row)]
+        write_whole(path, "".join(lines))
 
 
 @dataclass(frozen=True)

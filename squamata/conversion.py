@@ -19,7 +19,7 @@ from squamata.load.source import Source, is_squamata_checkpoint, open_source
 from squamata.memory import peak_rss_bytes
 from squamata.models.config import ModelConfig
 from squamata.save.format import describe
-from squamata.save.write import CheckpointWriter
+from squamata.save.write import CheckpointWriter, check_target
 from squamata.spec.recipe import Recipe
 
 
@@ -48,7 +48,8 @@ def convert(
     started = time.perf_counter()
     folder = resolve(source)
     if is_squamata_checkpoint(folder):
-        raise SquamataError(f"{folder}: is a Squamata checkpoint already")
+        raise SquamataError(f"{folder}: is a Squamata checkpoint already: there is nothing to convert")
+    check_target(Path(out), force)
     parts = _quamba_parts(folder) if is_quamba_checkpoint(folder) else _float_parts(open_source(source))
     layout, config, recipe, record, steps, tensors = parts
     with CheckpointWriter(Path(out), config, force) as writer, tempfile.TemporaryDirectory() as made:

@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
+import stat
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from squamata.errors import SquamataError, nearest
+from squamata.errors import SquamataError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -28,6 +31,8 @@ def read_documents(path: str | Path) -> list[str]:
 def read_fingerprinted(path: str | Path) -> tuple[list[str], str]:
     """``read_documents``, and the SHA-256 of the very bytes that gave them."""
     path = Path(path)
+    if path.suffix not in (".jsonl", ".txt") and path.is_dir():
+        raise _is_folder(path)
     if path.suffix not in (".jsonl", ".txt"):
         raise SquamataError(f"{path}: text must be a .txt file or a .jsonl file with a 'text' field a line")
     content = _read(path)
@@ -67,7 +72,7 @@ def _parse_row(line: str, fields: dict[str, type], place: str) -> dict[str, Any]
         raise SquamataError(f"{place}: a JSON {type(row).__name__}, not an object with {_quoted(fields)}")
     for field, kind in fields.items():
         if field not in row:
-            raise SquamataError(f"{place}: no field '{field}'{nearest(field, row) if row else ' in an empty object'}")
+            raise SquamataError(f"{place}: no field '{field}'; it has {_quoted(row) or 'none'}")
         if not isinstance(row[field], kind):
             found = type(row[field]).__name__
             raise SquamataError(f"{place}: field '{field}' must be of type {kind.__name__}, not {found}")
@@ -76,13 +81,13 @@ def _parse_row(line: str, fields: dict[str, type], place: str) -> dict[str, Any]
     return row
 
 
-def _quoted(names: dict[str, type]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name[:40]}'" for name in islice(names, 8))
 
 
 def _read(path: Path) -> bytes:
     if path.is_dir():
-        raise SquamataError(f"{path} is a folder: give a .txt or .jsonl file")
+        raise _is_folder(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -91,11 +96,23 @@ def _read(path: Path) -> bytes:
         raise SquamataError(f"cannot read {path}: {error.strerror}") from None
 
 
+def _is_folder(path: Path) -> SquamataError:
+    return SquamataError(f"{path} is a folder: give a .txt or .jsonl file")
+
+
 def _decode(path: Path, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
         raise SquamataError(f"{path} is not UTF-8 (byte {error.start}): convert it to UTF-8 first") from None
+
+
+def check_name(folder: str | Path) -> None:
+    """Refuse a folder whose name has no UTF-8: safetensors cannot open what is in it."""
+    if _SURROGATE.search(str(folder)):
+        raise SquamataError(
+            f"{folder}: the name of this folder is not UTF-8, in which checkpoints cannot be: rename it"
+        )
 
 
 def check_writable(path: Path | None, option: str) -> None:
@@ -107,21 +124,36 @@ def check_writable(path: Path | None, option: str) -> None:
         raise SquamataError(f"{path} is a folder: give a file to {option}")
     if not folder.is_dir():
         raise SquamataError(f"{option} {path}: no folder '{path.parent}' to write it to")
-    if not os.access(folder, os.W_OK):
+    if path.exists() and not os.access(path, os.W_OK):
+        raise SquamataError(f"{option} {path}: the file there cannot be written to")
+    if not _is_special(path) and not os.access(folder, os.W_OK):
         raise SquamataError(f"{option} {path}: the folder '{path.parent}' cannot be written to")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, in place of what was there."""
+    """Write a file, whole or not at all, in place of what was there, whose permissions it keeps.
+
+    What a link names is replaced, not the link. A device or a pipe (``/dev/null``, ``/dev/stdout``) is written to.
+    """
     partial = None
     try:
-        folder, prefix = path.absolute().parent, f".{path.name}."
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=prefix, delete=False, encoding="utf-8") as file:
-            partial = Path(file.name)
+        if _is_special(path):
+            path.write_text(text, encoding="utf-8")
+            return
+        path = Path(os.path.realpath(path))
+        partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+        with partial.open("x", encoding="utf-8") as file:
             file.write(text)
-        partial.chmod(0o644)
+        if path.exists():
+            partial.chmod(stat.S_IMODE(path.stat().st_mode))
         partial.replace(path)
     except OSError as error:
         if partial is not None:
             partial.unlink(missing_ok=True)
         raise SquamataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is there and no regular file, or names an open stream of this process."""
+    folder = os.path.realpath(path.absolute().parent)
+    return path.exists() and (not path.is_file() or folder == "/dev" or folder.startswith("/proc/"))

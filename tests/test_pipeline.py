@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
@@ -365,7 +366,7 @@ def test_only_the_same_work_is_gone_on_with(tmp_path: Path, bundled_calibration:
     run_until(2, source, "w8a8", out, bundled_calibration)
     kept = {path.name for path in tmp_path.iterdir()}
     for other in ({"recipe": "quamba-w8a8"}, {"recipe": "w8a8", "seed": 1}):
-        with pytest.raises(SquamataError, match=r"other arguments.*leave --resume out"):
+        with pytest.raises(SquamataError, match=r"other arguments.*--no-resume"):
             quantize(source, out=out, **drawn | other)
     config = source / "config.json"
     config.write_text(config.read_text())
@@ -375,8 +376,102 @@ def test_only_the_same_work_is_gone_on_with(tmp_path: Path, bundled_calibration:
         quantize(source, "w8a8", out, **drawn)
     assert {path.name for path in tmp_path.iterdir()} == kept  # nothing of the two layers is lost
     os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert run_until(1, source, "quamba-w8a8", out, bundled_calibration) == [1]  # without resuming: anew
+    with pytest.raises(SquamataError, match=r"finished 2 parts.*--resume.*--no-resume"):
+        quantize(source, "w8a8", out, **drawn | {"resume": None})
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert run_until(1, source, "quamba-w8a8", out, bundled_calibration) == [1]  # told to start anew
     assert {path.name for path in tmp_path.iterdir()} & kept == {"source"}
+
+
+def test_drafts_of_a_killed_run_are_not_published(tmp_path: Path, bundled_calibration: Path) -> None:
+    """safetensors writes to a file of another name first, which a kill leaves in the folder that is renamed."""
+    source, out = write_tiny_folder(tmp_path / "source", "mamba2"), tmp_path / "out"
+    run_until(2, source, "w8a8", out, bundled_calibration)
+    (partial,) = tmp_path.glob(".out.partial-*")
+    for name in (".tmpAbCdEf", "state-7.safetensors", "part-00002.safetensors", "shard-0.safetensors", "config.json"):
+        (partial / name).write_bytes(b"half a file")
+    run_until(0, source, "w8a8", out, bundled_calibration, "resume")
+    run_whole(source, "w8a8", tmp_path / "whole", bundled_calibration)
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+@pytest.mark.parametrize("cut", ["part-00001.safetensors", "state-2.safetensors"])
+def test_parts_that_are_damaged_are_not_gone_on_with(cut: str, tmp_path: Path, bundled_calibration: Path) -> None:
+    source, out = write_tiny_folder(tmp_path / "source", "mamba1"), tmp_path / "out"
+    run_until(2, source, "w8a8", out, bundled_calibration)
+    (partial,) = tmp_path.glob(".out.partial-*")
+    (partial / cut).write_bytes((partial / cut).read_bytes()[:-9])
+    drawn: dict[str, Any] = {"calibration": bundled_calibration, "samples": 3, "length": 24}
+    with pytest.raises(SquamataError, match=r"is damaged: --no-resume"):
+        quantize(source, "w8a8", out, resume=True, **drawn)
+    assert quantize(source, "w8a8", out, resume=False, **drawn).parts_resumed == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {"calibration": bundled_calibration, "samples": 2, "length": 8}
+    quantize(tiny_mamba1, "w8a8", tmp_path / "whole", **drawn)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        fill = lambda step, _: patch.setattr(safetensors.torch, "save_file", full) if step == 2 else None  # noqa: E731
+        with pytest.raises(SquamataError, match=r"No space left on device; finished parts are kept, and --resume"):
+            quantize(tiny_mamba1, "w8a8", tmp_path / "out", progress=fill, **drawn)
+    with monkeypatch.context() as patch, pytest.raises(SquamataError, match=r"finished parts are kept"):
+        patch.setattr(Path, "write_text", full)  # the config, when all parts are there
+        quantize(tiny_mamba1, "w8a8", tmp_path / "out", resume=True, recoverable=False, **drawn)
+    assert not (tmp_path / "out").exists()
+    assert quantize(tiny_mamba1, "w8a8", tmp_path / "out", resume=True, **drawn).parts_resumed == 2
+    whole, out = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert out == whole
+
+
+def test_who_comes_second_to_a_place_keeps_what_is_finished(
+    tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path
+) -> None:
+    drawn: dict[str, Any] = {"calibration": bundled_calibration, "samples": 2, "length": 8}
+
+    def overtake(step: int, total: int) -> None:
+        if step == total:
+            quantize(tiny_mamba1, "w4a16", tmp_path / "out")
+
+    with pytest.raises(SquamataError, match=r"exists already.*finished parts are kept"):
+        quantize(tiny_mamba1, "w8a8", tmp_path / "out", progress=overtake, **drawn)
+    again = quantize(tiny_mamba1, "w8a8", tmp_path / "out", resume=True, force=True, **drawn)
+    assert again.parts_resumed == 4 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_nobody_can_resume_leaves_nothing_to_resume(
+    tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path
+) -> None:
+    def interrupt(step: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    drawn: dict[str, Any] = {"calibration": bundled_calibration, "samples": 2, "length": 8}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_mamba1, "w8a8", tmp_path / "out", progress=interrupt, recoverable=False, **drawn)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_place_is_looked_at_before_any_work(tiny_mamba1: Path, tmp_path: Path) -> None:
+    """A calibration text that is not there would be named later."""
+    (tmp_path / "thesis.tex").write_text("years")
+    for out, said in ((tmp_path, "is no checkpoint"), (tmp_path / "thesis.tex", "is no checkpoint")):
+        with pytest.raises(SquamataError, match=said):
+            quantize(tiny_mamba1, "w8a8", out, calibration=tmp_path / "none.txt")
+
+
+def test_a_link_to_a_folder_stays_a_link(tiny_mamba1: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere" / "model")
+    for force in (False, True):
+        quantize(tiny_mamba1, "w4a16", tmp_path / "out", force=force)
+        assert (tmp_path / "out").is_symlink() and (tmp_path / "elsewhere" / "model" / "config.json").is_file()
+    assert {path.name for path in tmp_path.rglob(".*")} == set()
 
 
 def test_an_interrupted_run_can_go_on(tiny_mamba1: Path, tmp_path: Path, bundled_calibration: Path) -> None:

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from squamata.calibrate.whole import streams, swept
+from squamata.errors import SquamataError
 from squamata.kernels.dispatch import use_backend
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
+from squamata.scales.statistics import NOT_FINITE
 from squamata.spec.recipe import Recipe
 
 Progress = Callable[[int, int], None]
@@ -30,7 +32,7 @@ def squared_gradients(
     That is the diagonal of the empirical Fisher information (SqueezeLLM, arXiv 2306.07629, section 4.1). The loss is
     the float model's mean cross-entropy of the next token in one sequence, int64 (L,). ``progress``: sequences done.
     Memory: the model in float32, two tensors a named weight, the stream that enters every layer (layers x L x D), and
-    one layer's graph. Deterministic on a CPU.
+    one layer's graph. Deterministic on a CPU. SquamataError, which names the tensor, if one is not finite.
     """
     held = {name: tensor.detach().float() for name, tensor in tensors.items()}
     leaves = {name: held[name].clone().requires_grad_() for name in names}
@@ -44,6 +46,9 @@ def squared_gradients(
             leaf.grad = None
         if progress:
             progress(number + 1, len(sequences))
+    for name, square in squares.items():
+        if not bool(torch.isfinite(square).all()):
+            raise SquamataError(f"{name}: gradients of the loss with {NOT_FINITE}")
     return squares
 
 

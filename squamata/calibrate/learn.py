@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from squamata import scales
 from squamata.calibrate.observe import Stream
+from squamata.calibrate.passed import passed
 from squamata.errors import SquamataError, about, nearest
 from squamata.kernels.dispatch import use_backend
 from squamata.kernels.site import Site
@@ -35,8 +35,9 @@ def lsq(
     """Learned step sizes (LSQ, Esser et al. 2020, equation 3) of every static activation site of one layer.
 
     ``teacher``: the layer in float. ``student``: the same quantized, in mode *simulate*, with the scales to start from.
-    ``stream``: what enters the layer. Adam on log(scale), one sequence a step in turn, its rate falling linearly to
-    zero; the loss is the squared error of the layer's output over its square. Second numbers (zero points) stay.
+    ``stream``: what enters the layer. Adam on log(scale), which makes the paper's factor on the gradient needless, one
+    sequence a step in turn, its rate falling linearly to zero; the loss is the squared error of the layer's output over
+    its square, where the paper trains with the task's, and the weights too. Second numbers (zero points) stay.
     Returns ``NAME.scale`` of every site in stored form; those it started from if the error over the whole stream has
     not become smaller. The state's scale stays too: a parallel pass rounds the state only after the last token.
     Deterministic.
@@ -45,7 +46,7 @@ def lsq(
 
     def slopes(step: int, chosen: Mapping[str, Tensor]) -> None:
         put(student.sites.values(), chosen)
-        with torch.enable_grad(), allow_mutation_on_saved_tensors():  # caches are updated in place
+        with torch.enable_grad():
             _loss(teacher, student, sequences[step % len(sequences)]).backward()  # type: ignore[no-untyped-call]
 
     error = partial(reconstruction_error, teacher, student, stream)
@@ -127,13 +128,9 @@ def reconstruction_error(teacher: Block, student: Block, stream: Stream) -> floa
 
 def _loss(teacher: Block, student: Block, h: Tensor) -> Tensor:
     with torch.no_grad():
-        target = _output(teacher, h)
-    return (_output(student, h) - target).square().mean() / target.square().mean().clamp_min(1e-30)
-
-
-def _output(block: Block, h: Tensor) -> Tensor:
-    written, _ = block.forward(h, None, block.new_cache(h.shape[0]))
-    return written
+        target, _ = passed(teacher, h)
+    written, _ = passed(student, h)
+    return (written - target).square().mean() / target.square().mean().clamp_min(1e-30)
 
 
 def _learnable(site: Site) -> bool:

@@ -37,7 +37,7 @@ def attach(
         if spec is not None and not spec.dynamic:
             site.spec, site.mode = spec, "observe"
             attached[site.name] = gather(site.partition, spec)
-            site.observer = attached[site.name].update
+            site.observer = partial(_observe, site.name, attached[site.name].update)
     return attached
 
 
@@ -48,8 +48,14 @@ def attach_grams(sites: Iterable[Site], inputs: Mapping[str, str]) -> dict[str, 
     for weight, reads in inputs.items():
         if reads in by_name:
             grams[weight] = Gram(by_name[reads].layout.flat_size)
-            by_name[reads].observer = grams[weight].update
+            by_name[reads].observer = partial(_observe, reads, grams[weight].update)
     return grams
+
+
+def _observe(name: str, observer: Observer, x: Tensor) -> None:
+    """Show a tensor to an observer, whose SquamataErrors name the site."""
+    with about(name):
+        observer(x)
 
 
 class _Enough(Exception):

@@ -13,10 +13,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from squamata import scales
 from squamata.calibrate.learn import Rate, Steps, aims_at_logits, check_tuner, parameters_of, put, train
+from squamata.calibrate.passed import passed
 from squamata.errors import SquamataError
 from squamata.kernels import ops
 from squamata.kernels.dispatch import use_backend
@@ -119,7 +119,7 @@ def streams(model: LanguageModel, ids: Tensor) -> list[Tensor]:
 
 def advanced(block: Block, h: Tensor) -> Tensor:
     """The residual stream after a layer."""
-    written, residual = block.forward(h, None, block.new_cache(len(h)))
+    written, residual = passed(block, h)
     return residual + written
 
 
@@ -215,7 +215,7 @@ def swept(model: LanguageModel, entering: list[Tensor], loss_of: Callable[[Tenso
 
     ``entering``: what ``streams`` gave, used up from its end.
     """
-    with torch.enable_grad(), allow_mutation_on_saved_tensors():  # caches are updated in place
+    with torch.enable_grad():
         h = entering.pop().requires_grad_()
         loss = loss_of(model.logits(h, None))
         loss.backward()  # type: ignore[no-untyped-call]

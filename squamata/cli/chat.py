@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from squamata.cli.generate import Penalty, Seed, Temperature, TopK, TopP
-from squamata.cli.output import JsonFile, check_json, note, write_json
+from squamata.cli.output import JsonFile, check_json, emit, note, write_json
 
 if TYPE_CHECKING:
     from squamata.run import Chat
@@ -45,15 +45,17 @@ def chat(
         importlib.import_module("readline")  # arrow keys and history for input()
     note(HELP)
     turns: list[dict[str, str]] = []
-    while (line := _read()) is not None and line.strip() != "/quit":
-        if line.strip() == "/reset":
-            conversation.reset()
-            note("forgotten")
-        elif line.startswith("/"):
-            note(HELP)
-        elif line or conversation.tokens:
-            turns.append({"said": line, "reply": _reply(conversation, line)})
-    write_json(json_file, {"model": model, "turns": turns, "tokens": conversation.tokens})
+    try:
+        while (line := _read()) is not None and line.strip() != "/quit":
+            if line.strip() == "/reset":
+                conversation.reset()
+                note("forgotten")
+            elif line.startswith("/"):
+                note(HELP)
+            elif line or conversation.tokens:
+                turns.append({"said": line, "reply": _reply(conversation, line)})
+    finally:  # Ctrl-C ends a conversation too
+        write_json(json_file, {"model": model, "turns": turns, "tokens": conversation.tokens})
 
 
 def _read() -> str | None:
@@ -71,9 +73,9 @@ def _reply(conversation: Chat, line: str) -> str:
     text = ""
     try:
         for piece in conversation.say(f"\n{line}" if conversation.tokens and line else line):
-            print(piece, end="", flush=True)
+            emit(piece, end="")
             text += piece
     except KeyboardInterrupt:
         pass
-    print()
+    emit("")
     return text

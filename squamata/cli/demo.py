@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 RECIPES = ("quamba-w8a8", "w4a16")
 NOTE = "README.txt"
+NOTE_TEXT = "Made by 'squamata demo', which replaces what is in this folder when it runs again.\n"
 PROMPT = "The snake"
 NEW_TOKENS = 40
 TOKENS = 8192  # of the excerpt: enough to tell the recipes apart, few enough for a laptop
@@ -50,12 +51,13 @@ def demo(
     started = time.perf_counter()
     _make_folder(out)
     from squamata import pipeline
-    from squamata.load.hub import bundled
 
+    samples, length = CALIBRATION
     for recipe in RECIPES:
-        calibration = bundled() / "calibration.jsonl"
         with progress(f"quantizing by {recipe}") as advance:
-            pipeline.quantize("bundled", recipe, out / recipe, calibration, *CALIBRATION, force=True, progress=advance)
+            pipeline.quantize(
+                "bundled", recipe, out / recipe, None, samples, length, force=True, progress=advance, recoverable=False
+            )
     reference = pipeline.load("bundled")
     rows = [_judge("float", reference, None)]
     rows += [_judge(recipe, pipeline.load(out / recipe), reference) for recipe in RECIPES]
@@ -69,15 +71,18 @@ def demo(
 
 
 def _make_folder(out: Path) -> None:
-    """The folder, with a note in it, without which no checkpoint that is there is replaced."""
-    theirs = [recipe for recipe in RECIPES if (out / recipe).exists()]
-    if theirs and not (out / NOTE).exists():
-        raise SquamataError(f"{out / theirs[0]} exists already, and no demo made it; choose another --out")
+    """The folder, with a note in it, without which nothing that is there is replaced."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / NOTE).write_text("Made by 'squamata demo', which replaces what is in this folder when it runs again.\n")
+        if any(out.iterdir()) and not _is_ours(out / NOTE):
+            raise SquamataError(f"{out} holds files already, and no demo made them; choose another --out")
+        (out / NOTE).write_text(NOTE_TEXT)
     except OSError as error:
         raise SquamataError(f"cannot write to the folder {out}: {error.strerror}") from None
+
+
+def _is_ours(note: Path) -> bool:
+    return note.is_file() and note.read_bytes() == NOTE_TEXT.encode()
 
 
 def _judge(name: str, model: LanguageModel, reference: LanguageModel | None) -> Row:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from squamata.cli.output import Device, JsonFile, check_files, check_json, interval, progress, table, write_json
+from squamata.cli.output import (
+    Device,
+    JsonFile,
+    check_files,
+    check_json,
+    counted,
+    interval,
+    progress,
+    table,
+    write_json,
+)
 from squamata.errors import SquamataError
 
 if TYPE_CHECKING:
@@ -49,9 +59,9 @@ def evaluate(
         raise SquamataError("nothing to judge by: give --text FILE (or --lambada FILE, or --tasks NAMES)")
     if tasks is not None and data is None:
         raise SquamataError("--tasks needs --data FOLDER, the folder that holds their JSONL files")
-    if by_position and text is None:
-        raise SquamataError("--by-position is of --text FILE: give one")
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    of_text = {"against": against, "max_tokens": max_tokens, "by_position": by_position or None}
+    _refuse_idle_options(text, lambada, tasks, **of_text, data=data, limit=limit)
+    names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
     if tasks is not None and not names:
         raise SquamataError("--tasks names none: give some, as in arc_easy,piqa")
     check_files(text)
@@ -76,11 +86,25 @@ def evaluate(
         _show(model, text, against, result)
         if by_position:
             _show_positions(result)
+        write_json(json_file, found)  # whatever becomes of the rest
     if lambada is not None:
         found["lambada"] = _lambada(loaded, lambada, limit)
+        write_json(json_file, found)
     if tasks is not None and data is not None:
         found["tasks"] = _tasks(loaded, names, data, limit)
-    write_json(json_file, found)
+        write_json(json_file, found)
+
+
+def _refuse_idle_options(text: object, lambada: object, tasks: object, **given: object) -> None:
+    """SquamataError for an option that would change nothing of what was asked for."""
+    judged_by = {
+        "data": ("--tasks NAMES", tasks is None),
+        "limit": ("--tasks NAMES or --lambada FILE", tasks is None and lambada is None),
+    }
+    for name in (name for name, value in given.items() if value is not None):
+        others, idle = judged_by.get(name, ("--text FILE", text is None))
+        if idle:
+            raise SquamataError(f"--{name.replace('_', '-')} is of {others}: give one, or leave it out")
 
 
 def _show(model: str, text: Path, against: str | None, result: Evaluation) -> None:
@@ -94,7 +118,8 @@ def _show(model: str, text: Path, against: str | None, result: Evaluation) -> No
             ("top-1 agreement", f"{result.top1_agreement:.4f}", interval(result.top1_agreement_ci, 4)),
         ]
     beside = f", against {against}" if against else ""
-    where = f"{result.tokens} tokens of {result.documents} documents, windows of {result.window}, {result.mode}"
+    judged = f"{counted(result.tokens, 'token')} of {counted(result.documents, 'document')}"
+    where = f"{judged}, windows of {result.window}, {result.mode}"
     table(f"{model} on {text.name}{beside}\n{where}, {result.seconds:.1f} s", ("<", "value", "95 % interval"), rows)
 
 
@@ -114,7 +139,7 @@ def _lambada(model: LanguageModel, path: Path, limit: int | None) -> dict[str, A
     with progress("LAMBADA") as advance:
         result = evaluate_lambada(model, path, limit, advance)
     table(
-        f"LAMBADA, {result.examples} passages, {result.seconds:.1f} s",
+        f"LAMBADA, {counted(result.examples, 'passage')}, {result.seconds:.1f} s",
         ("accuracy, %", "standard error", "perplexity a word"),
         [(_percent(result.accuracy), _percent(result.accuracy_stderr), f"{result.perplexity:.2f}")],
     )

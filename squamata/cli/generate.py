@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squamata.cli.output import Device, JsonFile, check_json, note, write_json
+from squamata.cli.output import Device, JsonFile, check_json, counted, emit, note, stdout, write_json
 
 if TYPE_CHECKING:
     from squamata.models.lm import LanguageModel
@@ -30,7 +29,9 @@ def generate(
     top_p: TopP = 1.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
     json_file: JsonFile = None,
 ) -> None:
@@ -46,7 +47,7 @@ def generate(
     result = stream(loaded, prompt, options, device.value)
     pace = "" if result.tpot_ms is None else f", then {1e3 / result.tpot_ms:.1f} tokens/s{_compiled(device)}"
     note(
-        f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new, stopped by {result.stopped_by}; "
+        f"{counted(result.prompt_tokens, 'prompt token')}, {result.new_tokens} new, stopped by {result.stopped_by}; "
         f"first token after {result.ttft_ms:.0f} ms{pace}"
     )
     write_json(
@@ -71,9 +72,11 @@ def stream(model: LanguageModel, prompt: str, options: SamplingOptions, device: 
     prompt_ids(model, prompt)  # what is wrong with it is said before it is printed
 
     def show(piece: Piece) -> None:
-        print(piece.text, end="", flush=True)
+        emit(piece.text, end="")
 
-    print(prompt if not sys.stdout.isatty() else f"\033[1m{prompt}\033[0m", end="", flush=True)
+    console = stdout()
+    bold = console.is_terminal and not console.is_dumb_terminal
+    emit(f"\033[1m{prompt}\033[0m" if bold else prompt, end="")
     result = generate(model, prompt, show, device, **asdict(options))
-    print()
+    emit("")
     return result

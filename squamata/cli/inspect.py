@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from squamata.cli.output import (
     JsonFile,
     check_files,
     check_json,
+    counted,
     layer_ranges,
     note,
     progress,
@@ -76,20 +77,13 @@ def _header(name: str, model: LanguageModel) -> dict[str, Any]:
 
     config, provenance = model.config, model.checkpoint.provenance
     sizes = bytes_by_part(model)
-    calibration = provenance.get("calibration") or {}
     say(
-        f"[bold]{name}[/bold]: {config.architecture}, {config.n_layers} layers, d_model {config.d_model}, "
-        f"vocabulary {config.vocab_size}, recipe {model.checkpoint.recipe.name}"
+        f": {config.architecture}, {counted(config.n_layers, 'layer')}, d_model {config.d_model}, "
+        f"vocabulary {config.vocab_size}, recipe {model.checkpoint.recipe.name}",
+        title=name,
     )
     if provenance:
-        drawn = "no calibration"
-        if calibration:
-            drawn = (
-                f"calibrated on {calibration['samples']} samples, {calibration['tokens']} tokens of a text with "
-                f"sha256 {calibration['sha256'][:12]}..., seed {provenance.get('seed')}"
-            )
-        elif "converted_from" in provenance:
-            drawn = f"converted from {provenance['converted_from']}"
+        drawn = _calibrated(provenance)
         version = provenance.get("squamata_version")
         say(drawn + (f"; written by squamata {version}" if version else "; read as it is"))
     named = ", ".join(f"{part} {size(sizes[part])}" for part in ("embedding", "layers", "sites", "total"))
@@ -103,6 +97,17 @@ def _header(name: str, model: LanguageModel) -> dict[str, Any]:
         "provenance": provenance,
         "bytes": sizes,
     }
+
+
+def _calibrated(provenance: Mapping[str, Any]) -> str:
+    """What the checkpoint remembers of where its numbers come from; whoever wrote it may have left anything out."""
+    calibration = provenance.get("calibration")
+    if isinstance(calibration, dict) and {"samples", "tokens", "sha256"} <= calibration.keys():
+        text = f"a text with sha256 {str(calibration['sha256'])[:12]}..., seed {provenance.get('seed')}"
+        return f"calibrated on {calibration['samples']} samples, {calibration['tokens']} tokens of {text}"
+    if "converted_from" in provenance:
+        return f"converted from {provenance['converted_from']}"
+    return "no calibration"
 
 
 def _show_rows(rows: Sequence[SiteRow], together: bool, clipped: bool) -> None:
@@ -165,7 +170,7 @@ def _show_differences(changed: Sequence[SiteDifference], sites: int, first: str,
     """Scales are medians; the ratio is that of the two scales that are farthest apart."""
     shown = [row for row in changed if not _is_noise(row)]
     table(
-        f"{second} beside {first}: {len(changed)} of {sites} sites differ",
+        f"{second} beside {first}: {len(changed)} of {counted(sites, 'site')} differ",
         ("<site", "<format", "scale", "other\nscale", "other /\nscale", "values\ndiffer"),
         [
             (
@@ -176,8 +181,8 @@ def _show_differences(changed: Sequence[SiteDifference], sites: int, first: str,
             for row in shown[:SHOWN]
         ],
     )
-    if len(changed) > len(shown):
-        note(f"{len(changed) - len(shown)} sites not shown: their scales differ by less than {100 * NOISE:g} %")
+    if hidden := len(changed) - len(shown):
+        note(f"{counted(hidden, 'site')} not shown: their scales differ by less than {100 * NOISE:g} %")
     if len(shown) > SHOWN:
         note(f"{len(shown) - SHOWN} more: --layer N, or all with --json FILE")
 

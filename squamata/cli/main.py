@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ from squamata.cli import (
     sensitivity,
     study,
 )
+from squamata.cli.output import give_up_stdout, prepare_streams, why_unprinted
 from squamata.errors import SquamataError
 
 USER_ERROR = 2
@@ -81,21 +83,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         said = error.format_message().replace("Value error, ", "").rstrip(".")  # type: ignore[attr-defined]
         return _fail(f"{said}; see {context.command_path if context else 'squamata'} --help", USER_ERROR)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
+    except (BrokenPipeError, SystemExit):  # the reader of a pipe has seen enough; rich exits, when it shows the help
+        give_up_stdout()
         return 0
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:
         return _fail("interrupted", INTERRUPTED)
+    if reason := why_unprinted():
+        return _fail(f"cannot write to standard output: {reason}", USER_ERROR)
     return status if isinstance(status, int) else 0
 
 
 def _fail(message: str, status: int) -> int:
-    typer.echo("squamata: " + " ".join(message.split()), err=True)
+    with suppress(OSError):  # a log on a full disk
+        typer.echo("squamata: " + " ".join(message.split()), err=True)
     return status
 
 
 def run() -> None:
     """Entry point of the installed command."""
+    prepare_streams()
     sys.exit(main())

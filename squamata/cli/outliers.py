@@ -11,6 +11,7 @@ from squamata.cli.output import (
     JsonFile,
     check_files,
     check_json,
+    counted,
     interval,
     layer_ranges,
     progress,
@@ -59,8 +60,8 @@ def _show(model: str, found: OutlierStudy) -> None:
     for row in found.rows:
         by_part.setdefault(row.part, []).append(row)
     table(
-        f"{model}: channels whose peak is beyond {found.sigmas:g} sigma\n{found.tokens} tokens of {found.documents} "
-        f"documents",
+        f"{model}: channels whose peak is beyond {found.sigmas:g} sigma\n{counted(found.tokens, 'token')} of "
+        f"{counted(found.documents, 'document')}",
         (
             "<site",
             "channels",

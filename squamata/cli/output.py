@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,9 +47,61 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+_unprinted: list[str] = []  # why results could not be printed
+
+
+class _Results(Console):
+    """Goes on when the reader of a pipe has seen enough, so that a verb still writes its JSON."""
+
+    def on_broken_pipe(self) -> None:
+        give_up_stdout()
+
+
 def stdout() -> Console:
     """Where results go."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE, highlight=False)
+    return _Results(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE, highlight=False)
+
+
+def give_up_stdout() -> None:
+    """What is printed from now on goes nowhere, and neither does Python complain of it when it ends."""
+    with suppress(OSError, ValueError):  # a stream without a file, as in a notebook
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def why_unprinted() -> str | None:
+    """Why some results were not printed, told once; None if all were."""
+    reason = _unprinted[0] if _unprinted else None
+    _unprinted.clear()
+    return reason
+
+
+def prepare_streams() -> None:
+    """A stream that is closed swallows what is printed; a character that an encoding does not have becomes ``?``."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def emit(text: str, end: str = "\n") -> None:
+    """Print plain text at once. BrokenPipeError if nobody reads it any more, SquamataError if it cannot be written."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        give_up_stdout()
+        raise SquamataError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def _print(console: Console, shown: Any = "", soft_wrap: bool = False) -> None:
+    """Print results; if that fails the verb goes on, and ``why_unprinted`` says it at the end."""
+    try:
+        console.print(shown, soft_wrap=soft_wrap)
+    except OSError as error:
+        give_up_stdout()
+        _unprinted.append(str(error.strerror))
 
 
 def stderr() -> Console:
@@ -55,14 +109,15 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def say(text: str) -> None:
-    """Print one line of results; ``text`` may hold rich markup."""
-    stdout().print(text, soft_wrap=True)
+def say(text: str, title: str = "") -> None:
+    """Print one line of results, a title before it in bold."""
+    _print(stdout(), (f"[bold]{escape(title)}[/bold]" if title else "") + escape(text), soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Print one dim line that is no result."""
-    stderr().print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+    with suppress(OSError):  # a log on a full disk
+        stderr().print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -72,7 +127,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     lines are longer than it, because half a number is worse.
     """
     if title:
-        stdout().print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+        say("", title)
     named = any(column.strip("<") for column in columns)
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, show_header=named)
     for place, column in enumerate(columns):
@@ -81,14 +136,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         longest = max(map(len, words))
         justify: JustifyMethod = "left" if column.startswith("<") else "right"
         whole = longest <= LONGEST_UNBROKEN
-        shown.add_column(name, justify=justify, no_wrap=whole, min_width=longest if whole else LONGEST_UNBROKEN)
+        shown.add_column(escape(name), justify=justify, no_wrap=whole, min_width=longest if whole else LONGEST_UNBROKEN)
     for row in rows:
         shown.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     console = stdout()
     least = Measurement.get(console, console.options.update(max_width=1000), shown).minimum
     console.width = max(console.width, least)
-    console.print(shown)
-    console.print()
+    _print(console, shown)
+    _print(console)
 
 
 @contextmanager
@@ -105,7 +160,7 @@ def progress(doing: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(doing, total=None)
+        task = bar.add_task(escape(doing), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -114,6 +169,13 @@ def check_files(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.exists():
             raise SquamataError(f"no such file: {path}")
+
+
+def check_folders(*paths: Path | None) -> None:
+    """Refuse, before any work is done, a folder to read that is not there."""
+    for path in paths:
+        if path is not None and not path.is_dir():
+            raise SquamataError(f"{path}: is a file; give a folder" if path.exists() else f"no such folder: {path}")
 
 
 def check_json(path: Path | None) -> None:
@@ -141,6 +203,11 @@ def _plain(value: Any) -> Any:
 def size(count: int) -> str:
     """Bytes for a person: ``11.7 MB``."""
     return decimal(count)
+
+
+def counted(count: int, thing: str) -> str:
+    """A number of things for a person: ``1 token``, ``2 tokens``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def interval(bounds: tuple[float, float] | None, digits: int) -> str:

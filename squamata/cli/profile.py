@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squamata.cli.output import Device, JsonFile, check_json, progress, size, table, write_json
+from squamata.cli.output import Device, JsonFile, check_json, counted, progress, size, table, write_json
 from squamata.errors import SquamataError
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def _show_times(on: str, result: Speed, parts: tuple[str, ...], digits: int) -> 
     """TTFT, TPOT and TTLT, with the parts of their spread that are known."""
     times = (("TTFT, ms", result.ttft_ms), ("TPOT, ms", result.tpot_ms), ("TTLT, ms", result.ttlt_ms))
     table(
-        f"{on}: {result.prompt} tokens of prompt, {result.generate} generated, batch {result.batch}, "
-        f"{result.repeats} repeats",
+        f"{on}: {counted(result.prompt, 'token')} of prompt, {result.generate} generated, batch {result.batch}, "
+        f"{counted(result.repeats, 'repeat')}",
         ("<", *parts),
         [
             [label, *(f"{spread[part]:.{digits}f}" if part in spread else "" for part in parts)]

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from squamata.cli.output import Device, JsonFile, check_files, check_json, note, progress, size, table, write_json
+from squamata.cli.output import (
+    Device,
+    JsonFile,
+    check_files,
+    check_json,
+    counted,
+    note,
+    progress,
+    size,
+    table,
+    write_json,
+)
+from squamata.errors import SquamataError
+
+if TYPE_CHECKING:
+    from squamata.pipeline import Quantization
 
 
 def quantize(
@@ -25,7 +40,10 @@ def quantize(
     length: Annotated[int | None, typer.Option(help="Tokens of each; the recipe says how many.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--no-resume", help="Go on where a killed run stopped, or throw its layers away."),
+    ] = None,
     embedding: Annotated[str | None, typer.Option(help="float, int8 or int4, instead of what the recipe says.")] = None,
     head: Annotated[str | None, typer.Option(help="float, int8 or int4, instead of what the recipe says.")] = None,
     device: Annotated[Device, typer.Option(help="Where it is computed.")] = Device.cpu,
@@ -37,39 +55,43 @@ def quantize(
     from squamata import pipeline
 
     with _telling_what_is_kept(out), progress("quantizing, layer by layer") as advance:
-        text = calibration_of(source, calibration)
         result = pipeline.quantize(
-            source, recipe, out, text, samples, length, seed, force, resume, advance,
+            source, recipe, out, calibration, samples, length, seed, force, resume, advance,
             embedding, head, device.value,
         )  # fmt: skip
-    tokens = result.calibration.get("tokens")
+    _show(f"{source} -> {out}", result)
+    write_json(json_file, asdict(result))
+
+
+def _show(title: str, result: Quantization) -> None:
+    resumed = f"after {counted(result.parts_resumed, 'part')} that an interrupted run had finished"
     rows = (
         ("recipe", f"{result.recipe} on {result.architecture}"),
         ("float", size(result.bytes_float)),
         ("quantized", f"{size(result.bytes_quantized)}, {result.bytes_quantized / result.bytes_float:.3f} of float"),
-        ("calibration", f"{tokens} tokens of {result.calibration['samples']} samples" if tokens else "none needed"),
+        ("calibration", _drawn(result.calibration) if result.calibration else "none needed"),
+        *((("resumed", resumed),) if result.parts_resumed else ()),
         ("took", f"{result.seconds:.1f} s, {size(result.peak_rss_bytes)} of memory at its peak"),
     )
-    table(f"{source} -> {out}", ("<", "<"), rows)
-    write_json(json_file, asdict(result))
+    table(title, ("<", "<"), rows)
+
+
+def _drawn(calibration: Mapping[str, Any]) -> str:
+    """How much text was drawn, and that it is less than was asked for, if so."""
+    samples, asked = calibration["samples"], calibration["settings"]["samples"]
+    drawn = f"{counted(calibration['tokens'], 'token')} of {counted(samples, 'sample')}"
+    return drawn if samples == asked else f"{drawn}; the text holds no more, {asked} were asked for"
 
 
 @contextmanager
 def _telling_what_is_kept(out: Path) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        from squamata.save.write import can_be_resumed
+    except SquamataError:  # its line says it
+        raise
+    except BaseException:
+        from squamata.save.write import parts_left
 
-        if can_be_resumed(out.absolute()):
+        if parts_left(out):
             note("finished layers are kept: the same command with --resume goes on")
         raise
-
-
-def calibration_of(source: str, given: Path | None) -> Path | None:
-    """The calibration text: the one given, or the one that comes with the bundled model."""
-    from squamata.load.hub import bundled, resolve
-
-    if given is None and source == "bundled" and resolve(source) == bundled():
-        return bundled() / "calibration.jsonl"
-    return given

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from squamata.cli.output import JsonFile, check_json, layer_ranges, say, table, write_json
+from squamata.cli.output import JsonFile, check_json, counted, emit, layer_ranges, say, table, write_json
 from squamata.errors import SquamataError
 from squamata.spec.recipe import Recipe, recipe_names
 from squamata.spec.sites import all_sites
@@ -61,7 +61,7 @@ def show(
     recipe = Recipe.read(name)
     content: dict[str, Any] = {"recipe": recipe.to_mapping()}
     if sites is None:
-        print(yaml.safe_dump(recipe.to_mapping(), sort_keys=False, width=120, allow_unicode=True), end="")
+        emit(yaml.safe_dump(recipe.to_mapping(), sort_keys=False, width=120, allow_unicode=True), end="")
     else:
         content["sites"] = {}
         for blocks in _block_lists(sites, recipe):
@@ -100,7 +100,7 @@ def _show_sites(recipe: Recipe, blocks: tuple[str, ...], landed: dict[str, str])
         entry = layers.setdefault((rest, info.kind, landed.get(site, "float")), [])
         entry += [int(layer)] if layer else []
     table(
-        f"{recipe.name} on {len(blocks)} layers, {'/'.join(sorted(set(blocks)))}",
+        f"{recipe.name} on {counted(len(blocks), 'layer')}, {'/'.join(sorted(set(blocks)))}",
         ("<site", "<kind", "<representation", "<layers"),
         [(*key, layer_ranges(numbers)) for key, numbers in layers.items()],
     )
@@ -136,6 +136,9 @@ def check(
         transform.check(recipe, specs.values())
         check_weight_quantizer(recipe, specs.values())
         found[kind] = dict(Counter(spec.form for spec in specs.values()))
-        numbers = ", ".join(f"{count} sites in {name}" for name, count in found[kind].items()) or "everything in float"
-        say(f"{recipe.name}, {kind}, {deepest + 1} layer{'s' if deepest else ''}: {numbers}")
+        numbers = (
+            ", ".join(f"{counted(count, 'site')} in {name}" for name, count in found[kind].items())
+            or "everything in float"
+        )
+        say(f"{recipe.name}, {kind}, {counted(deepest + 1, 'layer')}: {numbers}")
     write_json(json_file, {"recipe": recipe.name, "layers": deepest + 1, "formats": found})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from squamata.cli.output import JsonFile, check_files, check_json, note, say, size, write_json
+from squamata.cli.output import JsonFile, check_folders, check_json, counted, note, say, size, write_json
 from squamata.errors import SquamataError
 
 SHOWN = ("id", "model", "recipe", "override", "seed", "perplexity", "kl", "top1_agreement", "bits_per_byte", "bytes")
@@ -23,7 +23,7 @@ def report(
     JSON files of 'squamata sensitivity' and 'squamata outliers' in DIR are shown with it.
     """
     check_json(json_file)
-    check_files(folder)
+    check_folders(folder)
     from squamata.report.compare import verdicts
     from squamata.report.page import check_out, read_others, write_page
     from squamata.report.rows import read_study
@@ -34,7 +34,10 @@ def report(
     if not rows and not others:
         raise SquamataError(f"{folder}: holds no rows of a study and no JSON of sensitivity or outliers; run one first")
     write_page(out, study.get("name", folder.name), study, rows, others, folder)
-    say(f"{out}: {size(out.stat().st_size)}, {len(rows)} rows" + (f", {len(others)} further files" if others else ""))
+    say(
+        f"{out}: {size(out.stat().st_size)}, {counted(len(rows), 'row')}"
+        + (f", {counted(len(others), 'further file')}" if others else "")
+    )
     found = verdicts(folder, study, rows)
     told = [{name: row[name] for name in SHOWN} | {"verdict": found[row["id"]].words} for row in rows]
     write_json(json_file, {"page": out, "bytes": out.stat().st_size, "rows": told})

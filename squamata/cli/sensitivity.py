@@ -25,7 +25,6 @@ from squamata.cli.output import (
     table,
     write_json,
 )
-from squamata.cli.quantize import calibration_of
 from squamata.cli.study import verbs
 from squamata.errors import SquamataError
 from squamata.text import check_writable, write_whole
@@ -102,10 +101,9 @@ def sensitivity(
     budget = Budget(budget_bytes, budget_bits, budget_ms, budget_mj, chip, upgrade, judge, save_recipe)
     if len(budget.numbers) > 1:
         raise SquamataError("two budgets: give one of --budget-bytes, --budget-bits, --budget-ms and --budget-mj")
-    if save_recipe is not None and not budget.given:
-        raise SquamataError(
-            "--save-recipe needs a budget: add --budget-bits, --budget-bytes, --budget-ms or --budget-mj"
-        )
+    for name, given in (("--save-recipe", save_recipe), ("--judge", judge)):
+        if given is not None and not budget.given:
+            raise SquamataError(f"{name} needs a budget: add --budget-bits, --budget-bytes, --budget-ms or --budget-mj")
     check_writable(save_recipe, "--save-recipe")
     from squamata.report.forms import CalibrationChoice
     from squamata.report.page import check_out, write_page
@@ -115,7 +113,7 @@ def sensitivity(
     check_out(out)
     check_device(device.value)
     price = _price(budget)
-    drawn = CalibrationChoice(calibration_of(model, calibration), samples, length, seed, device.value)
+    drawn = CalibrationChoice(calibration, samples, length, seed, device.value)
     with progress("calibrating and quantizing") as advance:
         advance(0, 1)
         forms = _forms(model, recipe, budget, drawn)
@@ -125,9 +123,10 @@ def sensitivity(
         measured = measure_sensitivity(forms, "low", per.value, judging, advance)
     _show(model, recipe, measured)
     found: dict[str, Any] = as_data(measured, Path(model).name, recipe)
+    write_json(json_file, found)  # whatever becomes of the search
     if mixer is not None:
         found["search"] = _search(mixer, measured, judging, budget, seed)
-    write_json(json_file, found)
+        write_json(json_file, found)
     if out is not None:
         write_page(out, f"Sensitivity of {Path(model).name}", {}, [], [found])
 
@@ -247,7 +246,8 @@ def _show_search(found: Search, budget: Budget, units: int) -> None:
     upgraded = found.mixture(found.best).upgraded
     if upgraded and all(unit.startswith("layers.") and unit.count(".") == 1 for unit in upgraded):
         upgraded = [f"layers {layer_ranges([int(unit.split('.')[1]) for unit in upgraded])}"]
-    say(f"KL of evolution beside greedy: {found.verdict}; lower KL: {found.best}, {', '.join(upgraded)}")
+    what = ", ".join(upgraded) or "which upgrades nothing"
+    say(f"KL of evolution beside greedy: {found.verdict}; lower KL: {found.best}, {what}")
 
 
 def _save(mixer: Mixer, found: Search, path: Path) -> None:

@@ -11,7 +11,9 @@ from squamata.cli.output import (
     Device,
     JsonFile,
     check_files,
+    check_folders,
     check_json,
+    counted,
     interval,
     note,
     progress,
@@ -24,8 +26,6 @@ from squamata.models.config import ModelConfig
 from squamata.spec.recipe import Recipe
 
 app = typer.Typer(invoke_without_command=True, help="Run a grid of models and recipes, and go on where it stopped.")
-
-Folder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the study's relative paths start.")]
 
 
 @app.callback()
@@ -46,13 +46,18 @@ def run(
     device: Annotated[
         Device, typer.Option(help="cpu: the integer kernels; cuda: simulated, workers on GPUs in turn.")
     ] = Device.cpu,
-    models: Folder = None,
-    data: Folder = None,
+    models: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the study's relative paths of models start.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the study's relative paths of texts start.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure every row of a study that DIR does not have yet; killed at any time, it goes on when run again."""
     check_json(json_file)
-    check_files(file, models, data)
+    check_files(file)
+    check_folders(models, data)
     if workers < 1:
         raise SquamataError(f"--workers must be at least 1, not {workers}")
     from squamata.report.plan import Places, Study
@@ -72,14 +77,14 @@ def run(
         show_rows(study.model_dump(mode="json"), done.rows, out)
         if any("simulation" in row for row in done.rows):
             note(simulation_line(done.rows))
-        there = f"{done.measured} rows measured now, {len(done.rows)} in {out}"
+        there = f"{counted(done.measured, 'row')} measured now, {len(done.rows)} in {out}"
         note(f"{there}; next: squamata report {out} --out report.html")
     write_json(
         json_file,
         {"study": study.name, "out": out, "measured": done.measured, "failures": done.failures, "rows": done.rows},
     )
     if done.failures:
-        more = f" (and {len(done.failures) - 1} more rows)" if len(done.failures) > 1 else ""
+        more = f" (and {counted(len(done.failures) - 1, 'more row')})" if len(done.failures) > 1 else ""
         raise SquamataError(f"{done.failures[0]}{more}; the other rows are kept")
 
 
@@ -88,7 +93,7 @@ def simulation_line(rows: list[dict[str, Any]]) -> str:
     compared = [row["simulation"]["largest_difference"] for row in rows if "simulation" in row]
     apart = sum(difference > 0 for difference in compared)
     said = "exactly" if not apart else f"not in {apart} of them (logits by {max(compared):.1e} at most)"
-    return f"simulation equals integers (reference kernels) in {len(compared)} rows compared: {said}"
+    return f"simulation equals integers (reference kernels) in {counted(len(compared), 'row')} compared: {said}"
 
 
 def verbs() -> Any:
@@ -112,9 +117,11 @@ def chip_figures(config: ModelConfig, recipe: Recipe) -> dict[str, float]:
 
 def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
     """A line a row: size, perplexity and KL of the first evaluation, and whether it differs from the baseline."""
-    from squamata.report.compare import verdicts
+    from squamata.report.accuracy import tasks_of
+    from squamata.report.compare import task_verdicts, verdicts
 
     against = verdicts(folder, study, rows)
+    tasks = {name: task_verdicts(folder, study, rows, name) for name in tasks_of(rows)}
     lines = []
     for row in rows:
         first, compared = row["evaluations"][0], against[row["id"]]
@@ -130,6 +137,7 @@ def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -
                 "" if row["kl"] is None else f"{row['kl']:.5f}",
                 interval(first["kl_ci"], 5),
                 compared.words,
+                *(_accuracy(row, name, found[row["id"]].words) for name, found in tasks.items()),
             )
         )
     columns = (
@@ -143,5 +151,11 @@ def show_rows(study: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -
         "KL",
         "95 %",
         "<perplexity beside\nthe baseline",
+        *(f"<{name}, %" for name in tasks),
     )
-    table(f"{study.get('name', '')}: {len(rows)} rows", columns, lines)
+    table(f"{study.get('name', '')}: {counted(len(rows), 'row')}", columns, lines)
+
+
+def _accuracy(row: dict[str, Any], task: str, words: str) -> str:
+    found = row.get("tasks", {}).get(task)
+    return "" if found is None else f"{100 * found['accuracy']:.2f} ({words})"

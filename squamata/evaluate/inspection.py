@@ -185,9 +185,11 @@ def clipped_fractions(
     """
     sites = [site for site in model.sites() if site.spec is not None and not site.spec.dynamic]
     counts = {site.name: [0, 0] for site in sites}
-    watch_text(
-        model, read_documents(text), sites, lambda site, x: _count(site, x, counts[site.name]), max_tokens, progress
-    )
+
+    def see(site: Site, x: Tensor) -> None:
+        count_clipped(site, x, counts[site.name])
+
+    watch_text(model, read_documents(text), sites, see, max_tokens, progress)
     return {name: beyond / seen for name, (beyond, seen) in counts.items() if seen}
 
 
@@ -220,8 +222,8 @@ def watch_text(
             site.mode = modes[site.name]
 
 
-def _count(site: Site, x: Tensor, count: list[int]) -> None:
-    """Add (values beyond the codes, values) to ``count``."""
+def count_clipped(site: Site, x: Tensor, count: list[int]) -> None:
+    """Add (values beyond the outermost codes, values) to ``count``; the site has a static scale."""
     assert site.spec is not None
     count[0] += int(CODECS[site.spec.codec].beyond(x, site.grid(x), site.spec).sum())
     count[1] += x.numel()

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from squamata.errors import SquamataError, nearest
 from squamata.evaluate.scoring import Request, request, score
 from squamata.evaluate.uncertainty import RESAMPLES
-from squamata.evaluate.windows import cut, tokenizer_of
+from squamata.evaluate.windows import tokenizer_of, windows_of
 
 if TYPE_CHECKING:
     from squamata.models.lm import LanguageModel
@@ -55,9 +55,8 @@ class SquamataLM(LM):
         return [self._continuation(*item.args) for item in requests]
 
     def _nats(self, text: str) -> float:
-        corpus = cut([text], tokenizer_of(self.model), self.window)
-        scores = score(self.model, [Request(window.ids, window.predicted) for window in corpus.windows])
-        return sum(item.nats for item in scores)
+        windows = windows_of(0, tokenizer_of(self.model).encode(text), self.window)  # none for a text of no tokens
+        return sum(item.nats for item in score(self.model, [Request(each.ids, each.predicted) for each in windows]))
 
     def _continuation(self, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or ()

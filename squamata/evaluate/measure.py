@@ -48,7 +48,7 @@ def measure(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor
     """Measure logits (n, V) on targets int64 (n,), beside the logits of a reference model (n, V).
 
     Log-softmax is taken in float32 (float64 for float64 logits), a few rows at a time. SquamataError if the logits
-    give a token no finite likelihood.
+    give a token no finite likelihood, or there is no finite KL between the two.
     """
     rows = max(1, _SOFTMAX_AT_ONCE // logits.shape[-1])
     references = [None] * len(targets) if reference is None else reference.split(rows)
@@ -61,7 +61,11 @@ def measure(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor
     nats, kl, agrees = (torch.cat(column) for column in zip(*parts, strict=True))
     if not torch.isfinite(nats).all():
         raise SquamataError("the model gives logits that are not finite: its weights or scales are damaged")
-    return Measured(nats) if reference is None else Measured(nats, kl, agrees)
+    if reference is None:
+        return Measured(nats)
+    if not torch.isfinite(kl).all():
+        raise SquamataError("KL is not finite: the reference, or this model, gives logits that are not")
+    return Measured(nats, kl, agrees)
 
 
 def _measure_rows(

@@ -86,6 +86,8 @@ def evaluate(
         raise SquamataError(f"the two models have vocabularies of {sizes} tokens: compare models that share one")
     started = time.perf_counter()
     corpus = text if isinstance(text, Corpus) else corpus_of(text, tokenizer_of(model), window, max_tokens)
+    if corpus.text_bytes <= 0:
+        raise SquamataError(f"the {corpus.tokens} tokens to judge by spell not one whole character: judge more of them")
     with seeded(0):
         cells = _cells(corpus, _measurements(corpus, model, against, runner, progress))
     return _summarize(corpus, cells, mode, window, time.perf_counter() - started)
@@ -189,8 +191,8 @@ def _summarize(corpus: Corpus, cells: Cells, mode: str, window: int, seconds: fl
     kl, kl_ci = _mean_and_interval(sums.kl, sums.tokens)
     agreement, agreement_ci = _mean_and_interval(sums.agrees, sums.tokens)
     return Evaluation(
-        perplexity=math.exp(nats_per_token),
-        perplexity_ci=None if nats_ci is None else (math.exp(nats_ci[0]), math.exp(nats_ci[1])),
+        perplexity=_exp(nats_per_token),
+        perplexity_ci=None if nats_ci is None else (_exp(nats_ci[0]), _exp(nats_ci[1])),
         bits_per_byte=float(sums.nats.sum()) / math.log(2) / corpus.text_bytes,
         nats_per_token=nats_per_token,
         tokens=corpus.tokens,
@@ -205,6 +207,16 @@ def _summarize(corpus: Corpus, cells: Cells, mode: str, window: int, seconds: fl
         by_position=spans(cells),
         sums=sums,
     )
+
+
+def _exp(nats_per_token: float) -> float:
+    """Perplexity. SquamataError beyond what a float can hold: no text, only a broken model, is that surprising."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        raise SquamataError(
+            f"the model loses {nats_per_token:.0f} nats a token, too many for a perplexity: it is damaged"
+        ) from None
 
 
 def _mean_and_interval(sums: np.ndarray | None, tokens: np.ndarray) -> tuple[float | None, Interval | None]:

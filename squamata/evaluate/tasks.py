@@ -60,7 +60,8 @@ TASKS = {"arc_easy": _ANSWERS, "piqa": _ANSWERS, "winogrande": _PROMPTS}
 @dataclass(frozen=True)
 class TaskResult(Result):
     """``accuracy``: share of questions whose likeliest choice is the gold one; ``accuracy_norm`` with nats divided by
-    the choice's characters (None where all choices have one continuation). ``predictions``: per question.
+    the choice's characters (None where all choices have one continuation). ``predictions``, and whether each is right
+    (``hits``): per question.
     """
 
     task: str
@@ -71,6 +72,7 @@ class TaskResult(Result):
     examples: int
     seconds: float
     predictions: tuple[int, ...] = field(repr=False, compare=False)
+    hits: tuple[bool, ...] = field(repr=False, compare=False)
 
 
 def evaluate_task(
@@ -87,13 +89,15 @@ def evaluate_task(
     scores = iter(score(model, requests, progress))
     grouped = [[next(scores) for _ in question.texts] for question in questions]
     chosen = [_likeliest(some, [1] * len(some)) for some in grouped]
-    accuracy, error = _accuracy(chosen, questions)
+    hits = _hits(chosen, questions)
+    accuracy, error = mean_and_error(hits)
     accuracy_norm, norm_error = None, None
     if all(question.lengths for question in questions):
         normed = [_likeliest(some, question.lengths or ()) for some, question in zip(grouped, questions, strict=True)]
-        accuracy_norm, norm_error = _accuracy(normed, questions)
+        accuracy_norm, norm_error = mean_and_error(_hits(normed, questions))
     seconds = time.perf_counter() - started
-    return TaskResult(task, accuracy, error, accuracy_norm, norm_error, len(questions), seconds, tuple(chosen))
+    found = (accuracy, error, accuracy_norm, norm_error, len(questions), seconds)
+    return TaskResult(task, *found, tuple(chosen), hits)
 
 
 def read_questions(task: str, folder: str | Path, limit: int | None = None) -> list[Question]:
@@ -115,8 +119,8 @@ def _likeliest(scores: Sequence[Score], lengths: Sequence[int]) -> int:
     return min(range(len(scores)), key=lambda choice: scores[choice].nats / lengths[choice])
 
 
-def _accuracy(chosen: Sequence[int], questions: Sequence[Question]) -> tuple[float, float | None]:
-    return mean_and_error([choice == question.gold for choice, question in zip(chosen, questions, strict=True)])
+def _hits(chosen: Sequence[int], questions: Sequence[Question]) -> tuple[bool, ...]:
+    return tuple(choice == question.gold for choice, question in zip(chosen, questions, strict=True))
 
 
 def check_tasks(names: Sequence[str], folder: str | Path, limit: int | None = None) -> None:

@@ -99,13 +99,18 @@ def cut(documents: Sequence[str], tokenizer: Tokenizer, window: int, max_tokens:
         ids = ids if max_tokens is None else ids[: max_tokens - kept + 1]
         if len(ids) < 2:
             continue
-        windows += [Window(number, tuple(ids[at : at + window + 1])) for at in range(0, len(ids) - 1, window)]
+        windows += windows_of(number, ids, window)
         text_bytes += _spelled_bytes(document, ids, tokenizer, whole=len(ids) == whole)
         kept += len(ids) - 1
         used += 1
     if kept < 2:
         raise SquamataError("the text is shorter than 2 tokens, too short to judge a model by: give a longer one")
     return Corpus(tuple(windows), used, text_bytes)
+
+
+def windows_of(document: int, ids: Sequence[int], window: int) -> list[Window]:
+    """One document's tokens: every one but the first is predicted once, at most ``window`` of them together."""
+    return [Window(document, tuple(ids[at : at + window + 1])) for at in range(0, len(ids) - 1, window)]
 
 
 def corpus_of(

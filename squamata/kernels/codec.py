@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from squamata.kernels import levels, table
-from squamata.kernels.grid import Grid, round_codes
+from squamata.kernels.grid import SMALLEST_SCALE, Grid, round_codes
 from squamata.spec.formats import FORMATS
 from squamata.spec.quant import TABLE, QuantSpec
 
@@ -81,8 +81,8 @@ def range_to_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     Symmetric: scale = max(|low|, |high|) / span, at least 1e-8.
     """
     if spec.symmetric:
-        return (torch.maximum(low.abs(), high.abs()) / spec.span).clamp_min(1e-8), None
+        return (torch.maximum(low.abs(), high.abs()) / spec.span).clamp_min(SMALLEST_SCALE), None
     smallest, largest = spec.code_range
     low, high = low.clamp_max(0.0), high.clamp_min(0.0)
-    scale = ((high - low) / (largest - smallest)).clamp_min(1e-8)
+    scale = ((high - low) / (largest - smallest)).clamp_min(SMALLEST_SCALE)
     return scale, (smallest - torch.round(low / scale)).clamp(smallest, largest)

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +23,8 @@ import numba
 from numba.core import event
 from numba.misc.appdirs import AppDirs
 from rich.console import Console
+
+from squamata.errors import SquamataError
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +79,14 @@ def _name_cache() -> None:
     if numba.config.CACHE_DIR:  # type: ignore[attr-defined]
         return
     user = getattr(os, "getuid", int)()
-    parents = Path(AppDirs("squamata", False).user_cache_dir), Path(tempfile.gettempdir()) / f"squamata-{user}"
+    parents = [Path(AppDirs("squamata", False).user_cache_dir)]
+    with suppress(FileNotFoundError):  # no temporary folder can be written to
+        parents.append(Path(tempfile.gettempdir()) / f"squamata-{user}")
     folder = cache_folder(Path(__file__).parent, parents)
-    if folder is not None:
-        numba.config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
+    if folder is None:
+        tried = " nor ".join(map(str, parents))
+        raise SquamataError(f"compiled kernels cannot be kept in {tried}: set NUMBA_CACHE_DIR to a folder of yours")
+    numba.config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
 
 
 _name_cache()

@@ -198,6 +198,10 @@ _int8_int8_portable = _tile_product(Kind.INT8_INT8, False)
 _int4_int8_portable = _tile_product(Kind.INT4_INT8, False)
 
 
+# Numba keeps machine code on disk by the name and place of a function, and one that another function makes has neither
+# of its own: so one is written out for every kind.
+
+
 def _rows_float32(out, x, tiles, extra, sums, lines, group_lines, first, last):  # type: ignore[no-untyped-def]
     _float32(out, x, tiles, extra, sums, lines, group_lines, first, last)
 

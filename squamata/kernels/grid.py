@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE = 1e-8  # of any group: what is all zero has a scale too
+
 
 class Grid(NamedTuple):
     """The numbers of every group, float32, broadcastable: scale, its reciprocal (float32 1 / scale: what every backend

@@ -9,37 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from numba import njit, types
 from numpy.typing import NDArray
 from torch import Tensor
 
+import squamata.kernels.threads  # noqa: F401  starts numba's before a kernel does
 from squamata.kernels import simd
 from squamata.kernels.compilation import announce_compilation
 from squamata.kernels.flagged import packed_rows, read_packed_row
+from squamata.kernels.grid import SMALLEST_SCALE
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
 
 FLOAT, ROUNDINGS = -1, {"half-even": 0, "half-away": 1, "truncate": 2}
-_SMALLEST_SCALE = np.float32(1e-8)  # of a dynamic site, as in ``codec.range_to_scale``
+_LEAST_SCALE = np.float32(SMALLEST_SCALE)
 _NO_CODES, _NO_VALUES = np.empty((0, 0), np.int8), np.empty((0, 0), np.float32)
 _NOTHING, _NO_BYTES = np.empty(0, np.float32), np.empty((0, 0), np.uint8)
 
 
-def share_threads() -> None:
-    """Let numba use as many threads as torch.
-
-    Both run on one OpenMP: starting numba's threads, which happens on first use, would reset the number of torch's.
-    """
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    torch.set_num_threads(threads)
-
-
 announce_compilation()
-share_threads()
 
 
 class Source(NamedTuple):
@@ -218,18 +208,12 @@ def write_row(target, row, first, x):  # type: ignore[no-untyped-def]
             codes[c] = types.int8(types.int32(simd.clamp(code, low, high)))
     elif rounding == 1:
         for c in range(x.size):
-            code = _half_away(x[c] * inverse[c])
+            code = simd.round_away(x[c] * inverse[c])
             codes[c] = types.int8(types.int32(simd.clamp(code, low, high)))
     else:
         for c in range(x.size):
             code = simd.truncate(x[c] * inverse[c])
             codes[c] = types.int8(types.int32(simd.clamp(code, low, high)))
-
-
-@njit(cache=True, nogil=True)
-def _half_away(x):  # type: ignore[no-untyped-def]
-    """As ``codec.round_codes``: the sum with one half is rounded before it is cut."""
-    return simd.truncate(x + (types.float32(0.5) if x >= types.float32(0.0) else types.float32(-0.5)))
 
 
 @njit(cache=True, nogil=True)
@@ -242,7 +226,7 @@ def write_whole_row(target, row, x):  # type: ignore[no-untyped-def]
     for c in range(x.size):
         magnitude = abs(x[c])
         largest = magnitude if magnitude > largest else largest
-    scale = max(simd.divide(largest, target.span), _SMALLEST_SCALE)
+    scale = max(simd.divide(largest, target.span), _LEAST_SCALE)
     target.scales[row] = scale
     inverse = simd.divide(types.float32(1.0), scale)
     codes = target.codes[row]
@@ -251,7 +235,7 @@ def write_whole_row(target, row, x):  # type: ignore[no-untyped-def]
         if target.rounding == 0:
             scaled = simd.rint(scaled)
         elif target.rounding == 1:
-            scaled = _half_away(scaled)
+            scaled = simd.round_away(scaled)
         else:
             scaled = simd.truncate(scaled)
         codes[c] = types.int8(types.int32(simd.clamp(scaled, target.low, target.high)))

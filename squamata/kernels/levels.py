@@ -11,14 +11,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from squamata.kernels.grid import Grid, round_codes
+from squamata.kernels.grid import SMALLEST_SCALE, Grid, round_codes
 from squamata.spec.formats import EXPONENTS, levels
 from squamata.spec.quant import QuantSpec
 
-SMALLEST = 1e-8  # of any step
-
 
 @cache
+@torch.inference_mode(False)  # what is kept must serve whoever wants gradients, too
 def tables(codec: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """``fine`` and ``coarse`` of every magnitude, float32."""
     fine, coarse = levels(codec, bits)
@@ -81,7 +80,7 @@ def second_number(scale: Tensor, largest: Tensor, spec: QuantSpec) -> Tensor:
     """What lets a group whose threshold is span * scale also represent ``largest``: step of its tail or coarse grid."""
     fine, coarse = levels(spec.codec, spec.bits)
     assert coarse is not None
-    return ((largest - fine[-1] * scale) / coarse[-1]).clamp_min(SMALLEST)
+    return ((largest - fine[-1] * scale) / coarse[-1]).clamp_min(SMALLEST_SCALE)
 
 
 def of_tokens(x: Tensor, grid: Grid, spec: QuantSpec) -> Grid:

@@ -139,6 +139,12 @@ def as_float(value: Value, dtype: torch.dtype = torch.float32) -> Tensor:
     return value.dequantize(dtype) if isinstance(value, QTensor) else value
 
 
+def recalled(storage: Value, dtype: torch.dtype) -> Tensor:
+    """What a cache's storage holds, in floating point; apart from it where a graph may need it after ``store``."""
+    held = as_float(storage, dtype)
+    return held.clone() if held is storage and torch.is_grad_enabled() else held
+
+
 def store(storage: Value, value: Value) -> None:
     """Write a value into a cache's storage in place (a dynamic scale is written with it)."""
     if isinstance(storage, QTensor) and isinstance(value, QTensor):

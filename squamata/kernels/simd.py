@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -42,16 +43,22 @@ _GOLDEN = 0x9E3779B1 - 2**32  # 2^32 / golden ratio, as int32
 _MIX = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)  # of murmur3 (Appleby), as int32
 
 
-def has_vnni(features: Mapping[str, bool] | None = None) -> bool:
-    """Whether the CPU has the 512-bit int8 dot-product instruction (``vpdpbusd``).
-
-    ``features`` maps LLVM feature names to booleans; by default the host's.
+def target_features() -> Mapping[str, bool]:
+    """LLVM's names of what the CPU that numba compiles for has: the host, unless NUMBA_CPU_NAME=generic (nothing) or
+    NUMBA_CPU_FEATURES say otherwise.
     """
-    if features is None:
-        try:
-            features = llvm.get_host_cpu_features()
-        except RuntimeError:  # LLVM cannot name the features of this CPU
-            return False
+    given = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    if given is not None:
+        return {name[1:]: name.startswith("+") for name in given.split(",") if name}
+    try:
+        return llvm.get_host_cpu_features()
+    except RuntimeError:  # LLVM cannot name the features of this CPU
+        return {}
+
+
+def has_vnni(features: Mapping[str, bool] | None = None) -> bool:
+    """Whether there is the 512-bit int8 dot-product instruction (``vpdpbusd``), by default on the target."""
+    features = target_features() if features is None else features
     return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vl", "avx512vnni"))
 
 

@@ -86,12 +86,15 @@ class Site:
     def expanded(self) -> Grid:
         """The numbers of every group, broadcastable against the features."""
         if self._expanded is None:
-            if self.scale is None:
-                raise ValueError(f"{self.name} has no scale: calibrate first")
-            scale = self.partition.expand(self.scale.float()).contiguous()
-            second = None if self.second is None else self.partition.expand(self.second.float())
-            self._expanded = Grid.of(scale, second)
+            self._expanded = self._expand()
         return self._expanded
+
+    @torch.inference_mode(False)  # what is kept must serve whoever wants gradients, too
+    def _expand(self) -> Grid:
+        if self.scale is None:
+            raise ValueError(f"{self.name} has no scale: calibrate first")
+        scale = self.partition.expand(self.scale.float()).contiguous()
+        return Grid.of(scale, None if self.second is None else self.partition.expand(self.second.float()))
 
     def land(self, x: Tensor) -> Value:
         """What the tensor (..., features) becomes here."""

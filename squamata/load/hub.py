@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from squamata.errors import SquamataError
+from squamata.text import check_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.model"]
@@ -31,6 +32,13 @@ def bundled() -> Path:
     return Path(__file__).parent.parent / "assets" / "mamba2-5m"
 
 
+def calibration_of(path_or_name: str | Path, given: str | Path | None) -> str | Path | None:
+    """The calibration text of a model: the one given, or else the one that comes with the bundled model."""
+    if given is None and path_or_name == "bundled" and resolve(path_or_name) == bundled():
+        return bundled() / "calibration.jsonl"
+    return given
+
+
 def resolve(path_or_name: str | Path) -> Path:
     """Return the local folder of a model, fetching it from the hub if ``path_or_name`` is a hub name.
 
@@ -40,6 +48,7 @@ def resolve(path_or_name: str | Path) -> Path:
     """
     if not str(path_or_name):
         raise SquamataError("the name of the model is empty; give a folder, a hub name or 'bundled'")
+    check_name(path_or_name)
     path = Path(os.path.expanduser(path_or_name))
     if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that no file can have
         return path

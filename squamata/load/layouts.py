@@ -15,10 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from squamata.errors import SquamataError, nearest
 from squamata.load.tensor_files import read_json
-from squamata.models.config import Epsilon, ModelConfig, Size
+from squamata.models.config import MOST_LAYERS, Epsilon, ModelConfig, Size
 from squamata.spec.yaml_file import said
 
-Layers = Annotated[int, Field(ge=1, le=2**12)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 Rank = Size | Literal["auto"]
 Expand = Annotated[float, Field(gt=0, le=64)]
 

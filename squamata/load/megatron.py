@@ -56,7 +56,7 @@ class MegatronFile(PickleFile):
     def _tensors(self) -> dict[str, torch.Tensor]:
         stored = {name: value for name, value in self._content()["model"].items() if "_extra_state" not in str(name)}
         for name, value in stored.items():
-            if not (isinstance(value, torch.Tensor) and value.layout == torch.strided):
+            if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided):
                 raise SquamataError(f"{self.path}: '{name}' is not a plain tensor")
         return stored
 
@@ -81,7 +81,9 @@ def megatron_config(file: MegatronFile) -> ModelConfig:
     shared = (channels - inner) // 2  # groups * states
     states = _whole(arguments, "mamba_state_dim") or _STATE_SIZE
     groups = _whole(arguments, "mamba_num_groups") or max(1, shared // states)
-    if groups * states != shared or inner % heads:
+    if not heads or inner % heads:
+        raise SquamataError(f"{where}: {heads} heads do not divide {inner} channels")
+    if groups * states != shared:
         raise SquamataError(f"{where}: {shared} rows of B are not {groups} groups of {states} states")
     epsilon = next((arguments[name] for name in ("norm_epsilon", "layernorm_epsilon") if name in arguments), 1e-5)
     try:

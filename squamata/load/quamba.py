@@ -45,7 +45,7 @@ def read_quamba(folder: Path) -> Checkpoint:
     if not weights.is_file():
         raise SquamataError(f"{folder}: no pytorch_model.bin, in which Quamba keeps its weights")
     stored = unpickle(weights)
-    if not isinstance(stored, Mapping):
+    if not isinstance(stored, Mapping) or not all(isinstance(name, str) for name in stored):
         raise SquamataError(f"{weights}: holds a {type(stored).__name__}, not named tensors")
     with about(str(weights)):
         tensors, sites, specs = _parts(config, stored, precisions, config_file)

@@ -83,6 +83,13 @@ class Stored:
             raise SquamataError(f"scale '{self.shown}{self.prefix}{name}' has shape {list(scale.shape)}, one expected")
         return scale.reshape(())
 
+    def ends(self, name: str) -> Tensor:
+        """Where groups end, int64 (..., groups), at least one and none before the one before it."""
+        value = self.values.get(self.prefix + name)
+        if not isinstance(value, Tensor) or not value.numel() or not value.ndim or bool((value.diff() < 0).any()):
+            raise SquamataError(f"'{self.shown}{self.prefix}{name}' is not a tensor of rising ends of groups")
+        return value.long()
+
     def has(self, name: str) -> bool:
         return isinstance(self.values.get(self.prefix + name), Tensor)
 
@@ -262,12 +269,17 @@ def _grouped_sites(config: ModelConfig, conv: Stored, scan: Stored, parts: Layer
     index, used = _group_map(config, conv)
     for name, scale, axes in (
         ("u", conv.scales("x_out_scales").reshape(-1), "index"),
-        ("state", scan.scales("ssm_state_scale").reshape(-1, config.d_state), "index,state"),
+        ("state", _rows(scan.scales("ssm_state_scale"), config.d_state), "index,state"),
     ):
         if len(scale) <= int(used.max()):
             raise SquamataError(f"layer '{conv.shown}': fewer scales of '{name}' than groups of heads and channels")
         spec = _per(INT8_AWAY if name == "u" else INT8, axes)
         parts.site(f"mixer.{name}", scale[used], spec, index)
+
+
+def _rows(scale: Tensor, width: int) -> Tensor:
+    """Scales as rows (groups, width); no row if they are not a whole number of them."""
+    return scale.reshape(-1, width) if scale.numel() % width == 0 else scale.new_empty(0, width)
 
 
 def _group_map(config: ModelConfig, conv: Stored) -> tuple[Tensor, Tensor]:
@@ -276,7 +288,7 @@ def _group_map(config: ModelConfig, conv: Stored) -> tuple[Tensor, Tensor]:
     Ranges are the ends of the groups: of heads inside an SSD group (G, h), of channels inside a head (G, h, c).
     """
     heads_of, P = config.n_heads // config.n_groups, config.head_dim
-    head_ends, channel_ends = (conv.values[f"{conv.prefix}x_{name}_group_range"].long() for name in ("head", "dim"))
+    head_ends, channel_ends = (conv.ends(f"x_{name}_group_range") for name in ("head", "dim"))
     if head_ends.ndim != 2 or channel_ends.shape[:2] != head_ends.shape or len(head_ends) != config.n_groups:
         raise SquamataError(f"'{conv.shown}{conv.prefix}x_dim_group_range' does not fit x_head_group_range")
     if not (bool((head_ends[:, -1] == heads_of).all()) and bool((channel_ends[..., -1] == P).all())):

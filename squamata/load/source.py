@@ -55,8 +55,11 @@ class Source:
         return list(self.places)
 
     def fingerprint(self) -> list[tuple[str, int, int]]:
-        """Name, size in bytes and time of change (ns) of every file: equal if nobody has touched the checkpoint."""
-        files = sorted({place.file.path for place in self.places.values()} | {self.folder / "config.json"})
+        """Name, size in bytes and time of change (ns) of every file: equal if nobody has touched the checkpoint, from
+        whatever folder and through whatever link it is named.
+        """
+        named = {place.file.path for place in self.places.values()} | {self.folder / "config.json"}
+        files = sorted(path.resolve() for path in named)
         return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
 
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -56,8 +56,13 @@ class Tokenizer:
         return cls(folder, inner, _special_tokens(folder))
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
-        """Ids of ``text``; ``begin`` puts the document-start token before them."""
-        return self._begin(begin) + self._inner.encode(text, add_special_tokens=False).ids
+        """Ids of ``text``; ``begin`` puts the document-start token before them. SquamataError for what has no UTF-8."""
+        try:
+            return self._begin(begin) + self._inner.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise SquamataError(
+                "the text is not Unicode (half a surrogate pair, as of bytes that are not UTF-8)"
+            ) from None
 
     def encode_all(self, texts: Sequence[str], begin: bool = True) -> list[list[int]]:
         """``encode`` of each text, on all cores."""

@@ -14,6 +14,7 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 SizeOrNone = Annotated[int, Field(ge=0, le=2**24)]  # 0 where the kind of layer has no such size
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
+MOST_LAYERS = 2**12  # that a file may ask for: hundreds of thousands would take hours to look for
 OUTPUT_BIAS = "mixer.out_proj.bias"  # a correction leaves one in every layer of a model that has none
 
 
@@ -26,7 +27,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    blocks: tuple[str, ...]
+    blocks: Annotated[tuple[str, ...], Field(max_length=MOST_LAYERS)]
     d_model: Size
     vocab_size: Size
     d_inner: Size

@@ -14,7 +14,7 @@ from squamata.kernels.linear import Linear
 from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Mode, Site
-from squamata.models.block import Block, LayerCache, make_sites, second_name, tensor_layouts
+from squamata.models.block import Block, LayerCache, ScanCache, make_sites, second_name, tensor_layouts
 from squamata.models.checkpoint import Checkpoint, under
 from squamata.models.config import ModelConfig, parameter_shapes
 from squamata.models.mamba1 import Mamba1
@@ -130,10 +130,15 @@ class LanguageModel:
 
     def new_cache(self, batch: int = 1) -> Cache:
         """An empty cache for ``batch`` sequences; its size does not depend on their length."""
-        return [block.new_cache(batch) for block in self.blocks]
+        with torch.inference_mode(False):  # it is written to wherever it is used
+            return [block.new_cache(batch) for block in self.blocks]
 
     def forward(self, ids: Tensor, cache: Cache, last_only: bool = False) -> Tensor:
-        """Token ids (B, L) -> logits (B, L, V), or (B, 1, V) with ``last_only``; the cache is updated in place."""
+        """Token ids (B, L) -> logits (B, L, V), or (B, 1, V) with ``last_only``; the cache is updated in place.
+
+        SquamataError for ids of another shape or batch than the cache's, and for those that the vocabulary has not.
+        """
+        _check_ids(ids, cache)
         h: Tensor = ops.embedding(ids, self.embedding, self.dtype)
         residual = None
         for block, layer_cache in zip(self.blocks, cache, strict=True):
@@ -144,13 +149,17 @@ class LanguageModel:
 
     def logits(self, h: Tensor, residual: Tensor | None) -> Tensor:
         """Final norm and head: float (B, L, D), and the residual stream before it is added -> (B, L, V)."""
-        (logits,), _ = ops.norm_linear(
+        (landed,), residual = ops.norm_linear(
             h, residual, self.final_norm, self.config.norm_epsilon, self.head, self.head_site, (None,)
         )
-        return as_float(logits, self.dtype)
+        logits = as_float(landed, self.dtype)
+        if not self.head_site.quantized:
+            return logits
+        return logits.masked_fill(~residual.isfinite().all(-1, keepdim=True), torch.nan)  # codes would hide it
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> logits (B, L, V) from a fresh state."""
+        _check_ids(ids)
         return self.forward(ids, self.new_cache(ids.shape[0]))
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
@@ -161,6 +170,16 @@ class LanguageModel:
 def _check_mode(mode: str) -> None:
     if mode not in get_args(Mode):
         raise SquamataError(f"no mode named '{mode}'{nearest(str(mode), get_args(Mode))}")
+
+
+def _check_ids(ids: Tensor, cache: Cache | None = None) -> None:
+    """SquamataError unless ids are (B, L), with the B of the cache if there is one."""
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        found = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise SquamataError(f"token ids must be a tensor (B, L), a row a sequence, not {found}")
+    first = cache[0] if cache else None
+    if isinstance(first, ScanCache) and first.conv.shape[0] != len(ids):
+        raise SquamataError(f"{len(ids)} rows of token ids for a cache of {first.conv.shape[0]} sequences")
 
 
 def _storage(weight: Value, dtype: torch.dtype) -> Value:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from squamata.errors import SquamataError
-from squamata.evaluate.inspection import watch_text
+from squamata.evaluate.inspection import count_clipped, watch_text
 from squamata.kernels.qtensor import QTensor
 from squamata.kernels.site import Site
 from squamata.models.lm import LanguageModel
@@ -23,7 +23,9 @@ BINS = 241
 @dataclass(frozen=True)
 class Distribution:
     """Counts (bins,) of the values between ``low`` and ``high``; ``levels``: what the format can represent, sorted,
-    of the median of the site's scales (``scales`` in number); empty in float and for a scale taken at run time."""
+    of the median of the site's scales (``scales`` in number); empty in float and for a scale taken at run time.
+    ``clipped``: share of the values beyond the outermost codes of their own scales, as ``squamata inspect`` counts it;
+    None where there are no levels, and in rows of before this was kept."""
 
     site: str
     counts: np.ndarray
@@ -31,15 +33,7 @@ class Distribution:
     high: float
     levels: np.ndarray
     scales: int
-
-    @property
-    def clipped(self) -> float:
-        """Share of values in bins that lie wholly beyond the outermost levels."""
-        if not self.levels.size:
-            return 0.0
-        edges = np.linspace(self.low, self.high, len(self.counts) + 1)
-        beyond = (edges[1:] < self.levels[0]) | (edges[:-1] > self.levels[-1])
-        return float(self.counts[beyond].sum() / max(1, self.counts.sum()))
+    clipped: float | None = None
 
 
 def observe_distributions(
@@ -58,7 +52,8 @@ def observe_distributions(
     ranges: dict[str, tuple[float, float]] = {}
     watch_text(model, documents, chosen, _widen(ranges), max_tokens)
     counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in ranges}
-    watch_text(model, documents, chosen, _count(ranges, counts), max_tokens)
+    clipped = {site.name: [0, 0] for site in chosen if has_levels(site)}
+    watch_text(model, documents, chosen, _count(ranges, counts, clipped), max_tokens)
     return {
         f"distribution.{site.name}.{part}": array
         for site in chosen
@@ -67,6 +62,7 @@ def observe_distributions(
             ("range", np.array(ranges[site.name])),
             ("levels", levels_of(site)),
             ("scales", np.array(0 if site.scale is None else site.scale.numel())),
+            ("clipped", np.array(clipped.get(site.name, [0, 0]))),
         )
     }
 
@@ -79,13 +75,20 @@ def unpack_distributions(details: Arrays) -> list[Distribution]:
         counts, (low, high), levels, scales = (
             details[f"distribution.{name}.{part}"] for part in ("counts", "range", "levels", "scales")
         )
-        found.append(Distribution(name, counts, float(low), float(high), levels, int(scales)))
+        beyond, seen = details.get(f"distribution.{name}.clipped", np.zeros(2))
+        clipped = float(beyond / seen) if seen else None
+        found.append(Distribution(name, counts, float(low), float(high), levels, int(scales), clipped))
     return found
+
+
+def has_levels(site: Site) -> bool:
+    """True if what lands here is rounded by a scale that was calibrated."""
+    return site.spec is not None and not site.spec.dynamic and site.scale is not None
 
 
 def levels_of(site: Site) -> np.ndarray:
     """Every value that a tensor can have after landing here, for the median scale; none in float or at run time."""
-    if site.spec is None or site.spec.dynamic or site.scale is None:
+    if site.spec is None or site.scale is None or not has_levels(site):
         return np.zeros(0)
     smallest, largest = site.spec.code_range
     codes = torch.arange(smallest, largest + 1, dtype=torch.float32)
@@ -102,9 +105,13 @@ def _widen(ranges: dict[str, tuple[float, float]]) -> Callable[[Site, Tensor], N
     return see
 
 
-def _count(ranges: dict[str, tuple[float, float]], counts: dict[str, Tensor]) -> Callable[[Site, Tensor], None]:
+def _count(
+    ranges: dict[str, tuple[float, float]], counts: dict[str, Tensor], clipped: dict[str, list[int]]
+) -> Callable[[Site, Tensor], None]:
     def see(site: Site, x: Tensor) -> None:
         low, high = ranges[site.name]
         counts[site.name] += torch.histc(x.detach().float(), BINS, low, max(high, low + 1e-12)).double().cpu()
+        if site.name in clipped:
+            count_clipped(site, x, clipped[site.name])
 
     return see

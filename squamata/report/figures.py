@@ -6,13 +6,14 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import UnitSums
-from squamata.report.compare import Comparison, Row, paired
+from squamata.report.compare import SMALLEST_KL, Comparison, Measure, Row, paired
+from squamata.report.labels import logarithmic, place_names
 from squamata.report.plan import AS_IT_IS
 
 if TYPE_CHECKING:
@@ -22,13 +23,23 @@ INSTALL = "pip install 'squamata[studies]'"
 COLOURS = ("#2a7f62", "#c8792b", "#4a6fa5", "#9b4a75", "#7a8b3c", "#5b6770", "#b5493b", "#3f8f9f")
 DASHES = ("solid", "dash", "dot", "dashdot")  # once the colours are used up
 FAINT, INK, GRID = "#9aa5ab", "#26323a", "#e6eaec"
+VERDICTS = {"better": COLOURS[0], "worse": COLOURS[6], "not significant": FAINT}
 SCALE = [[0.0, "#f6f8f7"], [0.35, "#a9d1c1"], [0.7, "#2a7f62"], [1.0, "#12372a"]]
+
+
+class Cost(NamedTuple):
+    """A cost as it is drawn: what it is called, and what a row's number of it is divided by."""
+
+    words: str
+    unit: float
+
+
+SIZE = Cost("stored size, MB", 1e6)
 CHIP = {  # figures of the hardware room that are costs
-    "sram_mm2": "SRAM for scales, mm²",
-    "energy_per_token_nj": "energy a token, nJ",
-    "dram_bytes_per_token": "DRAM bytes a token",
+    "sram_mm2": Cost("SRAM for the scales of u, mm²", 1.0),
+    "energy_per_token_nj": Cost("energy a token, mJ", 1e6),
+    "dram_bytes_per_token": Cost("DRAM traffic a token, MB", 1e6),
 }
-SMALLEST_KL = 1e-9  # below it lies only float noise
 
 
 def require_plotly() -> None:
@@ -75,15 +86,21 @@ def pareto(rows: Sequence[Row], cost: str, quality: str) -> Figure:
     ``cost``: ``bytes`` (in MB) or one of ``CHIP``. Rows without the figure are left out.
     """
     word = {"perplexity": "perplexity", "kl": "KL to the float model, nats a token"}[quality]
-    made = figure(f"{word} against {CHIP.get(cost, 'size')}", hovermode="closest")
+    against = CHIP.get(cost, SIZE).words
+    made = figure(f"{word.partition(',')[0]} against {against.partition(',')[0]}", hovermode="closest")
+    every: list[tuple[float, float]] = []
+    named: list[tuple[int, str, str]] = []  # place among all points, words, colour
     for number, model in enumerate(models_of(rows)):
         colour = COLOURS[number % len(COLOURS)]
         points = [(_cost(row, cost), row) for row in rows if row["model"] == model and _known(row, cost, quality)]
         if points:
             _add_points(made, model, points, quality, colour)
-            _add_front(made, model, points, quality, colour)
-    made.update_xaxes(title="stored size, MB" if cost == "bytes" else CHIP[cost])
-    made.update_yaxes(title=word, type="log" if quality == "kl" else "linear", exponentformat="power")
+            front = _add_front(made, model, points, quality, colour)
+            named += [(len(every) + place, label(points[place][1]), colour) for place in front]
+            every += [(at, float(np.log10(row[quality])) if quality == "kl" else row[quality]) for at, row in points]
+    _add_names(made, every, named)
+    made.update_xaxes(title=against)
+    made.update_yaxes(title=word, **(logarithmic([10**height for _, height in every]) if quality == "kl" else {}))
     return made
 
 
@@ -94,7 +111,7 @@ def _known(row: Row, cost: str, quality: str) -> bool:
 
 
 def _cost(row: Row, cost: str) -> float:
-    return float(row["bytes"]["total"] / 1e6 if cost == "bytes" else row["hardware"][cost])
+    return float(row["bytes"]["total"] / SIZE.unit if cost == "bytes" else row["hardware"][cost] / CHIP[cost].unit)
 
 
 def _add_points(made: Figure, model: str, points: Sequence[tuple[float, Row]], quality: str, colour: str) -> None:
@@ -120,7 +137,8 @@ def _add_points(made: Figure, model: str, points: Sequence[tuple[float, Row]], q
     )
 
 
-def _add_front(made: Figure, model: str, points: Sequence[tuple[float, Row]], quality: str, colour: str) -> None:
+def _add_front(made: Figure, model: str, points: Sequence[tuple[float, Row]], quality: str, colour: str) -> list[int]:
+    """A line through the points that no other beats; their places."""
     front = pareto_front([(cost, row[quality]) for cost, row in points])
     made.add_scatter(
         x=[points[place][0] for place in front],
@@ -131,16 +149,17 @@ def _add_front(made: Figure, model: str, points: Sequence[tuple[float, Row]], qu
         showlegend=False,
         hoverinfo="skip",
     )
-    for place in front:
-        cost, row = points[place]
-        height = np.log10(row[quality]) if quality == "kl" else row[quality]
-        note(made, label(row), cost, float(height), colour)
+    return front
 
 
-def note(made: Figure, text: str, x: float, y: float, colour: str) -> None:
-    """Words at the lower right of a point; a coordinate on a logarithmic axis is given as its decimal logarithm."""
-    place = {"xanchor": "left", "yanchor": "top", "xshift": 7, "yshift": -3, "showarrow": False}
-    made.add_annotation(x=x, y=y, text=text, font={"size": 11, "color": colour}, **place)
+def _add_names(made: Figure, points: Sequence[tuple[float, float]], named: Sequence[tuple[int, str, str]]) -> None:
+    """Names of points beside them, as far as there is room: the mouse tells the others."""
+    places = place_names(points, [(number, words) for number, words, _ in named])
+    for (number, words, colour), place in zip(named, places, strict=True):
+        if place is not None:
+            side = {"xanchor": place.xanchor, "yanchor": place.yanchor, **place.shift, "showarrow": False}
+            x, y = points[number]
+            made.add_annotation(x=x, y=y, text=words, font={"size": 11, "color": colour}, **side)
 
 
 def upright(made: Figure, x: float, text: str, colour: str, logarithmic: bool = False) -> None:
@@ -161,20 +180,22 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def differences(rows: Sequence[Row], compared: Mapping[str, Comparison]) -> Figure:
-    """Perplexity of every row beside its baseline, in percent, with the paired interval; grey: not significant."""
-    shown = [row for row in rows if (found := compared[row["id"]].difference) is not None and found.ci is not None]
-    made = figure(
-        "perplexity beside the baseline, paired (grey: not significant)",
-        height=140 + 26 * len(shown),
-        showlegend=False,
-    )
+def differences(
+    rows: Sequence[Row], compared: Mapping[str, Comparison], measure: Measure = "nats", of: str = ""
+) -> Figure:
+    """Perplexity (or KL) of every row beside its baseline, in percent, with the paired interval; grey: not significant.
+
+    ``of``: what it was judged on, for the title.
+    """
+    percents = [(row, compared[row["id"]].percent) for row in rows]
+    shown = [(row, percent[0], percent[1]) for row, percent in percents if percent and percent[1]]
+    word = {"nats": "perplexity", "kl": "KL"}[measure]
+    title = f"{of}{': ' if of else ''}{word} beside the baseline, paired (grey: not significant)"
+    made = figure(title, height=140 + 26 * len(shown), showlegend=False)
     several = len(models_of(rows)) > 1
-    for row in shown:
-        found = compared[row["id"]].difference
-        assert found is not None and found.ci is not None
-        middle, low, high = (100 * np.expm1(value) for value in (found.nats_per_token, *found.ci))
-        colour = {"better": COLOURS[0], "worse": COLOURS[6]}.get(found.verdict, FAINT)
+    for row, middle, (low, high) in shown:
+        found = compared[row["id"]]
+        colour = VERDICTS.get(found.verdict, FAINT)
         name = f"{row['model']}: {label(row)}" if several else label(row)
         made.add_scatter(
             x=[middle],
@@ -184,27 +205,35 @@ def differences(rows: Sequence[Row], compared: Mapping[str, Comparison]) -> Figu
             error_x={"type": "data", "array": [high - middle], "arrayminus": [middle - low], "color": colour},
             hovertemplate=f"{middle:+.3f} % ({low:+.3f} .. {high:+.3f})<br>{found.verdict}<extra>{name}</extra>",
         )
-    made.update_xaxes(title="difference in perplexity, %", zeroline=True, zerolinecolor=INK)
-    made.update_yaxes(autorange="reversed")
+    made.update_xaxes(title=f"difference in {word}, %", zeroline=True, zerolinecolor=INK)
+    made.update_yaxes(range=[len(shown) - 0.5, -0.5])
     return made
 
 
-def pairs(rows: Sequence[Row], sums: Mapping[str, UnitSums | None]) -> Figure:
-    """Every row of a model beside every other: percent of perplexity, row less column; a dot where not significant."""
+def pairs(rows: Sequence[Row], sums: Mapping[str, UnitSums | None], of: str = "") -> Figure:
+    """Every row of a model beside every other: percent of perplexity, row less column; a dot without colour where not
+    significant.
+
+    ``of``: what they were judged on, for the title.
+    """
     names = [label(row) for row in rows]
-    values = np.full((len(rows), len(rows)), np.nan)
+    values, seen = np.full((2, len(rows), len(rows)), np.nan)
     words = [["" for _ in rows] for _ in rows]
     for down, row in enumerate(rows):
         for across, other in enumerate(rows):
             found = None if down == across else paired(sums[other["id"]], sums[row["id"]])
             if found is not None:
                 values[down, across] = 100 * (found.perplexity_ratio - 1)
-                quiet = found.verdict == "not significant"
-                words[down][across] = "·" if quiet else f"{values[down, across]:+.1f}"
-    made = figure(f"{rows[0]['model']}: row beside column, % of perplexity (· not significant)", 190 + 28 * len(rows))
-    bound = float(np.nanmax(np.abs(values), initial=1e-9))
+                loud = found.verdict != "not significant"
+                words[down][across] = f"{values[down, across]:+.1f}" if loud else "·"
+                seen[down, across] = values[down, across] if loud else 0.0
+    made = figure(
+        f"{rows[0]['model']}{of}: row beside column, % of perplexity (· not significant)", 190 + 28 * len(rows)
+    )
+    bound = float(np.nanmax(np.abs(seen), initial=1e-9))
     made.add_heatmap(
-        z=np.clip(values, -bound, bound).tolist(),
+        z=seen.tolist(),
+        customdata=values.tolist(),
         x=names,
         y=names,
         text=words,
@@ -215,9 +244,10 @@ def pairs(rows: Sequence[Row], sums: Mapping[str, UnitSums | None]) -> Figure:
         xgap=1,
         ygap=1,
         colorbar={"title": "%", "thickness": 12},
-        hovertemplate="%{y}<br>beside %{x}<br>%{z:+.3f} %<extra></extra>",
+        hovertemplate="%{y}<br>beside %{x}<br>%{customdata:+.3f} %<extra></extra>",
     )
-    made.update_yaxes(autorange="reversed")
+    made.update_xaxes(showgrid=False)
+    made.update_yaxes(autorange="reversed", showgrid=False)
     return made
 
 
@@ -231,6 +261,8 @@ def by_position(rows: Sequence[Row], place: int) -> Figure | None:
     entry = rows[0]["evaluations"][place]
     title = f"{rows[0]['model']}, {entry['text']}, {entry['mode']}: KL by tokens since the window began"
     made = figure(title, height=380 + 18 * len(lines))
+    heights = [span["kl"] for spans in lines.values() for span in spans]
+    middles = [(span["start"] + span["stop"]) / 2 for spans in lines.values() for span in spans]
     for number, (name, spans) in enumerate(lines.items()):
         bounds = [span["kl_ci"] or (span["kl"], span["kl"]) for span in spans]
         made.add_scatter(
@@ -251,22 +283,19 @@ def by_position(rows: Sequence[Row], place: int) -> Figure | None:
             + name
             + "</extra>",
         )
-    made.update_xaxes(title="tokens since the window began (middle of the stretch)", type="log")
-    made.update_yaxes(title="KL to the float model, nats a token", type="log", exponentformat="power")
+    made.update_xaxes(title="tokens since the window began (middle of the stretch)", **logarithmic(middles))
+    made.update_yaxes(title="KL to the float model, nats a token", **logarithmic(heights))
     return made
 
 
-def seed_spread(rows: Sequence[Row]) -> list[tuple[str, str, float, float, int]]:
-    """Model, recipe and override, mean and standard deviation of perplexity, seeds: of those with several seeds."""
+def seed_spread(rows: Sequence[Row], place: int = 0, name: str = "perplexity") -> dict[tuple[str, str], list[float]]:
+    """Model, and recipe with override -> a figure of evaluation ``place`` for every seed: of those with several."""
     groups: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        name = row["recipe"] if row["override"] == AS_IT_IS else f"{row['recipe']}, {row['override']}"
-        groups.setdefault((row["model"], name), []).append(row["perplexity"])
-    return [
-        (model, name, float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
-        for (model, name), values in groups.items()
-        if len(values) > 1
-    ]
+        value = row["evaluations"][place].get(name)
+        if value is not None:
+            groups.setdefault((row["model"], label({**row, "seed": 0})), []).append(value)
+    return {group: values for group, values in groups.items() if len(values) > 1}
 
 
 def steps(levels: np.ndarray) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from squamata.kernels.dispatch import use_backend
 from squamata.kernels.site import Mode
 from squamata.memory import peak_rss_bytes
 from squamata.models.lm import LanguageModel
+from squamata.report.accuracy import measure_tasks
 from squamata.report.distributions import observe_distributions
 from squamata.report.plan import RowPlan
 from squamata.report.reference import References, beginning, parameter_count
@@ -33,25 +35,30 @@ _references = References()  # of this process
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row and its details; or, in ``error``, the line that says why there is none."""
+    """A row and its details; or, in ``error``, the line that says why there is none, with the ``traceback`` of what
+    nobody foresaw."""
 
     plan: RowPlan
     row: dict[str, Any] = field(default_factory=dict)
     details: Arrays = field(default_factory=dict)
     error: str | None = None
+    traceback: str | None = None
 
 
 def measure_row(plan: RowPlan, verbs: Verbs, scratch: Path | None = None, device: str = "cpu") -> Outcome:
     """Measure a row. ``scratch``: where the checkpoint lives meanwhile; the system's folder for such unless given.
     ``device``: *cpu*, by the integer kernels; *cuda*: the current GPU, by simulation, which they agree with.
 
-    What a user can put right becomes the outcome's ``error``: the other rows are still worth measuring.
+    Whatever goes wrong becomes the outcome's ``error``: the other rows are still worth measuring.
     """
     try:
         with about(plan.name), tempfile.TemporaryDirectory(dir=scratch) as folder:
             return _measure(plan, verbs, Path(folder) / "checkpoint", device)
     except SquamataError as error:
         return Outcome(plan, error=str(error))
+    except Exception as error:  # a matrix that is singular, memory that is short: one row's trouble, not the study's
+        said = " ".join(str(error).split())[:200]
+        return Outcome(plan, error=f"{plan.name}: {type(error).__name__}: {said}", traceback=traceback.format_exc())
 
 
 def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outcome:
@@ -62,6 +69,8 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outc
     quantized = time.perf_counter()
     judged_model = placed(model, device)
     evaluations, details = _judge(plan, verbs, judged_model, device)
+    tasks, hits = measure_tasks(judged_model, plan.tasks, plan.description.get("task_limit"))
+    details |= hits
     judged = time.perf_counter()
     distributions = plan.description["distributions"]
     if distributions:
@@ -73,6 +82,8 @@ def _measure(plan: RowPlan, verbs: Verbs, checkpoint: Path, device: str) -> Outc
     row |= {name: evaluations[0][name] for name in ("perplexity", "kl", "top1_agreement", "bits_per_byte")}
     row["simulation"] = _simulation_beside_integers(plan, model)
     row |= {"bytes": bytes_by_part(model), "parameters": parameter_count(plan.model), "evaluations": evaluations}
+    if tasks:
+        row["tasks"] = tasks
     if verbs.hardware is not None:
         row["hardware"] = dict(verbs.hardware(model.config, plan.recipe))
     provenance = {key: value for key, value in plan.description.items() if key not in ("labels", "seed", "recipe")}

@@ -199,10 +199,11 @@ def check_budget(mixer: Mixer, budget: float) -> None:
     if not mixer.units:
         raise SquamataError("the two recipes are the same on this model: give --upgrade a better one")
     if budget < mixer.base:
-        least, bits = f"{mixer.base:.6g} {mixer.unit}", 8 / mixer.forms.parameters
+        digits = ",.0f" if mixer.unit == "bytes" else ".6g"
+        least, bits = f"{mixer.base:{digits}} {mixer.unit}", 8 / mixer.forms.parameters
         least += f" ({bits * mixer.base:.3f} bits a parameter)" if mixer.unit == "bytes" else ""
         raise SquamataError(
-            f"the budget of {budget:.6g} is below the {least} that the recipe needs without any upgrade; raise it"
+            f"the budget of {budget:{digits}} is below the {least} that the recipe needs without any upgrade; raise it"
         )
 
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from squamata import __version__
 from squamata.errors import SquamataError
 from squamata.evaluate.uncertainty import FEWEST_UNITS
 from squamata.report import figures, site_figures
-from squamata.report.compare import Comparison, Row, sums_of, verdicts
+from squamata.report.accuracy import tasks_of
+from squamata.report.compare import Comparison, Measure, Row, sums_of, task_verdicts, verdicts
 from squamata.report.distributions import unpack_distributions
 from squamata.report.page_style import END, STYLE, WATCH
-from squamata.report.rows import STUDY, read_details
+from squamata.report.rows import STUDY, read_details, read_plan
 from squamata.text import check_writable, write_whole
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+MEASURES: tuple[Measure, ...] = ("nats", "kl")
 KINDS = ("sensitivity", "outliers")
 LARGEST_PAIRS = 24  # rows of a table of all pairs
 DISTRIBUTION_ROWS, DISTRIBUTIONS = 6, 24  # rows whose distributions are drawn, and figures of each
@@ -94,10 +98,11 @@ def _sections(
     study: Mapping[str, Any], rows: Sequence[Row], others: Sequence[Mapping[str, Any]], folder: Path
 ) -> Iterator[str]:
     if rows:
-        compared = verdicts(folder, study, rows)
-        yield "<h2>Rows</h2>" + _conditions(rows) + _table(rows, compared) + _seeds(rows)
+        judged = _judged(study, rows, folder)
+        yield "<h2>Rows</h2>" + _conditions(rows) + _missing(rows, folder) + _table(rows, judged) + _seeds(rows, judged)
+        yield _tasks(study, rows, folder)
         yield from _fronts(rows)
-        yield from _differences(rows, compared, folder)
+        yield from _differences(rows, judged, folder)
         yield from _positions(rows)
         yield from _distributions(rows, folder)
     yield from _sensitivities([found for found in others if found["kind"] == "sensitivity"])
@@ -106,20 +111,60 @@ def _sections(
         yield _provenance(rows)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """One evaluation of all rows: the text and mode ``of`` which it is, where there are several, and the rows beside
+    their baselines."""
+
+    of: str
+    nats: Mapping[str, Comparison]
+    kl: Mapping[str, Comparison]
+
+
+def _judged(study: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[Judged]:
+    entries = rows[0]["evaluations"]
+    names = [f", {entry['text']}, {entry['mode']}" if len(entries) > 1 else "" for entry in entries]
+    return [
+        Judged(name, *(verdicts(folder, study, rows, place, measure) for measure in MEASURES))
+        for place, name in enumerate(names)
+    ]
+
+
 def _conditions(rows: Sequence[Row]) -> str:
-    first, source = rows[0]["evaluations"][0], rows[0]["provenance"]
-    count = first["documents"]
-    told = [f"{first['tokens']} tokens of {count} document{'s' if count > 1 else ''} of {first['text']}"]
-    told += [f"windows of {first['window']}", f"{first['mode']} unless a column says otherwise"]
+    judged = {row["model"]: row["evaluations"][0] for row in rows}
+    first = rows[0]["evaluations"][0]
+    amounts = {model: _amount(entry) for model, entry in judged.items()}
+    same = len(set(amounts.values())) == 1
+    told = [f"{_amount(first) if same else ', '.join(map(': '.join, amounts.items()))} of {first['text']}"]
+    told += [f"windows of {first['window']}", f"{first['mode']} unless said otherwise"]
     versions = sorted({row["provenance"]["squamata_version"] for row in rows})
     told.append(f"measured by squamata {', '.join(versions)}")
     if len(versions) > 1:
         told.append("rows of different versions: compare with care")
     told += sorted({_made_on(row) for row in rows if "measured_on" in row})
-    if source.get("calibration_sha256"):
-        told.append(f"calibration text sha256 {source['calibration_sha256'][:12]}")
-    units = "documents" if count >= FEWEST_UNITS else "windows"
-    return f"<p>{escape('; '.join(told))}. Intervals are 95 % bootstrap intervals over {units}.</p>"
+    drawn = sorted({row["provenance"].get("calibration_sha256") or "" for row in rows} - {""})
+    if drawn:
+        told.append(f"calibration text{'s' if len(drawn) > 1 else ''} sha256 {', '.join(each[:12] for each in drawn)}")
+    enough = {entry["documents"] >= FEWEST_UNITS for entry in judged.values()}
+    units = " or ".join(word for word, meant in (("documents", True), ("windows", False)) if meant in enough)
+    said = f"Intervals are 95 % bootstrap intervals over {units}; under them the difference from the baseline, paired."
+    return f"<p>{escape('; '.join(told))}. {said}</p>"
+
+
+def _amount(entry: Mapping[str, Any]) -> str:
+    count = entry["documents"]
+    return f"{entry['tokens']} tokens of {count} document{'s' if count > 1 else ''}"
+
+
+def _missing(rows: Sequence[Row], folder: Path) -> str:
+    """What the study asks for and has no row of, with the reason if a run gave one."""
+    written, planned = {row["id"] for row in rows}, read_plan(folder)[1]
+    left = [row for row in planned if row.id not in written]
+    if not left:
+        return ""
+    told = "".join(f"<li>{escape(row.error or f'{row.name}: not measured yet')}</li>" for row in left[:LARGEST_PAIRS])
+    more = f"<li>and {len(left) - LARGEST_PAIRS} more</li>" if len(left) > LARGEST_PAIRS else ""
+    return f"<p class='worse'>{len(left)} of {len(planned)} rows are missing:</p><ul class='worse'>{told}{more}</ul>"
 
 
 def _made_on(row: Row) -> str:
@@ -128,22 +173,22 @@ def _made_on(row: Row) -> str:
     return f"{made['device']}: {kernels}"
 
 
-def _table(rows: Sequence[Row], compared: Mapping[str, Comparison]) -> str:
-    further = [(entry["text"], entry["mode"]) for entry in rows[0]["evaluations"][1:]]
-    chip = {name: words for name, words in figures.CHIP.items() if any(name in row.get("hardware", {}) for row in rows)}
-    heads = ["model", "recipe", "variation", "seed", "MB", "bits a parameter", "perplexity", "beside the baseline"]
-    heads += ["KL, nats a token", "same top token, %", "bits a byte"]
-    heads += [f"perplexity, {text}, {mode}" for text, mode in further] + list(chip.values())
+def _table(rows: Sequence[Row], judged: Sequence[Judged]) -> str:
+    chip = {name: cost for name, cost in figures.CHIP.items() if any(name in row.get("hardware", {}) for row in rows)}
+    heads = ["model", "recipe", "variation", "seed", "MB", "bits a parameter"]
+    heads += [f"{word}{each.of}" for each in judged for word in ("perplexity", "KL, nats a token")]
+    heads += ["same top token, %", "bits a byte", *(cost.words for cost in chip.values())]
     lines = []
     for row in rows:
         first = row["evaluations"][0]
         cells = [escape(str(row[name])) for name in ("model", "recipe", "override", "seed")]
         cells += [f"{row['bytes']['total'] / 1e6:.2f}", f"{8 * row['bytes']['total'] / row['parameters']:.2f}"]
-        cells += [_with_interval(first, "perplexity", 3), _verdict(compared[row["id"]])]
-        cells += [_with_interval(first, "kl", 5), _with_interval(first, "top1_agreement", 2, 100)]
-        cells += [f"{row['bits_per_byte']:.4f}"]
-        cells += [_with_interval(entry, "perplexity", 3) for entry in row["evaluations"][1:]]
-        cells += [_number(row.get("hardware", {}).get(name)) for name in chip]
+        for place, each in enumerate(judged):
+            entry = row["evaluations"][place]
+            cells += [_with_interval(entry, "perplexity", 3) + _verdict(each.nats[row["id"]])]
+            cells += [_with_interval(entry, "kl", 5) + _verdict(each.kl[row["id"]])]
+        cells += [_with_interval(first, "top1_agreement", 2, 100), f"{row['bits_per_byte']:.4f}"]
+        cells += [_number(row.get("hardware", {}).get(name), cost.unit) for name, cost in chip.items()]
         lines.append(_line(cells, "td"))
     return f"<div class='card wide'><table>{_line(map(escape, heads), 'th')}{''.join(lines)}</table></div>"
 
@@ -152,8 +197,8 @@ def _line(cells: Any, tag: str) -> str:
     return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else ""
+def _number(value: Any, unit: float) -> str:
+    return f"{value / unit:.4g}" if isinstance(value, int | float) else ""
 
 
 def _with_interval(entry: Mapping[str, Any], name: str, digits: int, times: float = 1.0) -> str:
@@ -167,20 +212,54 @@ def _with_interval(entry: Mapping[str, Any], name: str, digits: int, times: floa
 
 
 def _verdict(found: Comparison) -> str:
-    kind = found.difference.verdict.replace(" ", "-") if found.difference else "none"
-    return f"<span class='{kind}'>{escape(found.words)}</span>"
+    kind = found.verdict.replace(" ", "-") or "none"
+    return f"<small class='{kind}'>{escape(found.words)}</small>" if found.words else ""
 
 
-def _seeds(rows: Sequence[Row]) -> str:
-    spread = figures.seed_spread(rows)
-    if not spread:
-        return ""
-    lines = [
-        _line([escape(model), escape(name), f"{mean:.4f}", f"{deviation:.4f}", count], "td")
-        for model, name, mean, deviation, count in spread
+def _seeds(rows: Sequence[Row], judged: Sequence[Judged]) -> str:
+    measured = [
+        (place, name, digits) for place in range(len(judged)) for name, digits in (("perplexity", 4), ("kl", 6))
     ]
-    heads = _line(["model", "recipe", "mean perplexity", "standard deviation over seeds", "seeds"], "th")
-    return f"<h3>Over calibration seeds</h3><div class='card wide'><table>{heads}{''.join(lines)}</table></div>"
+    spread = [figures.seed_spread(rows, place, name) for place, name, _ in measured]
+    if not spread[0]:
+        return ""
+    heads = ["model", "recipe", "seeds"]
+    heads += [f"{word}{each.of}" for each in judged for word in ("perplexity", "KL, nats a token")]
+    lines = []
+    for group, seeds in spread[0].items():
+        cells = [*map(escape, group), str(len(seeds))]
+        cells += [_mean(some.get(group, ()), digits) for some, (_, _, digits) in zip(spread, measured, strict=True)]
+        lines.append(_line(cells, "td"))
+    told = "<h3>Over calibration seeds: mean ± standard deviation</h3>"
+    return f"{told}<div class='card wide'><table>{_line(map(escape, heads), 'th')}{''.join(lines)}</table></div>"
+
+
+def _tasks(study: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> str:
+    names = tasks_of(rows)
+    if not names:
+        return ""
+    beside = {name: task_verdicts(folder, study, rows, name) for name in names}
+    counts = {name: some["examples"] for row in rows for name, some in row.get("tasks", {}).items()}
+    lines = []
+    for row in rows:
+        cells = [escape(str(row[name])) for name in ("model", "recipe", "override", "seed")]
+        cells += [_accuracy(row.get("tasks", {}).get(name)) + _verdict(beside[name][row["id"]]) for name in names]
+        lines.append(_line(cells, "td"))
+    heads = ["model", "recipe", "variation", "seed"]
+    heads += [f"{name}, % of {counts[name]}" for name in names]
+    told = "<h3>Tasks: accuracy ± standard error, and the paired difference from the baseline</h3>"
+    return f"{told}<div class='card wide'><table>{_line(map(escape, heads), 'th')}{''.join(lines)}</table></div>"
+
+
+def _accuracy(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    error = found["accuracy_stderr"]
+    return f"{100 * found['accuracy']:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
 
 
 def _fronts(rows: Sequence[Row]) -> Iterator[str]:
@@ -195,17 +274,20 @@ def _fronts(rows: Sequence[Row]) -> Iterator[str]:
             yield draw(made)
 
 
-def _differences(rows: Sequence[Row], compared: Mapping[str, Comparison], folder: Path) -> Iterator[str]:
+def _differences(rows: Sequence[Row], judged: Sequence[Judged], folder: Path) -> Iterator[str]:
     if len(rows) < 2:
         return
     draw = _Drawing("difference")
-    beside = figures.differences(rows, compared)
-    yield "<h2>Which differences are real</h2>" + (draw(beside) if beside.data else "")
+    yield "<h2>Which differences are real</h2>"
+    for each in judged:
+        of = each.of.removeprefix(", ")
+        made = figures.differences(rows, each.nats, "nats", of), figures.differences(rows, each.kl, "kl", of)
+        yield from (draw(one) for one in made if one.data)
     sums = sums_of(folder, rows)
     for model in figures.models_of(rows):
         same = [row for row in rows if row["model"] == model]
         if 1 < len(same) <= LARGEST_PAIRS:
-            yield draw(figures.pairs(same, sums))
+            yield draw(figures.pairs(same, sums, judged[0].of))
 
 
 def _positions(rows: Sequence[Row]) -> Iterator[str]:
@@ -224,16 +306,22 @@ def _positions(rows: Sequence[Row]) -> Iterator[str]:
 def _distributions(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     draw = _Drawing("distribution")
     drawn: list[str] = []
+    left = 0
     for row in rows:
         found = unpack_distributions(read_details(folder, row["id"]))
-        if found and any(entry.levels.size for entry in found):
-            name = f"{row['model']}, {figures.label(row)}"
-            shown = found[:DISTRIBUTIONS]
-            pictures = "".join(draw(site_figures.distribution(entry, f"{name}: {entry.site}")) for entry in shown)
-            drawn.append(f"<details{'' if drawn else ' open'}><summary>{escape(name)}</summary>{pictures}</details>")
+        if not any(entry.levels.size for entry in found):
+            continue
+        if len(drawn) == DISTRIBUTION_ROWS:
+            left += 1
+            continue
+        name = f"{row['model']}, {figures.label(row)}"
+        shown = found[:DISTRIBUTIONS]
+        pictures = "".join(draw(site_figures.distribution(entry, f"{name}: {entry.site}")) for entry in shown)
+        drawn.append(f"<details{'' if drawn else ' open'}><summary>{escape(name)}</summary>{pictures}</details>")
     if drawn:
-        yield "<h2>What lands on the sites</h2><p>Red ticks: every level that the number format has; red shade: "
-        yield "clipped.</p>" + "".join(drawn[:DISTRIBUTION_ROWS])
+        yield "<h2>What lands on the sites</h2><p>Red ticks: every level that the number format has; red shade: beyond "
+        yield "them. Observed in float, on the beginning of the first text.</p>" + "".join(drawn)
+        yield f"<p>{left} more rows have such pictures; make a study of fewer to see them.</p>" if left else ""
 
 
 def _sensitivities(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 STYLE = """
 :root { color-scheme: light; }
 body { margin: 0; background: #f3f5f4; color: #26323a; font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 28px 20px 60px; }
+main { max-width: 1400px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 28px; margin: 0; } h2 { font-size: 20px; margin: 36px 0 10px; } h3 { font-size: 16px; }
 .lead { font-size: 17px; margin-top: 4px; color: #4b5a63; }
 .card { background: white; border: 1px solid #e0e5e3; border-radius: 8px; padding: 12px; margin: 12px 0; }
@@ -15,7 +15,7 @@ td:nth-child(n+4), th:nth-child(n+4) { text-align: right; }
 tr:last-child td { border-bottom: 0; } tr:hover td { background: #f6faf8; }
 td:nth-child(-n+3) { white-space: nowrap; }
 td small { display: block; color: #7d8a91; font-size: 11px; white-space: nowrap; }
-.worse { color: #b5493b; } .better { color: #2a7f62; } .not-significant, .none { color: #7d8a91; }
+.worse, td small.worse { color: #b5493b; } td small.better { color: #2a7f62; }
 details { margin: 6px 0; } summary { cursor: pointer; color: #2a7f62; }
 pre { background: white; border: 1px solid #e0e5e3; border-radius: 8px; padding: 12px; overflow-x: auto; }
 pre { font-size: 12px; }

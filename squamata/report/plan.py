@@ -19,6 +19,8 @@ YAML form::
     max_tokens: 16384
     window: 512
     modes: [parallel, recurrent]           # or which texts in which: {parallel: [a, b], recurrent: [a]}
+    tasks: [lambada_openai, arc_easy]      # accuracy: files NAME.jsonl beside the texts (see --data)
+    task_limit: 1000                       # the first so many examples of each
     distributions: ["layers.0.mixer.u"]    # histograms of what lands there
     baseline: {recipe: quamba-w8a8}        # what the others are compared with; else the first row of a model
 """
@@ -28,16 +30,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from squamata.errors import SquamataError, about, nearest
+from squamata.evaluate.tasks import TASKS
 from squamata.load.hub import bundled, resolve
 from squamata.load.source import open_source
 from squamata.models.config import ModelConfig
+from squamata.report.accuracy import LAMBADA, read_task
 from squamata.report.rules import Change, changed_specs, rules_for
 from squamata.report.verbs import Verbs
 from squamata.spec.quant import Data
@@ -94,6 +98,8 @@ class Study(Data):
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     window: Annotated[int, Field(ge=1)] = 2048
     modes: Annotated[tuple[ModeName, ...] | dict[ModeName, tuple[str, ...]], Field(min_length=1)] = ("parallel",)
+    tasks: tuple[str, ...] = ()
+    task_limit: Annotated[int, Field(ge=1)] | None = None
     distributions: tuple[str, ...] = ()
     baseline: Baseline | None = None
 
@@ -122,6 +128,9 @@ class Study(Data):
             raise SquamataError(f"{path}: {first_problem(error, _hint)}") from None
         study._refuse_unknown_recipes(str(path))
         study._refuse_unknown_texts(str(path))
+        for task in study.tasks:
+            if task not in (LAMBADA, *TASKS):
+                raise SquamataError(f"{path}: no task '{task}'{nearest(task, (LAMBADA, *TASKS))}")
         return study
 
     def _refuse_unknown_texts(self, origin: str) -> None:
@@ -176,7 +185,8 @@ class Places:
 @dataclass(frozen=True)
 class RowPlan:
     """One row to be measured. ``labels``: model, recipe, override. ``description``: all that decides its numbers,
-    free of paths; ``id``: its hash."""
+    free of paths; ``id``: its hash. ``texts`` and ``tasks``: their files. ``asked``: the overrides of the grid that it
+    is the row of, by recipe and override (two of the same numbers are measured once)."""
 
     id: str
     labels: dict[str, str]
@@ -186,6 +196,8 @@ class RowPlan:
     calibration: str | None
     texts: dict[str, str]
     description: dict[str, Any]
+    tasks: dict[str, str] = field(default_factory=dict)
+    asked: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -211,6 +223,9 @@ class _Planner:
     def __init__(self, study: Study, places: Places, verbs: Verbs) -> None:
         self.study, self.places, self.verbs = study, places, verbs
         self.texts = {label: places.text(path, "text") for label, path in study.text.items()}
+        self.tasks = {name: places.text(f"{name}.jsonl", "text") for name in study.tasks}
+        for name, path in self.tasks.items():
+            read_task(name, path, study.task_limit)
         modes = study.modes
         self.modes = {mode: list(texts) for mode, texts in modes.items()} if isinstance(modes, dict) else list(modes)
         self.prints = _Fingerprints()
@@ -224,7 +239,7 @@ class _Planner:
             lost = source != "bundled" and not Path(source).exists()
             hint = "; --models FOLDER says where a study's models are" if lost else ""
             raise SquamataError(f"{error}{hint}") from None
-        seen: dict[str, str] = {}
+        seen: dict[str, RowPlan] = {}
         for name in self.study.recipes:
             recipe = _read_recipe(name, self.places.study)
             if not set(config.blocks) <= set(recipe.architectures):
@@ -233,15 +248,17 @@ class _Planner:
             for override in self.study.overrides:
                 if override.recipes is None or name in override.recipes:
                     for row in self._rows(label, source, config, (name, recipe), override):
-                        self._keep(row, f"{label}, {name}, {override.name}, seed {row.seed}", config, seen)
+                        self._keep(row, (name, override.name), config, seen)
 
-    def _keep(self, row: RowPlan, asked: str, config: ModelConfig, seen: dict[str, str]) -> None:
+    def _keep(self, row: RowPlan, asked: tuple[str, str], config: ModelConfig, seen: dict[str, RowPlan]) -> None:
         meaning = _digest(row.description | {"labels": None, "recipe": _meaning(row.recipe, config)})
-        if meaning in seen:
-            self.notes.append(f"{asked}: left out, it equals {seen[meaning]}")
-        else:
-            seen[meaning] = row.name
+        kept = seen.setdefault(meaning, row)
+        kept.asked.append(asked)
+        if kept is row:
             self.rows.append(row)
+        else:
+            words = ", ".join((row.labels["model"], *asked))
+            self.notes.append(f"{words}, seed {row.seed}: left out, it equals {kept.name}")
 
     def _rows(
         self, label: str, source: str, config: ModelConfig, named: tuple[str, Recipe], override: Override
@@ -261,12 +278,14 @@ class _Planner:
         for seed in self.study.seeds:
             description = {"labels": labels, "seed": seed, "model_sha256": self.prints.model(source)}
             description |= self._conditions(varied, calibration)
-            yield RowPlan(_digest(description), labels, seed, source, varied, calibration, self.texts, description)
+            judged_by = (self.texts, description, self.tasks)
+            yield RowPlan(_digest(description), labels, seed, source, varied, calibration, *judged_by)
 
     def _conditions(self, recipe: Recipe, calibration: str | None) -> dict[str, Any]:
         """What decides a row's numbers, model and seed apart, without any path."""
         study = self.study
-        return {
+        tasks = {name: self.prints.file(Path(path)) for name, path in self.tasks.items()}
+        return ({"tasks": tasks, "task_limit": study.task_limit} if tasks else {}) | {
             "recipe": {key: value for key, value in recipe.to_mapping().items() if key not in ("name", "description")},
             "calibration": recipe.calibration.model_dump(),
             "calibration_sha256": None if calibration is None else self.prints.file(Path(calibration)),

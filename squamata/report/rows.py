@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,25 +121,71 @@ def unpack_sums(details: Arrays, place: int = 0) -> UnitSums | None:
     return UnitSums(kind, found["tokens"], found["nats"], found.get("kl"), found.get("agrees"))
 
 
-def write_plan(folder: Path, study: Mapping[str, Any], ids: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Planned:
+    """A row that a study asks for, measured or not. ``asked``: the (recipe, override) that it is the row of; ``error``:
+    why the last run could not measure it."""
+
+    id: str
+    name: str
+    model: str
+    seed: int
+    asked: Sequence[Sequence[str]]
+    error: str | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Planned:
+        """The plan that a written row was of."""
+        asked = (row["recipe"], row["override"])
+        name = f"{row['model']}, {', '.join(asked)}, seed {row['seed']}"
+        return cls(row["id"], name, row["model"], row["seed"], (asked,))
+
+
+def write_plan(folder: Path, study: Mapping[str, Any], planned: Sequence[Planned]) -> None:
     """Which study the folder is of, and which rows, in order, it has now."""
     partial = folder / f"{STUDY}.partial"
-    partial.write_text(json.dumps({"study": dict(study), "rows": list(ids)}, indent=1) + "\n")
+    partial.write_text(json.dumps({"study": dict(study), "rows": [asdict(row) for row in planned]}, indent=1) + "\n")
     partial.replace(folder / STUDY)
 
 
-def read_study(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The study of a folder, empty if it has none, and those of its rows that are written, in the study's order."""
+def write_traceback(folder: Path, row_id: str, text: str | None) -> str | None:
+    """Keep what went wrong with a row where nobody foresaw it, and say in which file of the folder; None takes away
+    what an earlier run kept."""
+    name = f"{DETAILS}/{row_id}.traceback.txt"
+    if text is None:
+        (folder / name).unlink(missing_ok=True)
+        return None
+    (folder / name).write_text(text)
+    return name
+
+
+def read_plan(folder: Path) -> tuple[dict[str, Any], list[Planned]]:
+    """The study of a folder, empty if it has none, and the rows that it asks for."""
     path = folder / STUDY
     if not path.is_file():
         return {}, []
     try:
         content = json.loads(path.read_text())
-        study, ids = dict(content["study"]), list(content["rows"])
+        study, rows = dict(content["study"]), list(content["rows"])
+        if rows and isinstance(rows[0], str):
+            rows = list(_planned_before(folder, rows))
+        return study, [Planned(**row) for row in rows]
     except (ValueError, KeyError, TypeError, OSError):
         raise SquamataError(f"{path}: not the file of a study; run the study again") from None
-    rows = {row["id"]: row for row in read_rows(folder)}
-    return study, [rows[name] for name in ids if name in rows]
+
+
+def _planned_before(folder: Path, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What is known of the rows of a file that says their ids alone, as all did until 2026-11-23."""
+    written = {row["id"]: row for row in read_rows(folder)}
+    for name in ids:
+        yield asdict(Planned.of(written[name]) if name in written else Planned(name, name, "", 0, ()))
+
+
+def read_study(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The study of a folder, empty if it has none, and those of its rows that are written, in the study's order."""
+    study, planned = read_plan(folder)
+    rows = {row["id"]: row for row in read_rows(folder)} if planned else {}
+    return study, [rows[row.id] for row in planned if row.id in rows]
 
 
 def write_parquet(folder: Path, rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from squamata.report.distributions import Distribution
-from squamata.report.figures import COLOURS, FAINT, INK, SCALE, figure, steps, upright
+from squamata.report.figures import COLOURS, FAINT, INK, SCALE, VERDICTS, figure, steps, upright
+from squamata.report.labels import logarithmic
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 SHOWN = 40  # bars of a ranking
 FAINTEST = 1e-7  # a KL that is drawn as nothing
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "hexagon")
 RUG = 1024  # levels that are drawn one by one
 
 
@@ -41,7 +43,9 @@ def _heat(found: Mapping[str, Any]) -> Figure:
     kl = [[_kl(cells.get((layer, part))) for layer in layers] for part in parts]
     logs = [[None if value is None else float(np.log10(max(value, floor))) for value in line] for line in kl]
     words = "KL %{customdata:.3g}"
-    return _layers_by_sites(_title(found), (parts, layers), logs, "log10 KL", words, customdata=kl)
+    outside = [f"{part} {row['kl']:.2g}" for (layer, part), row in cells.items() if layer is None]
+    told = f"<br><sub>outside the layers: KL of {', '.join(outside)}</sub>" if outside else ""
+    return _layers_by_sites(_title(found) + told, (parts, layers), logs, "log10 KL", words, customdata=kl)
 
 
 def _layers_by_sites(
@@ -92,7 +96,7 @@ def _ranking(found: Mapping[str, Any]) -> Figure:
         x=values,
         y=[row["unit"] for row in rows],
         mode="markers",
-        marker={"size": 9, "color": [FAINT if row["verdict"] == "not significant" else COLOURS[0] for row in rows]},
+        marker={"size": 9, "color": [VERDICTS[row["verdict"]] for row in rows]},
         error_x={
             "type": "data",
             "array": [high - value for (_, high), value in zip(bounds, values, strict=True)],
@@ -102,9 +106,9 @@ def _ranking(found: Mapping[str, Any]) -> Figure:
         customdata=[[row["perplexity"], row["verdict"]] for row in rows],
         hovertemplate="<b>%{y}</b><br>KL %{x:.3g}<br>perplexity %{customdata[0]:.4f}, %{customdata[1]}<extra></extra>",
     )
-    upright(made, found["together_kl"], "all together", COLOURS[6], logarithmic=True)
-    title = "KL to float, nats a token (grey: perplexity not significantly changed)"
-    made.update_xaxes(title=title, type="log", exponentformat="power", dtick=1)
+    upright(made, found["together_kl"], "all together", INK, logarithmic=True)
+    title = "KL to float, nats a token (red: perplexity worse, green: better, grey: not significantly changed)"
+    made.update_xaxes(title=title, **logarithmic([*values, found["together_kl"]]))
     made.update_yaxes(autorange="reversed")
     return made
 
@@ -121,7 +125,12 @@ def search(found: Mapping[str, Any]) -> Figure:
             y=[mixture["kl"]],
             name=mixture["name"],
             mode="markers",
-            marker={"size": 11, "color": colour, "symbol": number},
+            marker={  # two searches may find the same
+                "size": 9 + 4 * number,
+                "color": colour,
+                "symbol": f"{SYMBOLS[number % len(SYMBOLS)]}-open",
+                "line": {"width": 2},
+            },
             error_y={"type": "data", "array": [high - mixture["kl"]], "arrayminus": [mixture["kl"] - low]},
             hovertext="<br>".join(mixture["upgraded"][:20]) or "nothing upgraded",
         )
@@ -171,8 +180,9 @@ def _grid_words(found: Distribution) -> str:
         return "float, or a scale taken at run time"
     smallest, largest = steps(found.levels)
     step = f"step {smallest:.3g}" if largest < 1.001 * smallest else f"steps {smallest:.3g} to {largest:.3g}"
-    of = "" if found.scales <= 1 else f", median of {found.scales} scales"
-    return f"{len(found.levels)} levels, {step}{of}; beyond them {found.clipped:.1e} of the values"
+    of = "" if found.scales <= 1 else f", drawn for the median of {found.scales} scales"
+    clipped = "" if found.clipped is None else f"; clipped: {found.clipped:.1e} of the values"
+    return f"{len(found.levels)} levels, {step}{of}{clipped}"
 
 
 def outlier_channels(found: Mapping[str, Any]) -> Figure:
@@ -186,7 +196,12 @@ def outlier_channels(found: Mapping[str, Any]) -> Figure:
             y=[layer for _, layer in marks],
             mode="markers",
             name=part.removeprefix("mixer."),
-            marker={"size": 9, "symbol": number, "color": COLOURS[number % len(COLOURS)], "opacity": 0.85},
+            marker={  # the same channel may stick out at several sites: a mark leaves those below it visible
+                "size": 7 + 2 * number,
+                "symbol": f"{SYMBOLS[number % len(SYMBOLS)]}-open",
+                "color": COLOURS[number % len(COLOURS)],
+                "line": {"width": 2},
+            },
             hovertemplate=f"{part}<br>channel %{{x}}, layer %{{y}}<extra></extra>",
         )
     made.update_xaxes(title="channel")
@@ -218,9 +233,25 @@ def zeroed(found: Mapping[str, Any]) -> Figure:
     """KL after zeroing outlier channels, beside as many channels drawn at random."""
     rows: Sequence[Mapping[str, Any]] = found["zeroed"]
     names = [f"{row['part'].removeprefix('mixer.')} ({row['channels']})" for row in rows]
-    made = figure(f"{found['model']}: channels set to zero, KL to the model as it is", 380, barmode="group")
-    made.add_bar(x=names, y=[row["kl"] for row in rows], name="outlier channels", marker={"color": COLOURS[6]})
-    made.add_bar(x=names, y=[row["random_kl"] for row in rows], name="as many at random", marker={"color": FAINT})
-    made.update_xaxes(title="site (channels zeroed in all layers)", color=INK)
-    made.update_yaxes(title="KL, nats a token", type="log", exponentformat="power", dtick=1)
+    made = figure(f"{found['model']}: channels set to zero, KL to the model as it is", 380)
+    bounds = [row.get("kl_ci") or (row["kl"], row["kl"]) for row in rows]
+    made.add_scatter(
+        x=names,
+        y=[row["kl"] for row in rows],
+        name="outlier channels",
+        mode="markers",
+        marker={"size": 11, "color": COLOURS[6]},
+        error_y={
+            "type": "data",
+            "array": [high - row["kl"] for (_, high), row in zip(bounds, rows, strict=True)],
+            "arrayminus": [row["kl"] - low for (low, _), row in zip(bounds, rows, strict=True)],
+        },
+    )
+    marker = {"size": 11, "color": FAINT, "symbol": "diamond"}
+    made.add_scatter(
+        x=names, y=[row["random_kl"] for row in rows], name="as many at random", mode="markers", marker=marker
+    )
+    made.update_xaxes(title="site (channels zeroed in all layers)", color=INK, type="category")
+    heights = [row[name] for row in rows for name in ("kl", "random_kl")]
+    made.update_yaxes(title="KL, nats a token", **logarithmic(heights))
     return made

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from squamata.report.measure import Outcome
-from squamata.report.plan import Places, Study, plan_rows
-from squamata.report.rows import append_row, locked, read_rows, read_study, write_parquet, write_plan
+from squamata.report.plan import Places, RowPlan, Study, plan_rows
+from squamata.report.rows import (
+    Planned,
+    append_row,
+    locked,
+    read_rows,
+    read_study,
+    write_parquet,
+    write_plan,
+    write_traceback,
+)
 from squamata.report.verbs import Verbs
 from squamata.report.workers import Workforce, measure_all
 
 ALONE = Workforce()
-SCRATCH = "scratch"  # checkpoints while they are judged
+SCRATCH = ".squamata-scratch"  # checkpoints while they are judged; emptied, so no folder that a user may have
 
 
 @dataclass(frozen=True)
@@ -43,28 +52,42 @@ def run_study(
     tried again by the next run.
     """
     plans, notes = plan_rows(study, places, verbs)
+    described = study.model_dump(mode="json")
     with locked(out):
-        write_plan(out, study.model_dump(mode="json"), [plan.id for plan in plans])
+        write_plan(out, described, _planned(plans))
         finished = {row["id"] for row in read_rows(out)}
         waiting = [plan for plan in plans if plan.id not in finished]
         scratch = out / SCRATCH
         shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
         scratch.mkdir()
-        failures: list[str] = []
+        failures: dict[str, str] = {}
         try:
             for number, outcome in enumerate(measure_all(waiting, verbs, force, scratch), start=1):
-                _keep(out, outcome, failures)
+                failure = _keep(out, outcome)
+                if failure is not None:
+                    failures[outcome.plan.id] = failure
+                    write_plan(out, described, _planned(plans, failures))
                 if progress is not None:
                     progress(len(plans) - len(waiting) + number, len(plans))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         rows = read_study(out)[1]
         write_parquet(out, rows)
-    return StudyRun(rows, len(waiting) - len(failures), failures, notes)
+    return StudyRun(rows, len(waiting) - len(failures), list(failures.values()), notes)
 
 
-def _keep(out: Path, outcome: Outcome, failures: list[str]) -> None:
+def _keep(out: Path, outcome: Outcome) -> str | None:
+    """Write a row, or say in one line why there is none."""
+    told = write_traceback(out, outcome.plan.id, outcome.traceback)
     if outcome.error is None:
         append_row(out, outcome.row, outcome.details)
-    else:
-        failures.append(outcome.error)
+        return None
+    return outcome.error if told is None else f"{outcome.error} (traceback: {told})"
+
+
+def _planned(plans: Sequence[RowPlan], failures: Mapping[str, str] | None = None) -> list[Planned]:
+    failures = failures or {}
+    return [
+        Planned(plan.id, plan.name, plan.labels["model"], plan.seed, plan.asked, failures.get(plan.id))
+        for plan in plans
+    ]

@@ -106,7 +106,7 @@ def _on_ray(plans: Sequence[RowPlan], verbs: Verbs, address: str, device: str) -
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1)
             yield from ray.get(ready)
-    except ray.exceptions.RaySystemError as error:
+    except ray.exceptions.RayError as error:  # a lost cluster, a worker without memory
         raise SquamataError(f"--ray {address}: {str(error).splitlines()[0]}; run again to go on") from None
     finally:
         ray.shutdown()

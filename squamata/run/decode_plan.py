@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from operator import is_
+from threading import Lock
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +24,12 @@ from squamata.kernels.decode.cpu import (
     StateSitePlan,
 )
 from squamata.kernels.hadamard import Rotation
-from squamata.kernels.landing import share_threads
 from squamata.kernels.lanes import STOCHASTIC
 from squamata.kernels.linear import Linear
 from squamata.kernels.qtensor import QTensor, Value, as_float
 from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan.chunks import ChunkSites
+from squamata.kernels.threads import alone, share_threads
 from squamata.models.block import Block, LayerCache, ScanCache
 from squamata.models.lm import Cache, LanguageModel
 from squamata.models.mamba1 import Mamba1
@@ -42,36 +44,56 @@ class NotPlannableError(Exception):
     """The model holds something the compiled token does not know; says what."""
 
 
+class _Binding(NamedTuple):
+    """The cache that the decoder stepped last: ``parts``, the tensors it was made of then, and a row a sequence."""
+
+    cache: Cache
+    parts: list[Tensor]
+    rows: list[BoundStates]
+
+    def holds(self, cache: Cache) -> bool:
+        """True if this is the cache and no tensor of it was replaced by another."""
+        parts = _parts(cache) if cache is self.cache else []
+        return cache is self.cache and len(parts) == len(self.parts) and all(map(is_, parts, self.parts))
+
+
 class Decoder:
-    """A plan together with the model it was made from: token ids in, logits out."""
+    """A plan together with the model it was made from: token ids in, logits out.
+
+    Threads take turns: a plan has one set of buffers.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.plan = plan_model(model)
-        self._threads = 0
-        self._cache: Cache | None = None
-        self._rows: list[BoundStates] = []
+        self._bound: _Binding | None = None
+        self._lock = Lock()
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """One token for every sequence, ids (B,) -> logits float32 (B, V); the cache is updated in place.
 
         Runs on as many threads as torch has now. SquamataError for a cache of another batch, mode or model.
         """
-        if self._cache is not cache:
-            self._rows, self._cache = self._bind(cache, len(ids)), cache
-        if len(ids) != len(self._rows):
-            raise SquamataError(f"{len(ids)} token ids for a cache of {len(self._rows)} sequences: one each is needed")
-        if self._threads != torch.get_num_threads():
-            share_threads()
-            self._threads = torch.get_num_threads()
+        if ids.ndim != 1:
+            raise SquamataError(f"a step takes one token id a sequence, (B,), not {tuple(ids.shape)}")
         embedded = ops.embedding(ids[:, None], self.model.embedding, torch.float32)[:, 0].numpy()
-        shape = (len(ids), self.model.config.vocab_size)
-        logits = np.empty(shape, np.float32)  # not torch's: its threads would spin beside ours
-        for row, states in enumerate(self._rows):
-            if self.plan.stochastic:
-                states.reseed(torch.randint(STOCHASTIC, 2**62, (len(states.table),)).numpy())
-            logits[row] = self.plan.step(embedded[row], states=states)
+        logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)  # not torch's: its threads would spin
+        share_threads()
+        with self._lock, alone():
+            for row, states in enumerate(self._states(cache, len(ids))):
+                if self.plan.stochastic:
+                    states.reseed(torch.randint(STOCHASTIC, 2**62, (len(states.table),)).numpy())
+                logits[row] = self.plan.step(embedded[row], states=states)
         return torch.from_numpy(logits)
+
+    def _states(self, cache: Cache, count: int) -> list[BoundStates]:
+        """The states of every sequence of a cache that should have ``count`` of them."""
+        if self._bound is None or not self._bound.holds(cache):
+            self._bound = _Binding(cache, _parts(cache), self._bind(cache, count))
+        rows = self._bound.rows
+        if count != len(rows):
+            raise SquamataError(f"{count} token ids for a cache of {len(rows)} sequences: one each is needed")
+        return rows
 
     def _bind(self, cache: Cache, batch: int) -> list[BoundStates]:
         """Every sequence's states; ``batch`` counts only for a model without layers."""
@@ -111,6 +133,14 @@ def _states(layer: LayerCache, row: int) -> tuple[NDArray, NDArray, NDArray[np.f
     return _memory(layer.conv)[row], _memory(state)[row], scales
 
 
+def _parts(cache: Cache) -> list[Tensor]:
+    """Every tensor whose address a binding holds."""
+    values = [value for layer in cache if isinstance(layer, ScanCache) for value in (layer.conv, layer.state)]
+    return [
+        part for value in values for part in ((value.data, value.scale) if isinstance(value, QTensor) else (value,))
+    ]
+
+
 def _memory(value: Value) -> NDArray:
     return (value.data if isinstance(value, QTensor) else value).numpy()
 
@@ -132,35 +162,43 @@ def _layer(block: Block) -> LayerPlan:
         for name in ("x",) if isinstance(block, Mamba1) else ("x", "B", "C"):
             plans[name] = _site(sites[name], name, codes_only=True)  # type: ignore[assignment]
     scan = block.scan
-    common: dict[str, Any] = {
-        "norm": _floats(block.norm),
-        "epsilon": block.config.norm_epsilon,
-        "conv": conv,
-        "dt_bias": _floats(scan.dt_bias),
-        "A": _floats(scan.A),
-        "skip": _floats(scan.D),
-        "states": block.config.d_state,
-        "out_proj": _linear(block.out_proj, sites["out"])[0],
-        "sites": plans,
-        "state_site": _state_site(sites["state"]),
-        "rotation": _rotation(block.out_rotation),
-    }
-    if isinstance(block, Mamba1):
-        if "u_proj" in sites:
-            raise NotPlannableError("x_proj reads a site of its own")
-        in_x, in_z = _linear(block.in_proj, sites["in"])
-        x_proj_dt, x_proj_B, x_proj_C = _linear(block.scan.x_proj, sites["u"])
-        (dt_proj,) = _linear(block.scan.dt_proj, sites["dt_low"])
-        return LayerPlan(
-            in_x=in_x, in_z=in_z, x_proj_dt=x_proj_dt, x_proj_B=x_proj_B, x_proj_C=x_proj_C, dt_proj=dt_proj,
-            bcdt_epsilon=block.scan.bcdt_norm_epsilon, **common,
-        )  # fmt: skip
-    in_z, in_x, in_B, in_C, in_dt = _linear(block.in_proj, sites["in"])
-    layout, norm = block.scan.layout, block.gate_norm
     return LayerPlan(
-        in_x=in_x, in_z=in_z, in_B=in_B, in_C=in_C, in_dt=in_dt, heads=layout.heads, groups=layout.groups,
-        gate_norm=_floats(norm.weight), gate_epsilon=norm.epsilon, dt_limit=layout.time_step_limit, **common,
-    )  # fmt: skip
+        norm=_floats(block.norm),
+        epsilon=block.config.norm_epsilon,
+        conv=conv,
+        dt_bias=_floats(scan.dt_bias),
+        A=_floats(scan.A),
+        skip=_floats(scan.D),
+        states=block.config.d_state,
+        out_proj=_linear(block.out_proj, sites["out"])[0],
+        sites=plans,
+        state_site=_state_site(sites["state"]),
+        rotation=_rotation(block.out_rotation),
+        **(_selective(block) if isinstance(block, Mamba1) else _headed(block)),
+    )
+
+
+def _selective(block: Mamba1) -> dict[str, Any]:
+    """What only a Mamba-1 layer has."""
+    sites, scan = block.sites, block.scan
+    if "u_proj" in sites:
+        raise NotPlannableError("x_proj reads a site of its own")
+    in_x, in_z = _linear(block.in_proj, sites["in"])
+    x_proj_dt, x_proj_B, x_proj_C = _linear(scan.x_proj, sites["u"])
+    (dt_proj,) = _linear(scan.dt_proj, sites["dt_low"])
+    projections = {"x_proj_dt": x_proj_dt, "x_proj_B": x_proj_B, "x_proj_C": x_proj_C, "dt_proj": dt_proj}
+    return {"in_x": in_x, "in_z": in_z, **projections, "bcdt_epsilon": scan.bcdt_norm_epsilon}
+
+
+def _headed(block: Mamba2) -> dict[str, Any]:
+    """What only a Mamba-2 layer has."""
+    in_z, in_x, in_B, in_C, in_dt = _linear(block.in_proj, block.sites["in"])
+    layout, norm = block.scan.layout, block.gate_norm
+    return {
+        **{"in_x": in_x, "in_z": in_z, "in_B": in_B, "in_C": in_C, "in_dt": in_dt},
+        **{"heads": layout.heads, "groups": layout.groups, "dt_limit": layout.time_step_limit},
+        **{"gate_norm": _floats(norm.weight), "gate_epsilon": norm.epsilon},
+    }
 
 
 def _plannable_spec(site: Site) -> QuantSpec | None:

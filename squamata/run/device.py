@@ -40,6 +40,10 @@ class DeviceModel:
         self.decoder = CapturedDecoder(model, batch, device, **options)
         self._cache: Cache = []
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a model, pickled or not, is without its twin and makes one of its own."""
+        return type(None), ()
+
     def new_cache(self, batch: int = 1) -> Cache:
         """Forget everything; the cache itself is empty, the state stays on the device."""
         if batch != self.decoder.batch:

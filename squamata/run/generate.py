@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,7 +110,8 @@ def continue_stream(
     decoder = None if tokenizer is None else tokenizer.stream()
     stops = StopFilter(options.stop)
     sampler.see(ids)
-    with torch.no_grad():
+    noise = sampler.noise if _rounds_at_random(model) else nullcontext
+    with torch.no_grad(), noise():
         logits = model.forward(torch.tensor([list(ids)]), cache, last_only=True)[0, -1]  # (V,)
     for count in range(1, options.max_new_tokens + 1):
         token = sampler.pick(logits)
@@ -119,8 +122,14 @@ def continue_stream(
             yield Piece(token, text, "stop" if stops.stopped else "eos" if ended else "length")
             return
         yield Piece(token, text)
-        with torch.no_grad():
+        with torch.no_grad(), noise():
             logits = model.step(sampler.ids, cache)[0]
+
+
+def _rounds_at_random(model: LanguageModel | DeviceModel) -> bool:
+    """True if a site rounds by torch's own generator, which everybody uses."""
+    sites = model.sites() if isinstance(model, LanguageModel) else ()
+    return any(site.quantized and site.spec is not None and site.spec.rounding == "stochastic" for site in sites)
 
 
 def _rest(decoder: Any, stops: StopFilter) -> str:
@@ -135,13 +144,20 @@ def prompt_ids(model: LanguageModel | DeviceModel, prompt: str | Sequence[int]) 
             raise SquamataError("the model has no tokenizer: give token ids, or add tokenizer.json to its folder")
         ids = model.tokenizer.encode(prompt)
     else:
-        ids = [int(token) for token in prompt]
+        ids = _whole_numbers(prompt)
     if not ids:
         raise SquamataError("the prompt is empty: give some text, or at least one token id")
     outside = next((token for token in ids if not 0 <= token < model.config.vocab_size), None)
     if outside is not None:
         raise SquamataError(f"token id {outside} is outside the model's vocabulary of {model.config.vocab_size}")
     return ids
+
+
+def _whole_numbers(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [index(token) for token in prompt]
+    except TypeError:
+        raise SquamataError("a prompt is a text, or one row of token ids, which are whole numbers") from None
 
 
 def sampling_options(**options: Any) -> SamplingOptions:

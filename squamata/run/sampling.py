@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from squamata.errors import SquamataError
+
+_KINDS = (
+    (Integral, "a whole number", ("max_new_tokens", "top_k", "seed")),
+    (Real, "a number", ("temperature", "top_p", "repetition_penalty")),
+    (tuple | list, "a tuple of strings", ("stop",)),
+)
+SMALLEST_TEMPERATURE = 2.0**-100  # a smaller one draws as this one does
 
 
 @dataclass(frozen=True)
@@ -28,14 +37,18 @@ class SamplingOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for kind, words, names in _KINDS:
+            wrong = next((name for name in names if not isinstance(getattr(self, name), kind)), None)
+            if wrong is not None:
+                raise SquamataError(f"{wrong.replace('_', '-')} must be {words}, not {getattr(self, wrong)!r}")
         checks = (
             (self.max_new_tokens >= 1, "max-new-tokens must be at least 1", self.max_new_tokens),
             (0 <= self.temperature < math.inf, "temperature must be 0 (greedy) or more", self.temperature),
             (self.top_k >= 0, "top-k must be 0 (off) or more", self.top_k),
             (0 < self.top_p <= 1, "top-p must be above 0 and at most 1", self.top_p),
-            (0 < self.repetition_penalty < math.inf, "repetition-penalty must be above 0", self.repetition_penalty),
+            (1e-6 <= self.repetition_penalty <= 1e6, "repetition-penalty must be 1e-6 to 1e6", self.repetition_penalty),
             (0 <= self.seed < 2**63, "seed must be 0 or more and below 2**63", self.seed),
-            (not isinstance(self.stop, str), "stop must be a tuple of strings", self.stop),
+            (all(isinstance(text, str) for text in self.stop), "stop must be a tuple of strings", self.stop),
             (all(self.stop), "a stop string must not be empty", self.stop),
         )
         for holds, message, value in checks:
@@ -53,12 +66,25 @@ class Sampler:
         self.options = options
         self._early: set[int] = set()  # ids seen before the vocabulary's size is known
         self._place: _Place | None = None
+        self._noise = torch.Generator().manual_seed(options.seed).get_state()
 
     @property
     def ids(self) -> Tensor:
         """int64 (1,): the last pick, on the device of the logits; a copy."""
         assert self._place is not None
         return self._place.ids.clone()
+
+    @contextmanager
+    def noise(self) -> Iterator[None]:
+        """Within it torch's generator on the CPU, by which sites round stochastically, goes on from where the seed and
+        the blocks before have left it; afterwards it is as it was."""
+        before = torch.get_rng_state()
+        torch.set_rng_state(self._noise)
+        try:
+            yield
+        finally:
+            self._noise = torch.get_rng_state()
+            torch.set_rng_state(before)
 
     def see(self, ids: Iterable[int]) -> None:
         """Count ids, of the prompt for one, as used before."""
@@ -118,7 +144,9 @@ def draw(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -
     """
     if options.temperature == 0:
         return logits.argmax(-1)
-    probabilities, ids = trim(logits / options.temperature, options.top_k, options.top_p)
+    below = logits - logits.amax(-1, keepdim=True)  # 0 and less: a small temperature makes no infinity of the largest
+    tempered = below / max(options.temperature, SMALLEST_TEMPERATURE)
+    probabilities, ids = trim(tempered, options.top_k, options.top_p)
     winner = (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1, True)
     return (winner if ids is None else ids.gather(-1, winner))[:, 0]
 

@@ -3,7 +3,8 @@
 In the writer's temporary folder: ``part-00003.safetensors`` (tensors as stored), ``state-4.safetensors`` (what the
 maker needs to go on after four parts), ``progress.json`` (how many parts are finished, of which work). The last is
 replaced last, so the three always agree. A large state is written only as often as takes a tenth of the time; what was
-made since is then made again.
+made since is then made again. Anything else that a killed writer left in the folder (the drafts of safetensors, shards
+that were being joined) is removed when its parts are taken over.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PROGRESS = "progress.json"
+LOCK = ".lock"  # held by the writer of the folder while it lives
 SMALL_STATE = 2**28  # bytes that are always worth writing
 SHARE = 0.1  # of the time that may go into writing larger ones
 
@@ -34,17 +37,37 @@ class PartFiles:
         self.cost = 0.0  # seconds that this took
         self.since = time.monotonic()
 
-    def recover(self) -> None:
-        """Take over what an earlier writer of the same work finished; parts it did not finish are overwritten."""
-        found = read_progress(self.folder)
-        if found is not None and found["work"] == self.work:
-            self.count, self.record = found["parts"], found["record"]
-            self.saved = self.count
+    def recover(self) -> bool:
+        """Take over what an earlier writer of the same work finished, and remove what it did not.
 
-    def finish(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write one part, what is needed to go on after it, and that both are there. OSError and SafetensorError."""
+        False, and nothing is touched, if the files are not what ``progress.json`` says (a power cut, a hand).
+        """
+        found = read_progress(self.folder)
+        if found is None or found["work"] != self.work:
+            return True
+        count = found["parts"]
+        state = self._state(count)
+        kept = [*map(self._part, range(count)), *([state] if state.is_file() else [])]
+        if not all(map(_is_whole, kept)):
+            return False
+        self.count = self.saved = count
+        self.record = found["record"]
+        for path in self.folder.iterdir():
+            if path not in kept and path.name not in (PROGRESS, LOCK):
+                path.unlink()
+        return True
+
+    def finish(
+        self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] | None, record: Mapping[str, Any]
+    ) -> None:
+        """Write one part, what is needed to go on after it, and that both are there. OSError and SafetensorError.
+
+        ``state`` None: nobody will go on after it, so neither is written.
+        """
         safetensors.torch.save_file(dict(tensors), self._part(self.count))
         self.count, self.record = self.count + 1, dict(record)
+        if state is None:
+            return
         size = sum(tensor.nbytes for tensor in state.values())
         started = time.monotonic()
         if size > SMALL_STATE and SHARE * (started - self.since) < self.cost:
@@ -71,10 +94,12 @@ class PartFiles:
 
     def clear(self) -> None:
         """Remove all of it, when the parts have become something else."""
-        (self.folder / PROGRESS).unlink(missing_ok=True)
-        self._state(self.saved).unlink(missing_ok=True)
-        for number in range(self.count):
-            self._part(number).unlink()
+        for path in self.files():
+            path.unlink(missing_ok=True)
+
+    def files(self) -> list[Path]:
+        """Every file of the parts, ``progress.json`` first: what is removed after it is not missed."""
+        return [self.folder / PROGRESS, self._state(self.saved), *map(self._part, range(self.count))]
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05}.safetensors"
@@ -90,3 +115,12 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.keys() == {"work", "parts", "record"} else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of tensors is there, as long as its header says."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from squamata.errors import SquamataError
+from squamata.errors import SquamataError, about
 from squamata.kernels.partition import Partition
 from squamata.kernels.qtensor import QTensor, Value
 from squamata.kernels.sparse import SparseRows, column_type
@@ -57,7 +57,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a folder that ``write_checkpoint`` wrote. SquamataError names the first thing that is wrong."""
     description = read_description(folder)
     config, recipe = parse(description, folder)
-    specs = recipe.resolve(config.blocks)
+    with about(f"{folder}/{CONFIG}"):
+        specs = recipe.resolve(config.blocks)
     shards = _shards(folder)
     stored = {name: signature for path in shards for name, signature in _signatures(path).items()}
     added = _left_in_layers(config, recipe, stored)
@@ -117,15 +118,17 @@ def parse(description: dict[str, Any], folder: Path) -> tuple[ModelConfig, Recip
         first = error.errors()[0]
         where = ".".join(["model", *map(str, first["loc"])])
         raise SquamataError(f"{folder}/{CONFIG}: {where}: {said(first)}") from None
-    except (TypeError, ValueError) as error:
-        raise SquamataError(f"{folder}/{CONFIG}: {str(error).splitlines()[0]}") from None
+    except (TypeError, ValueError):
+        raise SquamataError(
+            f"{folder}/{CONFIG}: 'model' or 'quantization_config' is not as Squamata writes it; copy it again"
+        ) from None
 
 
 def _shards(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             raise SquamataError(f"{folder / INDEX}: not a shard index") from None
         if outside := [name for name in names if Path(str(name)).name != name]:
             raise SquamataError(f"{folder / INDEX}: '{outside[0]}' is not a file in this folder")
@@ -140,8 +143,10 @@ def _signatures(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | No
             return {name: (tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for name, part in slices.items()}
     except FileNotFoundError:
         raise SquamataError(f"{path}: this shard is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise SquamataError(f"{path}: damaged or truncated ({str(error).splitlines()[0]})") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SquamataError(
+            f"{path}: damaged or truncated ({str(error).splitlines()[0]}); copy or download it again"
+        ) from None
 
 
 def _load(path: Path) -> dict[str, Tensor]:

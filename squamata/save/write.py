@@ -25,23 +25,25 @@ from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.models.lm import model_layouts
 from squamata.save.format import CONFIG, INDEX, TOKENIZER_FILES, describe, scale_name, sparse_names
-from squamata.save.parts import PartFiles, read_progress
+from squamata.save.parts import LOCK, PartFiles, read_progress
+from squamata.text import check_name
 
 SHARD_BYTES = 2**30
-LOCK = ".lock"  # in the temporary folder, held by its writer while it lives
 
 
 class CheckpointWriter:
     """Takes tensors as they become ready and publishes the folder only when all are there.
 
-    Use as a context manager and end with ``publish``: leaving it without removes the temporary folder, unless the user
-    interrupts it. A killed process leaves the old checkpoint or none; the next writer to the same place clears what it
-    left (what no living writer has locked), and puts an old checkpoint back that was being replaced. ``force`` replaces
-    a checkpoint or an empty folder, nothing else.
+    Use as a context manager and end with ``publish``: leaving it without removes the temporary folder, unless parts in
+    it can be gone on with and nothing is wrong with what they are made of (an interruption, a full disk). A killed
+    process leaves the old checkpoint or none; the next writer to the same place clears what it left (what no living
+    writer has locked), and puts an old checkpoint back that was being replaced. ``force`` replaces a checkpoint or an
+    empty folder, nothing else.
 
-    ``resume``: go on with the parts that a dead or interrupted writer of the same ``work`` finished (``parts.count`` of
-    them); without one it starts anew, and parts of other work alone are a SquamataError, not thrown away. ``work``:
-    fingerprint of everything that decides the result.
+    ``resume``: what becomes of parts that a dead or interrupted writer finished. True: go on with those of the same
+    ``work`` (``parts.count`` of them; start anew if there are none), SquamataError if all are of other work; False:
+    throw them away; None: SquamataError that says they are there. ``work``: fingerprint of everything that decides
+    the result.
     """
 
     def __init__(
@@ -51,9 +53,9 @@ class CheckpointWriter:
         force: bool = False,
         shard_bytes: int = SHARD_BYTES,
         work: str = "",
-        resume: bool = False,
+        resume: bool | None = None,
     ) -> None:
-        self.folder = folder.absolute()
+        self.folder = _real(folder)
         self.force, self.resume = force, resume
         self.own = secrets.token_hex(8)
         self.layouts = model_layouts(config)
@@ -62,6 +64,7 @@ class CheckpointWriter:
         self.pending: dict[str, Tensor] = {}
         self.shards: list[list[str]] = []
         self.bytes = 0
+        self.kept = False  # whatever happens, what is finished
 
     @property
     def partial(self) -> Path:
@@ -75,8 +78,9 @@ class CheckpointWriter:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with _alone_in(self.folder.parent):
+                refuse_to_forget(self.folder, self.resume)
                 self._clear_left_overs()
-                self._refuse_to_replace()
+                refuse_to_replace(self.folder, self.force)
                 self.partial.mkdir(exist_ok=True)
                 self.lock = os.open(self.partial / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
                 _try_lock(self.lock)
@@ -84,12 +88,13 @@ class CheckpointWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
             raise SquamataError(f"cannot write to {self.folder.parent}: {_reason(error)}") from None
         self.parts.folder = self.partial
-        if self.resume:
-            self.parts.recover()
+        if self.resume and not self.parts.recover():
+            os.close(self.lock)
+            raise SquamataError(f"{self.partial}: what an interrupted run left is damaged: --no-resume throws it away")
         return self
 
     def _named(self, what: str, writer: str) -> Path:
-        return self.folder.parent / f".{self.folder.name}.{what}-{writer}"
+        return _left_by(self.folder, what, writer)
 
     def _clear_left_overs(self) -> None:
         """Put an old checkpoint back that a dead writer was replacing, and remove what else dead writers left."""
@@ -117,16 +122,8 @@ class CheckpointWriter:
         found = [what for path in left if not _is_live(path) and (what := read_progress(path)) is not None]
         if found and all(what["work"] != self.parts.work for what in found):
             raise SquamataError(
-                f"what a killed run left for {self.folder} was made with other arguments, of another model or by "
-                f"another version: repeat its own, or leave --resume out to start anew"
-            )
-
-    def _refuse_to_replace(self) -> None:
-        if self.folder.exists() and not self.force:
-            raise SquamataError(f"{self.folder} exists already; choose another folder or add --force to replace it")
-        if self.folder.exists() and not _replaceable(self.folder):
-            raise SquamataError(
-                f"{self.folder} is no checkpoint, and --force replaces nothing else; choose another folder"
+                f"{self.folder}: what an interrupted run left was made with other arguments, of another model or by "
+                f"another version: repeat its own, or start anew with --no-resume, which throws it away"
             )
 
     def add(
@@ -135,14 +132,17 @@ class CheckpointWriter:
         state: Mapping[str, Tensor] | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the next part: tensors under their full names, and what its maker needs to go on after it."""
+        """Write the next part: tensors under their full names, and what its maker needs to go on after it.
+
+        ``state`` None: whatever happens, nobody goes on with this part.
+        """
         stored: dict[str, Tensor] = {}
         for name, value in tensors.items():
             stored |= self._stored(name, value)
         try:
-            self.parts.finish(stored, state or {}, record or {})
+            self.parts.finish(stored, state, record or {})
         except (OSError, safetensors.SafetensorError) as error:
-            raise SquamataError(f"cannot write {self.folder}: {_reason(error)}; nothing was changed") from None
+            raise self._cannot_write(error) from None
 
     def _stored(self, name: str, value: Value) -> dict[str, Tensor]:
         if not isinstance(value, QTensor):
@@ -168,13 +168,16 @@ class CheckpointWriter:
             safetensors.torch.save_file(self.pending, path, metadata={"format": "pt"})
             path.chmod(os.fstat(self.lock).st_mode & 0o777)  # safetensors writes 0600, the umask says otherwise
         except (OSError, safetensors.SafetensorError) as error:
-            raise SquamataError(f"cannot write {self.folder}: {_reason(error)}; nothing was changed") from None
+            raise self._cannot_write(error) from None
         self.bytes += sum(tensor.nbytes for tensor in self.pending.values())
         self.shards.append(list(self.pending))
         self.pending = {}
 
     def publish(self, description: Mapping[str, Any], tokenizer_folder: Path | None) -> None:
-        """Write config, index and tokenizer, and rename the folder into place."""
+        """Write config, index and tokenizer, and rename the folder into place. The parts go last, so that nothing that
+        goes wrong before costs them.
+        """
+        self._refuse_late()
         self._join_parts()
         try:
             self._name_shards()
@@ -183,11 +186,27 @@ class CheckpointWriter:
                 assert tokenizer_folder is not None
                 if (tokenizer_folder / name).is_file():
                     shutil.copyfile(tokenizer_folder / name, self.partial / name)
-            for path in self.partial.iterdir():
+            for path in set(self.partial.iterdir()) - set(self.parts.files()):
                 _sync(path)
             self._replace()
         except OSError as error:
-            raise SquamataError(f"cannot write {self.folder}: {_reason(error)}; nothing was changed") from None
+            raise self._cannot_write(error) from None
+
+    def _refuse_late(self) -> None:
+        """The folder may have been made meanwhile."""
+        try:
+            refuse_to_replace(self.folder, self.force)
+        except SquamataError as error:
+            raise SquamataError(f"{error}{self._keep()}") from None
+
+    def _cannot_write(self, error: Exception) -> SquamataError:
+        """What is said of a full disk or the like."""
+        return SquamataError(f"cannot write {self.folder}: {_reason(error)}{self._keep() or '; nothing was changed'}")
+
+    def _keep(self) -> str:
+        """Keep what is finished, if somebody can go on with it, and say so."""
+        self.kept = read_progress(self.partial) is not None
+        return "; finished parts are kept, and --resume goes on with them" if self.kept else ""
 
     def _join_parts(self) -> None:
         """Parts -> shards: a new one wherever ``shard_bytes`` are full."""
@@ -197,7 +216,6 @@ class CheckpointWriter:
                 self._flush()
         if self.pending or not self.shards:
             self._flush()
-        self.parts.clear()
 
     def _name_shards(self) -> None:
         count = len(self.shards)
@@ -212,7 +230,8 @@ class CheckpointWriter:
 
     def _replace(self) -> None:
         with _alone_in(self.folder.parent):
-            self._refuse_to_replace()  # it may have been made meanwhile
+            self._refuse_late()
+            self.parts.clear()
             (self.partial / LOCK).unlink()
             _sync_folder(self.partial)
             try:
@@ -230,7 +249,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or not issubclass(kind, KeyboardInterrupt):
+        at_fault = kind is None or issubclass(kind, SquamataError)  # made of what must be put right first
+        if (at_fault and not self.kept) or read_progress(self.partial) is None:
             shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self.lock)
 
@@ -244,16 +264,55 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, force: bool = False) 
         return writer.bytes
 
 
-def can_be_resumed(folder: Path) -> bool:
-    """Whether an interrupted or killed writer left finished parts of a checkpoint that was to become ``folder``."""
-    if not folder.parent.is_dir():  # interrupted before the writer made it
-        return False
-    left = (folder.parent / f".{folder.name}.partial-{writer}" for writer in _writers(folder))
-    return any(read_progress(path) is not None for path in left)
+def check_target(folder: Path, force: bool = False, resume: bool | None = None) -> None:
+    """Refuse a folder that a writer with these arguments would not write to; SquamataError says why."""
+    refuse_to_forget(_real(folder), resume)
+    refuse_to_replace(_real(folder), force)
+
+
+def refuse_to_forget(folder: Path, resume: bool | None) -> None:
+    """SquamataError if there are finished parts of a folder, and nobody has said what is to become of them."""
+    if resume is None and (parts := parts_left(folder)):
+        raise SquamataError(
+            f"{folder}: an interrupted run has finished {parts} {'part' if parts == 1 else 'parts'} of it: --resume "
+            f"goes on with them, --no-resume throws them away"
+        )
+
+
+def refuse_to_replace(folder: Path, force: bool) -> None:
+    """SquamataError for a folder that exists, unless ``force`` is given and it is empty or a checkpoint of ours."""
+    if not os.path.lexists(folder):
+        return
+    if not _replaceable(folder):
+        raise SquamataError(
+            f"{folder} exists and is no checkpoint, and --force replaces nothing else; choose another folder"
+        )
+    if not force:
+        raise SquamataError(f"{folder} exists already; choose another folder or add --force to replace it")
+
+
+def parts_left(folder: Path) -> int:
+    """How many parts of a checkpoint that was to become ``folder`` a dead or interrupted writer left finished."""
+    folder = _real(folder)
+    left = [path for writer in _writers(folder) if not _is_live(path := _left_by(folder, "partial", writer))]
+    return max((found["parts"] for path in left if (found := read_progress(path)) is not None), default=0)
+
+
+def _real(folder: Path) -> Path:
+    """The folder that a link names: it is replaced, not the link. SquamataError for a name that is not UTF-8."""
+    check_name(folder)
+    return Path(os.path.realpath(folder))
+
+
+def _left_by(folder: Path, what: str, writer: str) -> Path:
+    """Where a writer has what becomes the folder (``partial``), or what that replaces (``replaced``)."""
+    return folder.parent / f".{folder.name}.{what}-{writer}"
 
 
 def _writers(folder: Path) -> list[str]:
     """Names of the writers of a folder that left something beside it."""
+    if not folder.parent.is_dir():  # nobody has got so far
+        return []
     pattern = re.compile(re.escape(f".{folder.name}.") + "(?:partial|replaced)-([0-9a-f]+)")
     return sorted({match[1] for path in folder.parent.iterdir() if (match := pattern.fullmatch(path.name))})
 

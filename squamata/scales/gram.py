@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from squamata.errors import SquamataError
+from squamata.scales.statistics import NOT_FINITE
+
 
 class Gram:
     """``gram`` = sum of x x^T over ``count`` tokens, float64 (K, K), of the K inputs of a product.
@@ -18,10 +21,12 @@ class Gram:
         self.count = 0
 
     def update(self, x: Tensor) -> None:
-        """Take in a tensor (..., K) of any float type."""
+        """Take in a tensor (..., K) of any float type; SquamataError if a value or its square is not finite."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.gram += _second_moments(rows)
         self.count += len(rows)
+        if not bool(torch.isfinite(self.gram.diagonal()).all()):
+            raise SquamataError(NOT_FINITE)
 
     def ordered(self, order: Tensor) -> Gram:
         """Of the same inputs in another order, int64 (K,)."""

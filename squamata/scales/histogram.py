@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from squamata.errors import SquamataError
-
 COUNTS = 2**23  # counts of all groups together, 64 MiB
 FINEST, COARSEST = 4096, 8  # bins on either side of zero, for few groups and for very many
 SMALLEST_EXPONENT = -100  # magnitudes below 2^-100 are counted with the zeros
@@ -30,12 +28,9 @@ class Histogram:
         self.exponent = torch.full((groups,), SMALLEST_EXPONENT)  # the range is +-2^exponent
 
     def update(self, parts: Sequence[Tensor], largest: Tensor) -> None:
-        """Count the members of every group: ``parts`` as ``Partition.split`` gives them, ``largest`` |x| (groups,).
-
-        SquamataError for values that are not finite.
+        """Count the members of every group: ``parts`` as ``Partition.split`` gives them, ``largest`` |x| (groups,), all
+        finite.
         """
-        if not bool(torch.isfinite(largest).all()):
-            raise SquamataError("the values observed are not finite: the model overflows on the calibration text")
         needed = torch.where(largest > 0, torch.frexp(largest).exponent.long(), SMALLEST_EXPONENT)
         self._widen(torch.maximum(self.exponent, needed))
         start = 0

@@ -31,7 +31,7 @@ def percentile(
 
     ``warmup``: {50: 0.5, 200: 0.2} takes sigma 0.5 for the first 50 samples, 0.2 until the 200th, ``ema`` from there
     on. The moving average depends on the order, which is the batch order: short samples first, those of one length in
-    the order in which they were drawn.
+    the order in which they were drawn. A state is seen every 64 tokens, and each time counts as a sample.
     """
     samples = statistics.quantiles[alpha]
     threshold = torch.stack(samples).mean(0) if ema is None else moving_average(samples, ema, warmup or {})

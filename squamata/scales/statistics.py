@@ -10,11 +10,13 @@ from math import prod
 import torch
 from torch import Tensor
 
+from squamata.errors import SquamataError
 from squamata.kernels.partition import Partition, gather
 from squamata.scales.histogram import Histogram
 from squamata.scales.sample import Sample
 
 ALPHA = 0.9999  # quantile of |x| that percentile clipping keeps unless a recipe says otherwise
+NOT_FINITE = "values that are not finite: the weights are damaged, or the model overflows on the calibration text"
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ class Statistics:
         self.sample = Sample(groups) if needs.sample else None
 
     def update(self, x: Tensor) -> None:
-        """Take in a tensor (samples, ..., features) of any float type."""
+        """Take in a tensor (samples, ..., features) of any float type; SquamataError if a value is not finite."""
         x = x.detach()
         shape = self.partition.shape()
         parts = self.partition.split(x)
         low = gather([part.amin(-1).float() for part in parts], shape)
         high = gather([part.amax(-1).float() for part in parts], shape)
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise SquamataError(NOT_FINITE)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         if self.moments is not None:

@@ -284,6 +284,10 @@ def refuse_illegal(site: str, spec: QuantSpec, info: SiteInfo) -> None:
         )
     if info.kind in ("weight", "parameter") and spec.granularity.ragged:
         raise SquamataError(f"{site}: an index is for activations and states; use channel, segment or group(N)")
+    if spec.granularity.ragged and not info.mapped:
+        raise SquamataError(
+            f"{site}: has no index map: 'reorder' leaves those of a Mamba-2's x, u, y and state; use tensor"
+        )
     if unknown := axes - _axis_words(info):
         raise SquamataError(f"{site}: has no axis '{sorted(unknown)[0]}' (its axes: {', '.join(info.axes)})")
 

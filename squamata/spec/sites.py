@@ -24,6 +24,7 @@ class SiteInfo:
     ``on_request``: a site that is absent unless a rule names it: such a one; the scan's decay
     exp(dt A) (``decay``) and its exponent dt A (``log_decay``); of a chunk of Mamba-2's scan, C_t B_s (``scores``),
     u times dt and the decay until the chunk's end (``u_scaled``), and the decay of the whole (``chunk_decay``).
+    ``mapped``: the transform ``reorder`` leaves a map of its leading axes, so that a scale may be ragged.
     """
 
     axes: tuple[str, ...]
@@ -32,6 +33,7 @@ class SiteInfo:
     reads: str = ""
     apart: str | None = None
     on_request: bool = False
+    mapped: bool = False
 
     def in_company(self, site: str, represented: Collection[str]) -> SiteInfo:
         """What must be known of this site in a recipe that represents these others too."""
@@ -74,11 +76,11 @@ MAMBA1 = {
 MAMBA2 = {
     "mixer.in": SiteInfo(("channel",), summed=("channel",)),
     "mixer.z": SiteInfo(("head", "channel")),
-    "mixer.x": SiteInfo(("head", "channel")),
+    "mixer.x": SiteInfo(("head", "channel"), mapped=True),
     "mixer.B": SiteInfo(("ssd_group", "state")),
     "mixer.C": SiteInfo(("ssd_group", "state")),
     "mixer.dt": SiteInfo(("head",)),
-    "mixer.u": SiteInfo(("head", "channel")),
+    "mixer.u": SiteInfo(("head", "channel"), mapped=True),
     "mixer.B_conv": SiteInfo(("ssd_group", "state")),
     "mixer.C_conv": SiteInfo(("ssd_group", "state")),
     "mixer.log_decay": SiteInfo(("head",), on_request=True),
@@ -86,8 +88,8 @@ MAMBA2 = {
     "mixer.scores": SiteInfo(("ssd_group",), on_request=True),
     "mixer.u_scaled": SiteInfo(("head", "channel"), on_request=True),
     "mixer.chunk_decay": SiteInfo(("head",), on_request=True),
-    "mixer.state": SiteInfo(("head", "channel", "state"), "state"),
-    "mixer.y": SiteInfo(("head", "channel")),
+    "mixer.state": SiteInfo(("head", "channel", "state"), "state", mapped=True),
+    "mixer.y": SiteInfo(("head", "channel"), mapped=True),
     "mixer.out": SiteInfo(("channel",), summed=("channel",)),
     "mixer.in_proj.weight": _linear("mixer.in"),
     "mixer.out_proj.weight": _linear("mixer.out"),

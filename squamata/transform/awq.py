@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from squamata import scales
-from squamata.errors import SquamataError
 from squamata.kernels.codec import Grid
 from squamata.kernels.partition import Layout, Partition
 from squamata.kernels.qtensor import QTensor
@@ -22,6 +21,7 @@ from squamata.transform.observed import Observed
 
 SMALLEST = 1e-4  # of a factor before it is normalized, as in AWQ's code
 SHRINKS = 20  # clipping tries a range of 1, 19/20, ... 11/20 of the largest weight, as AWQ's code
+
 INPUTS: dict[Product | Literal["x_proj"], str] = {"in_proj": "in", "x_proj": "u", "out_proj": "out"}  # the sites read
 
 
@@ -30,20 +30,18 @@ def awq(
     kind: str,
     tensors: Mapping[str, Tensor],
     statistics: Mapping[str, Observed],
-    spec: QuantSpec,
+    spec: Annotated[QuantSpec, AfterValidator(_searchable)],
     steps: Annotated[int, Field(ge=1)] = 20,
     clip: bool = True,
 ) -> dict[str, Tensor]:
     """x <- x / s, W <- W diag(s), s_j = (mean |x_j|)^r / sqrt(max max min), r the best of k / ``steps``; then clipping.
 
-    ``spec``: how the weights will be rounded. Both searches minimize the squared error of the projection's own output
-    over the calibration tokens; AWQ's first looks at a block's output where several projections share an input. Scaled
-    is what ``folds`` folds: in_proj and a Mamba-2's out_proj. ``clip``: the weights of each group are cut off where
-    that rounds them best, also in the projections that cannot be scaled; the model is then no longer equal. Needs a
-    few float64 (K, K) and copies of one weight (out, K).
+    ``spec``: how the weights will be rounded; of two levels of scales the searches look at the first. Both minimize the
+    squared error of the projection's own output over the calibration tokens; AWQ's first looks at a block's output
+    where several projections share an input. Scaled is what ``folds`` folds: in_proj and a Mamba-2's out_proj.
+    ``clip``: the weights of each group are cut off where that rounds them best, also in the projections that cannot be
+    scaled; the model is then no longer equal. Needs a few float64 (K, K) and copies of one weight (out, K).
     """
-    if spec.keep is not None:
-        raise SquamataError("transform awq: its search knows no kept channels: leave 'keep' out of its spec")
     changed = dict(tensors)
     for product, site in INPUTS.items():
         name = f"mixer.{product}.weight"
@@ -108,3 +106,15 @@ def rounded(weight: Tensor, spec: QuantSpec) -> Tensor:
     scale, second = (None if one is None else QTensor(weight, one, spec).element_scale() for one in parts)
     assert scale is not None
     return encode(weight.float(), Grid.of(scale, second), spec).dequantize()
+
+
+def _searchable(spec: QuantSpec) -> QuantSpec:
+    """The first level of a spec that ``rounded`` knows how to round to; ValueError for another."""
+    if spec.codec != "uniform" or spec.dynamic or spec.rounding == "stochastic":
+        raise ValueError("weights of products are on uniform grids: leave 'codec', 'dynamic' and 'rounding' out")
+    if spec.keep is not None:
+        raise ValueError("its search knows no kept channels: leave 'keep' out")
+    if not set(spec.granularity.axes) <= {"out", "channel"}:
+        raise ValueError(f"its search knows no scales per {spec.granularity}: use tensor, channel or group(N)")
+    scales.check(spec, "transform awq: spec")
+    return spec.model_copy(update={"second_level": False})

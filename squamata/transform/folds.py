@@ -17,7 +17,13 @@ from squamata.scales.statistics import Statistics
 Product = Literal["in_proj", "dt_proj", "out_proj", "conv"]
 Rows = tuple[int, int | None]  # from, to
 EVERY: Rows = (0, None)
-SITES = ("mixer.in", "mixer.dt_low", "mixer.out", "mixer.x", "mixer.B", "mixer.C")  # inputs of these products
+READS: dict[Product, tuple[str, ...]] = {
+    "in_proj": ("mixer.in",),
+    "dt_proj": ("mixer.dt_low",),
+    "out_proj": ("mixer.out",),
+    "conv": ("mixer.x", "mixer.B", "mixer.C"),
+}
+SITES = tuple(site for sites in READS.values() for site in sites)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from squamata.errors import SquamataError
 from squamata.models.config import ModelConfig
+from squamata.spec.sites import MAMBA2
 from squamata.transform.observed import Observed
 
 Count = Annotated[int, Field(ge=1)]
 Floats = NDArray[np.float64]
-MAPPED = ("u", "x", "y", "state")  # sites whose leading axes are (head, channel) and which the order is made for
+MAPPED = tuple(site for site, info in MAMBA2.items() if info.mapped)  # their leading axes are (head, channel)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def reorder(
         channel_groups,
         normalize,
     )
-    return _permuted(config, tensors, order) | {f"mixer.{site}.index": order.groups.clone() for site in MAPPED}
+    return _permuted(config, tensors, order) | {f"{site}.index": order.groups.clone() for site in MAPPED}
 
 
 def reorder_within(

@@ -200,6 +200,23 @@ def test_every_static_site_gets_a_scale_and_no_other(kind: str) -> None:
     assert all(bool((scale > 0).all()) for name, scale in found.items() if name.endswith("scale"))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "site"),
+    [
+        ({"rules": [{"site": "*.mixer.u", "spec": {"bits": 8}}]}, "u"),
+        ({"rules": [{"site": "*.mixer.z", "spec": {"bits": 8, "scale": "mse"}}]}, "z"),
+        ({"rules": [{"site": "*.out_proj.weight", "spec": {"bits": 8}}], "weights": "gptq"}, "out"),
+        ({"transforms": ["smooth"]}, "out"),
+    ],
+)
+def test_a_model_that_overflows_is_told_where(recipe: dict[str, Any], site: str) -> None:
+    config = config_of("mamba2")
+    tensors = perturbed_tensors(config)
+    tensors["layers.1.mixer.in_proj.weight"][:] = 3e38
+    with pytest.raises(SquamataError, match=rf"^layers\.1\.mixer\.{site}: values that are not finite"):
+        quantized(config, tensors, recipe_of(**recipe), [random_ids(config, 2, 20)])
+
+
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 def test_watching_a_layer_leaves_the_stream(kind: str) -> None:
     config = config_of(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,20 @@ def test_lambada_and_tasks(succeed: Callable[..., dict[str, Any]], command: Call
     assert "50.00" in command("evaluate", "bundled", "--tasks", "piqa", "--data", tmp_path).out
 
 
+def test_figures_that_are_found_are_not_lost_by_what_follows(
+    command: Callable[..., Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "lambada.jsonl").write_text(json.dumps({"context": "The", "continuation": "sky"}) + "\n")
+    monkeypatch.setattr(sys.modules["squamata.evaluate"], "evaluate_lambada", interrupted)
+    numbers = tmp_path / "numbers.json"
+    judged = ("--text", text, "--lambada", tmp_path / "lambada.jsonl", "--json", numbers)
+    assert command("evaluate", "bundled", *judged).status == 130
+    assert json.loads(numbers.read_text())["perplexity"] > 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -66,7 +81,7 @@ def test_lambada_and_tasks(succeed: Callable[..., dict[str, Any]], command: Call
         ("short.txt", "a", "shorter than 2 tokens"),
         ("text.md", "text", ".txt file or a .jsonl"),
         ("torn.jsonl", '{"text": "fine"}\n{"text": \n', "line 2"),
-        ("wrong.jsonl", '{"txt": "no such field"}\n', "did you mean"),
+        ("wrong.jsonl", '{"txt": "no such field"}\n', "no field 'text'; it has 'txt'"),
         ("list.jsonl", "[1]\n", "not an object"),
     ],
 )
@@ -86,6 +101,10 @@ def test_other_bad_input(refuse: Callable[..., str], text: Path, tmp_path: Path,
     assert "no such folder" in refuse("evaluate", "bundled", "--against", "./nothing", "--text", text)
     assert "window" in refuse("evaluate", "bundled", "--text", text, "--window", 0)
     assert "no such file" in refuse("evaluate", "bundled", "--tasks", "piqa", "--data", tmp_path)
+    for idle in (("--against", "bundled"), ("--max-tokens", 9), ("--data", tmp_path)):
+        line = refuse("evaluate", "bundled", "--lambada", text, *idle)
+        assert line.startswith(f"{idle[0]} is of --") and "leave it out" in line
+    assert refuse("evaluate", "bundled", "--text", text, "--limit", 3).startswith("--limit is of --tasks")
     judged = ("evaluate", "bundled", "--text", text)  # refused before the text is judged, whose figures would be lost
     assert "no field 'context'" in refuse(*judged, "--lambada", text)
     assert "did you mean 'piqa'" in refuse(*judged, "--tasks", "pica", "--data", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,6 +95,56 @@ def test_tables_hold_what_they_are_given(capsys: pytest.CaptureFixture[str]) -> 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "title" and lines[1].split() == ["name", "bytes"]
     assert lines[3].split() == ["[brackets]", "12"] and lines[4].split() == ["plain"]
+
+
+def test_names_are_never_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    output.table("[/a] title", ("<", "recipe\n[/b]"), [("[/c]", 1)])
+    output.say("[/d] said", title="[/e]")
+    output.note("[/f]")
+    with output.progress("[/g]") as advance:
+        advance(1, 2)
+    captured = capsys.readouterr()
+    assert all(f"[/{letter}]" in captured.out for letter in "abcde") and "[/f]" in captured.err
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 tokens"), (1, "1 token"), (2, "2 tokens")])
+def test_one_thing_is_not_said_to_be_several(count: int, said: str) -> None:
+    assert output.counted(count, "token") == said
+
+
+def in_a_shell(line: str) -> subprocess.CompletedProcess[str]:
+    """Runs a line in which ``$SQUAMATA`` is the command line, as a user's shell would."""
+    line = line.replace("$SQUAMATA", f"{shlex.quote(sys.executable)} -m squamata")
+    return subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, timeout=120)
+
+
+def test_a_reader_that_has_seen_enough_costs_neither_the_status_nor_the_json(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    done = in_a_shell(f"$SQUAMATA recipes list --json {path} | head -c 1")
+    assert (done.returncode, done.stderr) == (0, "") and len(json.loads(path.read_text())["recipes"]) > 20
+    for verb in ("--help", "recipes show w8a8", "generate bundled x --max-new-tokens 2"):
+        done = in_a_shell(f"$SQUAMATA {verb} | true")
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_results_that_cannot_be_printed_are_said_to_be_lost_and_the_json_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    for verb in (f"recipes list --json {path}", "recipes show w8a8"):
+        done = in_a_shell(f"$SQUAMATA {verb} > /dev/full")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "cannot write to standard output: No space left on device" in done.stderr
+    assert path.is_file()
+    assert in_a_shell("$SQUAMATA recipes show nosuch 2> /dev/full").returncode == 2
+
+
+def test_streams_that_are_closed_or_speak_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    assert in_a_shell(f"$SQUAMATA recipes list --json {path} >&- 2>&-").returncode == 0 and path.is_file()
+    done = in_a_shell("PYTHONIOENCODING=ascii $SQUAMATA hardware --shape mamba-130m --recipe w8a8")
+    assert done.returncode == 0 and "roofline" not in done.stderr, done.stderr
+    done = in_a_shell("printf 'caf\\xe9\\n' | PYTHONIOENCODING=ascii $SQUAMATA chat bundled --max-new-tokens 1")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

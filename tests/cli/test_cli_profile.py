@@ -130,9 +130,11 @@ def test_demo_tells_the_story(command: Callable[..., Any], tmp_path: Path, monke
         stored = load_file(out / name / "model.safetensors")
         assert by_name[name]["bytes"]["total"] == sum(tensor.nbytes for tensor in stored.values())
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    (out / demo.NOTE).unlink()
-    again = command("demo", "--out", out)
-    assert again.status == 2 and "choose another --out" in again.err  # what a user keeps there is not replaced
+    for users in (None, "what a user keeps here"):  # is not replaced
+        (out / demo.NOTE).unlink() if users is None else (out / demo.NOTE).write_text(users)
+        again = command("demo", "--out", out)
+        assert again.status == 2 and "choose another --out" in again.err
+    assert (out / demo.NOTE).read_text() == "what a user keeps here"
     assert all(name in outcome.out for name in by_name) and "demo.png" in outcome.out
 
 

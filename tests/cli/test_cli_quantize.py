@@ -74,7 +74,7 @@ TEXTS = {
         ("empty.txt", "no text"),
         ("blank.jsonl", "no text"),
         ("torn.jsonl", "line 2"),
-        ("wrong.jsonl", "did you mean"),
+        ("wrong.jsonl", "no field 'text'; it has 'txt'"),
     ],
 )
 def test_bad_calibration_leaves_nothing(refuse: Callable[..., str], tmp_path: Path, name: str, said: str) -> None:
@@ -124,7 +124,32 @@ def test_an_interrupted_run_says_how_it_goes_on(
         patched.setattr(QuantizedParts, "tell", interrupt)
         outcome = command(*arguments)
     assert outcome.status == 130 and "the same command with --resume goes on" in outcome.err
-    assert command(*arguments, "--resume").status == 0
+    again = command(*arguments)
+    assert again.status == 2 and "finished 2 parts" in again.err and again.err.count("\n") == 1
+    resumed = command(*arguments, "--resume")
+    assert resumed.status == 0 and "after 2 parts that an interrupted run had finished" in resumed.out
+
+
+def test_parts_that_nobody_wants_are_thrown_away_when_told(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(self: QuantizedParts, done: int) -> None:
+        raise MemoryError
+
+    arguments = ("quantize", "bundled", "-r", "w4a16", "-o", tmp_path / "out")
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(QuantizedParts, "tell", fail)
+        command(*arguments)
+    assert "finished 1 part of it" in command(*arguments).err  # whatever has ended the run
+    assert "resumed" not in command(*arguments, "--no-resume").out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_less_text_than_asked_for_is_said(command: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("The snake is a reptile without legs. " * 20)
+    drawn = ("--calibration", tmp_path / "short.txt", "--samples", 9, "--length", 64)
+    outcome = command("quantize", "bundled", "-r", "w8a8", "-o", tmp_path / "out", *drawn)
+    assert outcome.status == 0 and "the text holds no more, 9 were asked for" in outcome.out
 
 
 def test_an_interruption_before_anything_is_made_is_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,27 @@ def test_chat_keeps_the_state_until_it_is_reset(
     model = squamata.load("bundled")
     assert first["reply"] + more["reply"] == squamata.generate(model, PROMPT, max_new_tokens=8).text
     assert found["tokens"] == len(model.tokenizer.encode(PROMPT)) + 4
+
+
+def test_a_prompt_that_is_not_text_is_one_line(refuse: Callable[..., str]) -> None:
+    """What Python makes of an argument whose bytes are not UTF-8."""
+    assert "not UTF-8" in refuse("generate", "bundled", "caf\udce9")
+
+
+def test_ctrl_c_ends_a_conversation_and_its_json_is_kept(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = iter([PROMPT])
+
+    def read(prompt: str) -> str:
+        for line in lines:
+            return line
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", read)
+    outcome = command("chat", "bundled", "--max-new-tokens", 2, "--json", tmp_path / "turns.json")
+    assert outcome.status == 130
+    assert [turn["said"] for turn in json.loads((tmp_path / "turns.json").read_text())["turns"]] == [PROMPT]
 
 
 def test_chat_ends_with_its_input(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,14 @@ def test_rolling_loglikelihood_is_that_of_our_windows():
     assert found == pytest.approx([-ours.nats_per_token * ours.tokens], rel=1e-12)
 
 
+def test_rolling_loglikelihood_of_a_token_and_of_nothing():
+    """A harness goes through texts that others chose: none of them may end the run."""
+    model = chain_model("ab")
+    single, nothing = SquamataLM(model, generate).loglikelihood_rolling(instances(("a",), ("",)))
+    assert single == SquamataLM(model, generate).loglikelihood(instances(("", "a")))[0][0]
+    assert nothing == 0.0
+
+
 def test_generate_until_stops_before_its_strings():
     lm = SquamataLM(chain_model("abcdefgh"), generate)
     options = [{"until": ["fg"]}, {"until": "d", "max_gen_toks": 9}, {"until": [], "max_gen_toks": 2}]

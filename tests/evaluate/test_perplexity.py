@@ -1,5 +1,6 @@
 import json
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -7,11 +8,11 @@ import torch
 from fakes import ByteTokenizer, TableModel, random_model, random_table
 
 from squamata.errors import SquamataError
-from squamata.evaluate import evaluate, paired_difference
+from squamata.evaluate import evaluate, paired_difference, uncertainty
 from squamata.evaluate import measure as measure_module
 from squamata.evaluate.measure import measure
 from squamata.evaluate.perplexity import UnitSums, difference_of_sums
-from squamata.evaluate.uncertainty import ratio_interval
+from squamata.evaluate.uncertainty import ratio_interval, tail
 
 DOCUMENTS = [
     "The snake sheds its skin.",
@@ -164,6 +165,9 @@ def test_half_precision_logits_are_measured_in_float32():
         ({"text": "nowhere.txt"}, "no such file"),
         ({"against": TableModel(torch.zeros(300, 300))}, "vocabularies of 257 and 300"),
         ({"model": TableModel(torch.full((257, 257), torch.nan))}, "not finite"),
+        ({"model": TableModel(random_table(0) * 1e5)}, "loses [0-9]+ nats a token, too many for a perplexity"),
+        ({"against": TableModel(torch.full((257, 257), torch.nan))}, "KL is not finite: the reference"),
+        ({"text": ["\N{SNAKE}"], "max_tokens": 2}, "spell not one whole character: judge more"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -178,16 +182,30 @@ def test_a_model_without_tokenizer_is_refused():
         evaluate(model, DOCUMENTS)
 
 
-def test_bootstrap_intervals_cover_the_truth():
-    """Documents of random length whose tokens have a known mean: about 95 of 100 intervals hold it."""
+@pytest.mark.parametrize("documents", [6, 7, 15, 60])
+def test_bootstrap_intervals_cover_the_truth(documents):
+    """Documents of random length whose tokens have a known mean: about 95 of 100 intervals hold it, also of few."""
     generator = np.random.default_rng(1)
-    covered, runs = 0, 300
+    covered, runs = 0, 400
     for run in range(runs):
-        tokens = generator.integers(10, 200, size=60)
-        topic = generator.normal(3.0, 0.5, size=60)  # documents differ; within one, tokens are alike
-        low, high = ratio_interval(topic * tokens, tokens, seed=run, resamples=400)
+        tokens = generator.integers(10, 200, size=documents)
+        topic = generator.normal(3.0, 0.5, size=documents)  # documents differ; within one, tokens are alike
+        low, high = ratio_interval(topic * tokens, tokens, seed=run, resamples=1000)
         covered += low <= 3.0 <= high
-    assert 0.90 <= covered / runs <= 0.985
+    assert 0.91 <= covered / runs <= 0.985
+
+
+@pytest.mark.parametrize("units, t", [(6, 2.5706), (7, 2.4469), (16, 2.1314), (31, 2.0423)])
+def test_the_tails_are_those_of_students_t(units, t):
+    assert NormalDist().inv_cdf(tail(units)) == pytest.approx(-t * math.sqrt(units / (units - 1)), rel=2e-3)
+    assert tail(10**6) == pytest.approx(0.025, rel=1e-4)
+
+
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    values, tokens = np.random.default_rng(3).normal(size=(2, 40)) ** 2
+    found = ratio_interval(values, tokens)
+    monkeypatch.setattr(uncertainty, "COUNTS_AT_ONCE", 1000)
+    assert ratio_interval(values, tokens) == pytest.approx(found, rel=1e-12)
 
 
 def test_bootstrap_width_is_that_of_the_normal_approximation_and_is_seeded():

@@ -6,21 +6,24 @@ import copy
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numba
 import pytest
 import torch
 from torch import Tensor
 
 import squamata
+from squamata.errors import SquamataError
 from squamata.kernels.causal_conv1d import cpu as conv_cpu
 from squamata.kernels.causal_conv1d import empty_state
 from squamata.kernels.causal_conv1d import ref as conv_ref
-from squamata.kernels.compilation import KEPT_DAYS, _Announcer, cache_folder, fingerprint
+from squamata.kernels.compilation import KEPT_DAYS, _Announcer, _name_cache, cache_folder, fingerprint
 from squamata.kernels.conv_selective_scan.ref import tokens
 from squamata.kernels.gated_rms_norm import cpu as gated_cpu
 from squamata.kernels.gated_rms_norm import ref as gated_ref
@@ -146,7 +149,14 @@ def make_weight(rows: int, columns: int, bits: int = 8, per: str = "channel") ->
     return QTensor(pack_int4(codes), scale, spec, length=columns) if bits == 4 else QTensor(codes, scale, spec)
 
 
-PROJECTIONS = ((33, 77, (11, 22)), (3352, 96, (3000, 352)), (1, 1, (1,)), (80, 48, (48, 16, 16)))
+PROJECTIONS = (
+    (33, 77, (11, 22)),
+    (3352, 96, (3000, 352)),
+    (1, 1, (1,)),
+    (80, 48, (48, 16, 16)),
+    (24, 1, (8, 16)),  # dt_proj where dt_rank is 1
+    (24, 33, (24,)),
+)
 FORMATS = ((8, "tensor"), (8, "channel"), (4, "channel"), (4, "group(32)"), (8, "group(32)"))
 
 
@@ -317,6 +327,24 @@ def test_ssd_scan_goes_on_where_it_stopped() -> None:
     assert_same(state, last, tolerance=5e-6)
 
 
+@pytest.mark.parametrize("step", [1e4, 1e15, 1e20, 1e30, 3e38])
+def test_ssd_scan_survives_extreme_steps(step: float) -> None:
+    """A token that forgets everything before it takes nothing from those after it."""
+    layout = HeadLayout(4, 8, 2, 16, 32, UNLIMITED)
+    u, dt, A, B, C, D, bias, state, _ = ssd_case(2, 50, layout, False)
+    for place in (5, 40):
+        dt[:, place], u[:, place] = step, u[:, place] / step
+    for backend in (ssd_cpu, ssd_ref):
+        running, ys = state.double(), []
+        y, last = backend.run(u, dt, A, B, C, D, bias, state, layout)
+        for t in range(50):
+            case = [value[:, t : t + 1].double() for value in (u, dt)], [x[:, t : t + 1].double() for x in (B, C)]
+            one, running = ssd_ref.run(*case[0], A.double(), *case[1], D.double(), bias.double(), running, layout)
+            ys.append(one)
+        assert_same(y.double(), torch.cat(ys, dim=1), tolerance=5e-6)
+        assert_same(last.double(), running, tolerance=5e-6)
+
+
 def test_what_is_left_to_the_reference() -> None:
     """Gradients, double precision, simulated values and zero points."""
     weight, site = torch.rand(16), make_site(16)
@@ -374,6 +402,25 @@ def test_every_version_of_the_sources_has_its_folder_of_machine_code(tmp_path: P
     assert cache_folder(sources, [cache]) == second
     assert not first.exists()
     assert cache_folder(sources, [blocked / "cache"]) is None
+
+
+def test_without_a_folder_to_keep_machine_code_the_way_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    with pytest.raises(SquamataError, match="set NUMBA_CACHE_DIR to a folder of yours"):
+        _name_cache()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a temporary folder is not needed then
+    _name_cache()
+    assert Path(numba.config.CACHE_DIR).is_relative_to(tmp_path)
 
 
 CACHED = [path for path in (PACKAGE / "kernels").rglob("*.py") if "cache=True" in path.read_text()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from numba import njit
@@ -74,3 +75,19 @@ def test_feature_probe() -> None:
     names = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
     assert simd.has_vnni(dict.fromkeys(names, True))
     assert not simd.has_vnni(dict.fromkeys(names[:3], True)) and not simd.has_vnni({})
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("", False),  # what numba makes of NUMBA_CPU_NAME=generic
+        ("+avx512f,+avx512bw,+avx512vl,+avx512vnni", True),
+        ("+avx512f,+avx512bw,+avx512vl,-avx512vnni", False),
+    ],
+)
+def test_instructions_are_those_of_the_cpu_that_is_compiled_for(
+    given: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An instruction that the target lacks ends the process when LLVM meets it."""
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", given)
+    assert simd.has_vnni() is found

@@ -122,6 +122,8 @@ def test_what_is_not_supported_is_said(tmp_path: Path) -> None:
         (changed(content, **attention), "layer 1 has 'self_attention.linear_qkv.weight'.*hybrid models are not supp"),
         (changed(content, decoder__layers__0__mixer__x_proj__weight=torch.zeros(2, 2)), "layer 0 is a Mamba-1"),
         (changed(content, decoder__layers__0__mixer__A_log=None), "no usable tensor 'mixer.A_log'"),
+        (changed(content, decoder__layers__0__mixer__A_log=torch.zeros(0)), "0 heads do not divide 128 channels"),
+        (content | {"model": content["model"] | {3: torch.zeros(1)}}, "'3' is not a plain tensor"),
         (changed(content, decoder__layers__1__mixer__D=None), "'decoder.layers.1.mixer.D' is missing"),
         (changed(content, decoder__layers__1__mixer__D=torch.zeros(3)), r"has shape \[3\], the rest of the file asks"),
         (changed(content, decoder__layers__1__mixer__extra=torch.zeros(3)), "has no place in a model"),

@@ -173,6 +173,33 @@ def test_groups_of_heads_and_channels(tmp_path: Path, precision: str) -> None:
     assert_same_logits(found, written)
 
 
+GROUPS_OF_NOBODY = {
+    "missing": ("conv1d.x_dim_group_range", None, "is not a tensor of rising ends"),
+    "number": ("conv1d.x_dim_group_range", 3, "is not a tensor of rising ends"),
+    "falling": ("conv1d.x_head_group_range", torch.tensor([[2, 1, 4], [2, 3, 4]]), "is not a tensor of rising ends"),
+    "few": ("qchunk_scan.ssm_state_scale", torch.ones(3), "fewer scales of 'state'"),
+}
+
+
+@pytest.mark.parametrize("case", list(GROUPS_OF_NOBODY))
+def test_groups_that_cannot_be_are_named(tmp_path: Path, case: str) -> None:
+    source, ranges = grouped(made("mamba2", "W8A8"))
+    write_quamba(tmp_path, source, "W8A8", ranges)
+    name, value, message = GROUPS_OF_NOBODY[case]
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    state[f"backbone.layers.0.mixer.{name}"] = value
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(SquamataError, match=message):
+        read_quamba(tmp_path)
+
+
+def test_tensors_without_names_are_refused(tmp_path: Path) -> None:
+    folder, _, state = folder_of(tmp_path)
+    torch.save({**state, 3: torch.ones(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(SquamataError, match="not named tensors"):
+        read_quamba(folder)
+
+
 def test_layers_of_different_precision(tmp_path: Path) -> None:
     """W4AX: the precision is part of the names, and the recipe says which layer has which."""
     parts = {precision: made("mamba2", precision, blocks=("mamba2",) * 3) for precision in ("W4A8", "W4A16")}

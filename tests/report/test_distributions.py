@@ -16,7 +16,8 @@ from squamata.kernels.partition import Layout
 from squamata.kernels.qtensor import as_float
 from squamata.kernels.site import Site
 from squamata.load.hub import bundled
-from squamata.report.distributions import Distribution, levels_of, observe_distributions, unpack_distributions
+from squamata.report.distributions import levels_of, observe_distributions, unpack_distributions
+from squamata.report.site_figures import _grid_words
 from squamata.spec.quant import QuantSpec
 from squamata.text import read_documents
 
@@ -32,11 +33,11 @@ def test_every_value_is_counted_and_clipping_is_that_of_inspect(shipped: Callabl
         entry = found[site]
         assert entry.counts.sum() == 300 * model.config.d_inner
         assert entry.low < 0 < entry.high and len(entry.levels) == 255
-        assert entry.clipped <= clipped[site] <= entry.clipped + entry.counts.max() / entry.counts.sum()
+        assert entry.clipped == clipped[site]
         scale = float(model.checkpoint.site_tensors[f"{site}.scale"])
         np.testing.assert_allclose(np.diff(entry.levels), scale, rtol=1e-4)
     state = found["layers.0.mixer.state"]  # its scale is taken at run time
-    assert state.levels.size == 0 and state.clipped == 0.0
+    assert state.levels.size == 0 and state.clipped is None
     assert {site.mode for site in model.sites()} == {"integer"} and all(s.observer is None for s in model.sites())
 
 
@@ -64,10 +65,24 @@ def test_sites_without_a_static_scale_have_no_levels() -> None:
     assert levels_of(Site("s", layout, QuantSpec(bits=8, dynamic=True))).size == 0
 
 
-def test_clipped_share_of_known_counts() -> None:
-    counts = np.array([1.0, 0, 5, 3, 0, 0, 0, 0, 0, 1])
-    assert Distribution("s", counts, -5.0, 5.0, np.array([-3.0, 0.0, 3.0]), 1).clipped == 0.2
-    assert Distribution("s", counts, -5.0, 5.0, np.zeros(0), 0).clipped == 0.0
+def test_clipping_is_counted_with_every_groups_own_scale(shipped: Callable[[str, str], Path]) -> None:
+    """u of quamba2 has many scales: the levels drawn are those of their median, which clips otherwise."""
+    model = squamata.load(shipped("mamba2", "quamba2-w8a8"))
+    excerpt = bundled() / "excerpt.jsonl"
+    (entry,) = unpack_distributions(observe_distributions(model, read_documents(excerpt), ["layers.6.mixer.u"], 300))
+    assert entry.scales > 1 and entry.clipped == clipped_fractions(model, excerpt, 300)["layers.6.mixer.u"]
+    assert "drawn for the median of" in _grid_words(entry) and "clipped: " in _grid_words(entry)
+
+
+def test_rows_of_before_clipping_was_kept_are_read() -> None:
+    parts = {
+        "counts": np.ones(3),
+        "range": np.array([-1.0, 1.0]),
+        "levels": np.array([-1.0, 1.0]),
+        "scales": np.array(1),
+    }
+    (entry,) = unpack_distributions({f"distribution.s.{name}": part for name, part in parts.items()})
+    assert entry.clipped is None and "clipped" not in _grid_words(entry)
 
 
 def test_an_unknown_glob_is_refused(shipped: Callable[[str, str], Path]) -> None:

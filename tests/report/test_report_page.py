@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 
 from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import UnitSums
-from squamata.report.compare import baseline_of, verdicts
-from squamata.report.figures import by_position, pareto_front, seed_spread
+from squamata.report import site_figures
+from squamata.report.compare import baseline_of, sums_of, verdicts
+from squamata.report.figures import by_position, differences, pairs, pareto_front, seed_spread
+from squamata.report.labels import PLACES, box_of, logarithmic, pixels, place_names
 from squamata.report.page import check_out, read_others, write_page
-from squamata.report.rows import append_row, locked, pack_sums, read_study, write_plan
+from squamata.report.rows import Planned, append_row, locked, pack_sums, read_study, write_plan
 
 pytest.importorskip("plotly", reason="the library 'plotly' is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -71,7 +74,8 @@ def folder(tmp_path: Path) -> Path:
                 "distribution.layers.0.mixer.u.scales": np.array(1),
             }
             append_row(out, row, details)
-        write_plan(out, {"name": "made up", "description": "a <b>test</b>"}, [row["id"] for row, _ in made])
+        asked = [Planned.of(row) for row, _ in made]
+        write_plan(out, {"name": "made up", "description": "a <b>test</b>"}, asked)
     (out / "cells.json").write_text(json.dumps(sensitivity("cell")))
     (out / "layers.json").write_text(json.dumps(sensitivity("layer")))
     (out / "outliers.json").write_text(json.dumps(OUTLIERS))
@@ -120,18 +124,36 @@ def test_verdicts_say_what_is_significant(folder: Path) -> None:
     assert words[2][:4] in ("+4.9", "+5.0", "+5.1", "+5.2", "+5.3")
     beside_bad = verdicts(folder, {"baseline": {"recipe": "w4a8-bad"}}, rows)
     assert beside_bad[rows[0]["id"]].words.endswith(", better")
-    assert baseline_of(rows[3], rows, {"recipe": "w4a8-bad"})["seed"] == 1  # of its own seed
-    assert baseline_of(rows[3], rows, {"recipe": "w8a8"}) is rows[0]  # none of its seed: the model's first row
+    planned = [Planned.of(row) for row in rows]
+    assert baseline_of(rows[3], planned, {"recipe": "w4a8-bad"}).seed == 1  # of its own seed
+    assert baseline_of(rows[3], planned, {"recipe": "w8a8"}) is planned[0]  # none of its seed: the model's first row
 
 
-def test_a_baseline_whose_override_changes_nothing_is_the_row_as_it_is_of_its_own_seed() -> None:
-    def row(seed: int, override: str) -> dict[str, Any]:
-        return {"id": f"{seed} {override}", "model": "m", "recipe": "r", "seed": seed, "override": override}
+def test_a_baseline_is_found_by_every_name_that_it_was_asked_for(folder: Path) -> None:
+    """'on Pile' changes nothing and 'on books' equals 'twice', so both are measured once, under another name."""
+    asked = {"as it is": ["as it is", "on Pile"], "on books": ["on books", "twice"]}
+    planned = [
+        Planned(f"{seed} {name}", "", "m", seed, [("r", each) for each in names])
+        for name, names in asked.items()
+        for seed in (0, 1)
+    ]
+    row = {"model": "m", "seed": 1}
+    for wanted, expected in (("on Pile", "1 as it is"), ("twice", "1 on books"), (None, "1 as it is")):
+        assert baseline_of(row, planned, {"recipe": "r", "override": wanted}).id == expected
+    assert baseline_of(row, planned, {"recipe": "r", "override": "of other recipes"}).id == "1 as it is"
 
-    rows = [row(0, "as it is"), row(1, "as it is"), row(0, "on books"), row(1, "on books")]
-    wanted = {"recipe": "r", "override": "on Pile"}
-    assert baseline_of(rows[3], rows, wanted) is rows[1]
-    assert baseline_of(rows[2], rows, {"recipe": "r", "override": "on books"}) is rows[2]
+
+def test_a_baseline_that_was_not_measured_is_not_replaced_by_another(folder: Path, tmp_path: Path) -> None:
+    study, rows = read_study(folder)
+    lost = Planned(
+        "lost", "m, quamba, as it is, seed 0", rows[0]["model"], 0, [("quamba", "as it is")], "m: <too short>"
+    )
+    write_plan(folder, study, [lost, *map(Planned.of, rows)])
+    for wanted in ({"recipe": "quamba", "override": None}, None):  # named, or the model's first row
+        found = verdicts(folder, study | {"baseline": wanted}, rows)
+        assert found[rows[0]["id"]].words == "its baseline is not measured"
+    page = page_of(folder, tmp_path / "page.html")
+    assert "1 of 5 rows are missing" in page and "m: &lt;too short&gt;" in page
 
 
 def test_error_by_distance_is_drawn_of_what_was_decoded_beside_a_float_model(folder: Path) -> None:
@@ -150,7 +172,7 @@ def test_the_page_is_whole_and_names_are_escaped(folder: Path, tmp_path: Path) -
     visible = outside_scripts(page)
     assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page[: page.index("<body>")] + visible)
     assert "m&lt;/script&gt;&lt;1&gt;" in visible and "m</script><1>" not in visible and "a &lt;b&gt;test" in visible
-    assert visible.count("not significant") >= 1 and "SRAM for scales" in visible
+    assert visible.count("not significant") >= 1 and "SRAM for the scales of u" in visible
     assert page == page_of(folder, tmp_path / "again.html")  # same rows, same page
 
 
@@ -181,10 +203,97 @@ def test_pareto_front_by_brute_force() -> None:
 
 def test_spread_over_seeds(folder: Path) -> None:
     rows = read_study(folder)[1]
-    ((model, name, mean, deviation, seeds),) = seed_spread(rows)
     values = [row["perplexity"] for row in rows[2:]]
-    assert (model, name, seeds) == ("m</script><1>", "w4a8-bad", 2) and mean == pytest.approx(sum(values) / 2)
-    assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert seed_spread(rows) == {("m</script><1>", "w4a8-bad"): values}
+    assert seed_spread(rows, 1, "kl") == {("m</script><1>", "w4a8-bad"): [0.05, 0.06]}
+    page = page_of(folder, folder / "page.html")
+    mean, deviation = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
+    assert f"<td>{mean:.4f} ± {deviation:.4f}</td>" in page and "<td>0.055000 ± 0.007071</td>" in page
+
+
+def test_kl_is_compared_too_and_in_every_evaluation(tmp_path: Path) -> None:
+    """By hand: KL of 0.02 beside 0.01 in the second evaluation, the same in the first."""
+    tokens = np.full(8, 100.0)
+    rows = []
+    with locked(tmp_path):
+        for name, decoded in (("w8a8", 0.01), ("w4a8", 0.02)):
+            row, _ = row_of(name, 0.01)
+            sums = [UnitSums("documents", tokens, 3 * tokens, kl * tokens) for kl in (0.01, decoded)]
+            append_row(tmp_path, row, pack_sums(0, sums[0]) | pack_sums(1, sums[1]))
+            rows.append(row)
+        write_plan(tmp_path, {"name": "two"}, [Planned.of(row) for row in rows])
+    second = rows[1]["id"]
+    alike = verdicts(tmp_path, {}, rows, 0, "kl")[second]
+    assert (alike.words, alike.verdict) == ("+0.0 %, not significant", "not significant")
+    worse = verdicts(tmp_path, {}, rows, 1, "kl")[second]
+    assert worse.words == "+100 %, worse" and worse.percent == (pytest.approx(100), (pytest.approx(100),) * 2)
+    better = verdicts(tmp_path, {"baseline": {"recipe": "w4a8"}}, rows, 1, "kl")[rows[0]["id"]]
+    assert better.words == "-50 %, better" and better.percent[1] == (pytest.approx(-50),) * 2
+    made = differences(rows, verdicts(tmp_path, {}, rows, 1, "kl"), "kl", "some text")
+    assert made.data[0].x == (pytest.approx(100),) and made.layout.title.text.startswith("some text: KL beside")
+    page = page_of(tmp_path, tmp_path / "page.html")
+    assert "+100 %, worse" in page and "+0.0 %, not significant" in page and "token, some &lt;text&gt;, rec" in page
+
+
+def test_a_difference_that_is_not_significant_has_no_colour(folder: Path) -> None:
+    rows = read_study(folder)[1]
+    made = pairs(rows, sums_of(folder, rows)).data[0]
+    assert made.text[1][0] == "·" and made.z[1][0] == 0 and made.customdata[1][0] != 0
+    assert made.text[2][0].startswith("+5.") and made.z[2][0] == made.customdata[2][0] == pytest.approx(5.1, abs=0.2)
+
+
+def test_what_is_in_no_layer_is_told_above_the_heat_map() -> None:
+    found = sensitivity("cell")
+    found["rows"].append({"unit": "head.in", "kl": 0.0321, "kl_ci": None, "perplexity": 9.0, "verdict": "worse"})
+    made = site_figures.sensitivity(found)
+    assert "outside the layers: KL of head.in 0.032" in made.layout.title.text
+    assert made.data[0].y == ("u", "x") and np.shape(made.data[0].z) == (2, 2)
+
+
+def test_a_rankings_colours_say_the_verdict() -> None:
+    found = sensitivity("layer")
+    found["rows"][1]["verdict"] = "not significant"
+    assert site_figures.sensitivity(found).data[0].marker.color == ("#b5493b", "#9aa5ab")
+
+
+def test_zeroed_channels_are_drawn_with_their_interval() -> None:
+    row = OUTLIERS["zeroed"][0] | {"kl_ci": [0.15, 0.3]}
+    outliers, at_random = site_figures.zeroed(OUTLIERS | {"zeroed": [row]}).data
+    assert outliers.y == (0.2,) and outliers.error_y.array == pytest.approx((0.1,)) and at_random.y == (0.01,)
+    assert outliers.error_y.arrayminus == pytest.approx((0.05,))
+
+
+def test_beside_float_all_kl_is_more_and_nothing_is_said(tmp_path: Path) -> None:
+    ones = np.ones(8)
+    with locked(tmp_path):
+        rows = [row_of("float", 0.0)[0], row_of("w8a8", 0.01)[0]]
+        for row in rows:
+            append_row(tmp_path, row, pack_sums(0, UnitSums("documents", ones, ones, row["kl"] * ones)))
+    assert verdicts(tmp_path, {}, rows, 0, "kl")[rows[1]["id"]].words == ""
+
+
+def test_names_of_points_never_cover_one_another() -> None:
+    draw = random.Random(1)
+    for _ in range(40):
+        points = [(draw.random(), draw.choice((0.1, draw.random()))) for _ in range(draw.randint(1, 30))]
+        named = [(number, "x" * draw.randint(3, 40)) for number in range(len(points))]
+        places = place_names(points, named)
+        drawn = pixels(points)
+        boxes = [
+            box_of(drawn[number], words, place)
+            for (number, words), place in zip(named, places, strict=True)
+            if place is not None
+        ]
+        assert places[0] is not None and boxes
+        for one, other in combinations(boxes, 2):
+            assert one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+    assert place_names([(1.0, 1.0)], [(0, "alone")]) == [PLACES[0]]
+    assert place_names([], []) == []
+
+
+@pytest.mark.parametrize(("values", "steps"), [((4e-3, 0.02), "D1"), ((1e-3, 0.3), "D2"), ((1e-7, 1.0), 1), ((), "D1")])
+def test_logarithmic_axes_say_whole_numbers(values: tuple[float, ...], steps: str | int) -> None:
+    assert logarithmic((*values, 0.0)) == {"type": "log", "tickformat": "~g", "dtick": steps}
 
 
 def draw(page: Path, *options: str) -> str:

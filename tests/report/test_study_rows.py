@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from squamata.errors import SquamataError
 from squamata.evaluate.perplexity import UnitSums
 from squamata.report import rows as rows_module
 from squamata.report.rows import (
+    Planned,
     append_row,
     locked,
     pack_sums,
     read_details,
+    read_plan,
     read_rows,
     read_study,
     unpack_sums,
@@ -67,16 +70,32 @@ def test_an_error_inside_the_lock_stays_what_it_is(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
 
+def asked_for(name: str, **fields: Any) -> Planned:
+    return Planned(name, f"m, r, o, {name}", "m", 0, [["r", "o"]], **fields)
+
+
 def test_rows_of_other_studies_are_kept_but_not_shown(tmp_path: Path) -> None:
     with locked(tmp_path):
         for name in ("a", "b", "c"):
             append_row(tmp_path, {"id": name}, {})
-        write_plan(tmp_path, {"name": "s"}, ["c", "a", "d"])
+        write_plan(tmp_path, {"name": "s"}, [asked_for("c"), asked_for("a"), asked_for("d", error="too short")])
     study, rows = read_study(tmp_path)
     assert study == {"name": "s"} and [row["id"] for row in rows] == ["c", "a"]
+    assert [row.error for row in read_plan(tmp_path)[1]] == [None, None, "too short"]
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(SquamataError, match="not the file of a study"):
         read_study(tmp_path)
+
+
+def test_a_study_file_that_says_ids_alone_is_still_read(tmp_path: Path) -> None:
+    row = {"id": "a", "model": "m", "recipe": "r", "override": "o", "seed": 3}
+    with locked(tmp_path):
+        append_row(tmp_path, row, {})
+    (tmp_path / "study.json").write_text(json.dumps({"study": {"name": "s"}, "rows": ["b", "a"]}))
+    assert read_study(tmp_path) == ({"name": "s"}, [row])
+    planned = read_plan(tmp_path)[1]
+    assert planned[1] == Planned("a", "m, r, o, seed 3", "m", 3, (("r", "o"),))
+    assert planned[0].name == "b" and planned[0].asked == ()
 
 
 @pytest.mark.parametrize("compared", [True, False])

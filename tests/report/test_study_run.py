@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from squamata.evaluate.size import bytes_by_part
 from squamata.load.hub import bundled
 from squamata.report.compare import verdicts
 from squamata.report.plan import Places, Study
-from squamata.report.rows import locked, read_details, read_rows, unpack_sums
-from squamata.report.study import StudyRun, run_study
+from squamata.report.rows import locked, read_details, read_plan, read_rows, unpack_sums
+from squamata.report.study import SCRATCH, StudyRun, run_study
 from squamata.report.verbs import Verbs
 from squamata.report.workers import Workforce
 
@@ -66,7 +67,7 @@ def test_rows_hold_what_the_verbs_give(write_study: Write, verbs: Verbs, tmp_pat
     assert sums is not None and np.exp(sums.nats.sum() / sums.tokens.sum()) == pytest.approx(
         row["perplexity"], rel=1e-12
     )
-    assert not (tmp_path / "out" / "scratch").exists()
+    assert not (tmp_path / "out" / SCRATCH).exists()
 
 
 def test_a_text_is_judged_in_the_modes_that_name_it(write_study: Write, verbs: Verbs, tmp_path: Path) -> None:
@@ -108,6 +109,41 @@ def test_a_row_that_fails_leaves_the_others(write_study: Write, verbs: Verbs, tm
     done = run(path, tmp_path / "out", verbs)
     assert done.measured == 1 and [row["override"] for row in done.rows] == ["as it is"]
     assert len(done.failures) == 1 and done.failures[0].startswith("bundled, quamba-w8a8, short, seed 0: ")
+    missing, there = read_plan(tmp_path / "out")[1]
+    assert missing.error == done.failures[0] and there.error is None
+
+
+def fails_at_times(model: Any, recipe: Any, out: Any, *drawn: Any, **options: Any) -> Any:
+    if recipe.name == "w4a16":
+        raise RuntimeError("not enough\nmemory")
+    return squamata.quantize(model, recipe, out, *drawn, **options)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_nobody_foresaw_costs_its_own_row_only(
+    write_study: Write, verbs: Verbs, tmp_path: Path, workers: int
+) -> None:
+    path, out = write_study(recipes=["w4a16", "float"]), tmp_path / "out"
+    done = run(path, out, replace(verbs, quantize=fails_at_times), force=Workforce(workers))
+    assert [row["recipe"] for row in done.rows] == ["float"] and done.measured == 1
+    name = read_plan(out)[1][0].id
+    told = (
+        f"bundled, w4a16, as it is, seed 0: RuntimeError: not enough memory (traceback: details/{name}.traceback.txt)"
+    )
+    assert done.failures == [told]
+    kept = out / "details" / f"{name}.traceback.txt"
+    assert "in fails_at_times" in kept.read_text()
+    again = run(path, out, verbs)
+    assert (again.measured, again.failures) == (1, []) and not kept.exists()
+    assert [row.error for row in read_plan(out)[1]] == [None, None]
+
+
+def test_a_folder_of_the_users_is_left_alone(write_study: Write, verbs: Verbs, tmp_path: Path) -> None:
+    mine = tmp_path / "scratch" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    run(write_study(recipes=["float"]), tmp_path, verbs)
+    assert mine.read_text() == "mine"
 
 
 def start(path: Path, out: Path, *options: object) -> subprocess.Popen[bytes]:
@@ -142,7 +178,7 @@ def test_kill_9_loses_nothing_and_repeats_nothing(write_study: Write, verbs: Ver
     assert 1 <= before < 4 and done.measured == 4 - before
     assert (out / "rows.jsonl").read_bytes().startswith(kept)
     assert len({row["id"] for row in read_rows(out)}) == len(read_rows(out)) == len(done.rows) == 4
-    assert not (out / "scratch").exists()
+    assert not (out / SCRATCH).exists()
     alone = run(path, tmp_path / "alone", verbs)
     assert numbers(done.rows) == numbers(alone.rows)
 

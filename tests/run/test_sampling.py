@@ -104,7 +104,13 @@ def test_penalty_counts_the_prompt_and_every_pick():
         ({"top_k": -1}, "top-k must be 0"),
         ({"top_p": 0.0}, "top-p must be above 0"),
         ({"top_p": 1.1}, "top-p must be above 0 and at most 1"),
-        ({"repetition_penalty": 0.0}, "repetition-penalty must be above 0"),
+        ({"temperature": "1"}, "temperature must be a number, not '1'"),
+        ({"repetition_penalty": 0.0}, "repetition-penalty must be 1e-6 to 1e6"),
+        ({"repetition_penalty": 1e-40}, "repetition-penalty must be 1e-6 to 1e6"),
+        ({"max_new_tokens": 4.5}, "max-new-tokens must be a whole number, not 4.5"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"stop": None}, "stop must be a tuple of strings, not None"),
+        ({"stop": (3,)}, "stop must be a tuple of strings"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"seed": 2**63}, "seed must be 0 or more"),
         ({"stop": "word"}, "stop must be a tuple"),
@@ -121,6 +127,12 @@ def test_bad_options(options, message):
 def test_logits_that_are_not_finite_are_refused(bad, temperature):
     with pytest.raises(SquamataError, match="not finite"):
         Sampler(SamplingOptions(temperature=temperature)).pick(torch.tensor([0.0, bad, 1.0]))
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-40, 1e-300])
+def test_the_smallest_temperatures_are_greedy(temperature):
+    assert draws(torch.tensor([1.0, -math.inf, 30.0, 29.0]), 20, temperature=temperature).tolist() == [0, 0, 1, 0]
+    assert draws(torch.tensor([-1e30, -2e30, 1e30]), 20, temperature=temperature).tolist() == [0, 0, 1]
 
 
 def test_a_forbidden_token_is_never_drawn():
@@ -152,3 +164,10 @@ def test_a_gpu_draws_the_same_distribution_from_one_graph(options):
     assert [greedy.pick(logits) for _ in range(3)] == [3, 1, 1]
     with pytest.raises(SquamataError, match="not finite"):
         greedy.pick(torch.full((6,), math.nan, device="cuda"))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-45, 1e-300])
+def test_the_coldest_draw_is_the_likeliest(temperature):
+    """Division by a number that float32 does not have would leave nothing but NaN to draw from."""
+    logits = 50 * LOGITS
+    assert Sampler(SamplingOptions(temperature=temperature)).pick(logits) == int(logits.argmax())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from squamata.errors import SquamataError
 from squamata.kernels.partition import Layout, Partition, gather
+from squamata.scales.gram import Gram
 from squamata.scales.histogram import COUNTS, Histogram
 from squamata.scales.sample import Sample
 from squamata.scales.statistics import Needs, Statistics
@@ -73,9 +74,23 @@ def test_a_histogram_of_many_groups_is_coarse_and_small() -> None:
         assert Histogram(groups).counts.numel() <= max(COUNTS, 16 * groups)
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
+@pytest.mark.parametrize("needs", [Needs(), Needs(quantiles=(0.9,)), Needs(moments=True), EVERYTHING])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_values_that_are_not_finite_are_refused_whoever_asks(bad: float, needs: Needs) -> None:
+    """One of them would make a scale of NaN, which a checkpoint would keep."""
+    x = torch.ones(1, 4, 6)
+    Statistics(Partition(Granularity(("head",)), HEADS), needs).update(x * 3e38)  # large is not infinite
+    x[0, 2, 3] = bad
     with pytest.raises(SquamataError, match="not finite"):
-        filled(torch.tensor([[1.0, torch.inf]]))
+        Statistics(Partition(Granularity(("head",)), HEADS), needs).update(x)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 1e25])
+def test_second_moments_that_are_not_finite_are_refused(bad: float) -> None:
+    x = torch.ones(2, 3)
+    x[1, 1] = bad
+    with pytest.raises(SquamataError, match="not finite"):
+        Gram(3).update(x)
 
 
 def ragged() -> Partition:

@@ -79,6 +79,61 @@ def test_what_w4a16_quantizes(kind: str) -> None:
     assert set(specs) == {f"layers.0.mixer.{name}.weight" for name in names}
 
 
+@pytest.mark.parametrize("kind", list(BLOCKS))
+def test_ptq4vms_parts_are_the_projections_and_what_they_read(kind: str) -> None:
+    shipped = Recipe.read("lnorm-w8a8")
+    specs = shipped.resolve((kind,))
+    weights = {site for site, info in all_sites((kind,)).items() if info.reads and site != "head.weight"}
+    own = {"u_proj", "dt_low"} if kind == "mamba1" else set()
+    assert set(specs) == weights | {f"layers.0.mixer.{site}" for site in {"in", "out"} | own}
+    assert {specs[site].describe() for site in weights} == {"int8 per channel, lnorm"}
+    assert {specs[site].describe() for site in set(specs) - weights} == {"int8 asymmetric per tensor, lnorm"}
+    assert [named.name for named in (*shipped.transforms, shipped.tune) if named] == ["smooth", "lsq"]
+
+
+MOVING = "percentile(alpha=0.9995, ema=0.01)"
+UPSTREAM = {  # site -> granularity, scale, rounding of int8, by its modelutils_mamba.py, qMambaLayer.py and qMamba2.py
+    "mamba1": {
+        "mixer.u": ("tensor", MOVING, "half-away"),
+        "mixer.state": ("tensor", MOVING, "half-away"),
+        "mixer.out": ("tensor", "minmax", "truncate"),
+    },
+    "mamba2": {
+        "mixer.u": ("index", "minmax", "half-away"),
+        "mixer.B_conv": ("ssd_group", "minmax", "half-away"),
+        "mixer.C_conv": ("ssd_group", "minmax", "half-away"),
+        "mixer.state": ("index,state", "minmax", "half-away"),
+        "mixer.out": ("tensor", "minmax", "truncate"),
+        "mixer.in_proj.weight": ("segment", "minmax", "half-even"),
+        "mixer.conv.weight": ("segment", "minmax", "half-even"),
+        "mixer.conv.bias": ("segment", "minmax", "half-even"),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", list(BLOCKS))
+def test_like_upstream_is_what_its_code_does(kind: str) -> None:
+    specs = Recipe.read("quamba2-w8a8-like-upstream").resolve((kind,))
+    left = {"layers.0.mixer.y"} | ({"layers.0.mixer.dt_bias"} if kind == "mamba2" else set())
+    assert set(specs) == {site for site, info in all_sites((kind,)).items() if not info.on_request} - left
+    segments = ("segment", "minmax", "half-even") if kind == "mamba1" else None  # of one part: a tensor
+    for site, spec in specs.items():
+        short = site.removeprefix("layers.0.")
+        plain = ("channel" if site == "embedding.weight" else "tensor", "minmax", "half-even")
+        plain = segments if segments and short.startswith("mixer.conv.") else plain
+        granularity, scale, rounding = UPSTREAM[kind].get(short, plain)
+        assert (spec.describe(), spec.rounding) == (f"int8 per {granularity}, {scale}", rounding), site
+
+
+def test_like_upstream_quantizes_a_mamba1_alike_in_both_papers() -> None:
+    """Its code reorders nothing there: --group_heads is for Mamba-2."""
+    first, second = (Recipe.read(f"{name}-w8a8-like-upstream").resolve(("mamba1",)) for name in ("quamba", "quamba2"))
+    assert {site: spec for site, spec in second.items() if site.startswith("layers.")} == first
+    four = Recipe.read("quamba2-w4a8-like-upstream").resolve(("mamba1",))
+    other = {site.rpartition("mixer.")[2] for site, spec in second.items() if four[site] != spec}
+    assert other == {"embedding.weight", "head.weight"} | {f"{name}_proj.weight" for name in ("in", "x", "out")}
+
+
 def test_float_head_leaves_embedding_and_head() -> None:
     specs = Recipe.read("quamba-w8a8-float-head").resolve(("mamba1",))
     assert not [name for name in specs if not name.startswith("layers.")]
@@ -296,6 +351,8 @@ def test_mamba1_products_sum_over_u_and_dt_low(site: str) -> None:
         ("head.in", {"dynamic": True}, "add 'token'"),
         ("*.in_proj.weight", {"granularity": "index"}, "an index is for"),
         ("*.mixer.conv.weight", {"granularity": "index"}, "an index is for"),
+        ("*.mixer.z", {"granularity": "index"}, "has no index map"),
+        ("*.mixer.B_conv", {"granularity": "index"}, "has no index map"),
         ("*.in_proj.weight", {"granularity": "segment,group(128)"}, "group"),
         ("*.mixer.nothing", {}, "no site matches"),
     ],

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny import MemorySource, Tensors, config_of, float_model, perturbed_tensors, quantized, random_ids, recipe_of
 
+from squamata.errors import SquamataError
+from squamata.kernels.qtensor import as_float
 from squamata.models.checkpoint import Checkpoint
 from squamata.models.config import ModelConfig
 from squamata.models.lm import LanguageModel
@@ -15,6 +17,7 @@ from squamata.parts import QuantizedParts
 from squamata.spec.granularity import Granularity
 from squamata.spec.quant import QuantSpec
 from squamata.spec.recipe import Recipe
+from squamata.transform import check
 from squamata.transform.awq import best_factors, clipped, output_error, rounded
 
 INT4 = {"bits": 4, "granularity": "group(16)"}
@@ -121,3 +124,30 @@ def test_the_shipped_recipe_searches_for_the_spec_that_it_rounds_to() -> None:
     searched = QuantSpec.model_validate(recipe.transforms[0].parameters["spec"])
     found = [spec for name, spec in specs.items() if name.endswith("proj.weight")]
     assert len(found) == 5 and all(spec == searched for spec in found)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"bits": 4, "codec": "table", "granularity": "channel"}, "leave 'codec'"),
+        ({"bits": 8, "dynamic": True, "granularity": "channel"}, "leave 'codec', 'dynamic'"),
+        ({"bits": 8, "granularity": "segment"}, "no scales per segment: use tensor"),
+        ({"bits": 4, "granularity": "group(16)", "keep": {"channels": 16}}, "leave 'keep' out"),
+        ({"bits": 4, "scale": "minmx"}, "did you mean 'minmax'"),
+    ],
+)
+def test_a_spec_that_its_search_cannot_round_to_is_refused(spec: dict[str, Any], said: str) -> None:
+    with pytest.raises(SquamataError, match=f"^transform awq: spec: .*{said}"):
+        check(recipe_of(transforms=[{"awq": {"spec": spec}}]))
+
+
+def test_of_two_levels_of_scales_it_searches_with_the_first() -> None:
+    config, batches = config_of("mamba2"), [random_ids(config_of("mamba2"), 2, 20)]
+    one = {"bits": 4, "granularity": "group(16)", "full_range": True}
+    rule = {"site": "*.in_proj.weight", "spec": one | {"second_level": True}}
+    found = [
+        quantized(config, perturbed_tensors(config), recipe_of(rule, transforms=[{"awq": {"spec": spec}}]), batches)
+        for spec in (one, one | {"second_level": True})
+    ]
+    name = "layers.1.mixer.in_proj.weight"
+    assert torch.equal(as_float(found[0].tensors[name]), as_float(found[1].tensors[name]))

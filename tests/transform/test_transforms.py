@@ -22,9 +22,12 @@ from squamata.save.read import read_checkpoint
 from squamata.save.write import write_checkpoint
 from squamata.scales import gather_for
 from squamata.scales.statistics import Statistics
+from squamata.spec.granularity import Granularity
+from squamata.spec.quant import QuantSpec
 from squamata.transform import TRANSFORMS, Transform, apply, check, needs
 
 Tensors = dict[str, Tensor]
+AWQ = {"awq": {"spec": {"bits": 4, "granularity": "channel"}}}
 
 
 def balance(
@@ -120,3 +123,56 @@ def test_a_block_that_declares_no_rotation_misses_none(tmp_path: Path, monkeypat
         read_checkpoint(tmp_path / "saved")
     monkeypatch.setattr(Mamba2, "optional_tensors", staticmethod(declared))
     assert read_checkpoint(tmp_path / "saved").tensors.keys() == checkpoint.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("transforms", "said"),
+    [
+        (
+            ["fold_norm", AWQ],
+            "awq is told of mixer.in in the model as it came, which fold_norm has changed by then:",
+        ),
+        (["reorder", "smooth"], "smooth is told of mixer.out .* which reorder has changed .* put smooth before it"),
+        (["rotate_residual", "klt"], "klt is told of stream .* which rotate_residual has changed .* put klt before it"),
+        (["hadamard", {"smooth": {"products": ["out_proj"]}}], "smooth is told of mixer.out .* which hadamard"),
+        (["smooth", AWQ], "awq is told of mixer.in .* which smooth has changed by then: leave one out"),
+        (["reorder", "reorder"], "reorder is told of mixer.u .* which reorder has changed by then: leave one out"),
+        (["smooth", "fold_norm", "klt"], "klt is told of mixer.dt_low .* which smooth"),
+    ],
+)
+def test_nothing_is_told_of_values_that_have_changed(transforms: list[Any], said: str) -> None:
+    """The model stays equal whatever the factors and orders are, so nothing else would notice."""
+    with pytest.raises(SquamataError, match=said):
+        check(recipe_of(transforms=transforms))
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [AWQ, "fold_norm"],
+        ["smooth", "reorder", "fold_norm", "rotate_residual", "hadamard"],
+        ["fold_norm", "rotate_residual", "hadamard", {"smooth": {"products": ["dt_proj"]}}],
+        [{"smooth": {"products": ["in_proj", "out_proj", "conv"]}}, "fold_norm", "klt", "hadamard"],
+        [{"smooth": {"products": ["in_proj"]}}, {"smooth": {"products": ["out_proj"], "alpha": 0.8}}],
+    ],
+)
+def test_orders_in_which_everything_told_still_holds(transforms: list[Any]) -> None:
+    check(recipe_of(transforms=transforms))
+
+
+def test_a_site_that_no_layer_has_is_not_in_the_way() -> None:
+    check(recipe_of(transforms=["smooth", "fold_norm", "klt"], architectures=["mamba2"]))
+
+
+def test_a_ragged_scale_needs_a_transform_that_leaves_maps() -> None:
+    ragged = [QuantSpec(bits=8, granularity=Granularity(("index",)))]
+    with pytest.raises(SquamataError, match="needs a map: add the transform 'reorder'"):
+        check(recipe_of(transforms=["hadamard"]), ragged)
+    check(recipe_of(transforms=["reorder_within"]), ragged)
+
+
+def test_what_a_transform_leaves_alone_is_not_observed() -> None:
+    recipe = recipe_of(transforms=[{"smooth": {"products": ["out_proj"]}}])
+    assert list(needs(recipe, "mamba2")) == ["mixer.out"]
+    assert list(needs(recipe_of(transforms=["smooth"]), "mamba2")) == ["mixer.in", "mixer.out"]
+    assert list(needs(recipe_of(transforms=["smooth"]), "mamba1")) == ["mixer.in", "mixer.dt_low", "mixer.out"]

@@ -11,7 +11,7 @@ from squamata.kernels.causal_conv1d import causal_conv1d
 from squamata.kernels.conv_selective_scan import SelectiveScanLayer
 from squamata.kernels.decay import DecaySites
 from squamata.kernels.linear import linear
-from squamata.kernels.qtensor import QTensor, Value, as_float, store
+from squamata.kernels.qtensor import QTensor, Value, as_float, recalled, store
 from squamata.kernels.rms_norm.ref import normalize
 from squamata.kernels.selective_scan import ref as reference
 from squamata.kernels.selective_scan import selective_scan
@@ -31,7 +31,7 @@ def run(x: Value, z: Value, layer: SelectiveScanLayer, conv: Value, state: Value
     (dt,) = linear(dt_low, layer.dt_proj, (sites["dt"],))
     decay = DecaySites.of(sites)
     scan = selective_scan if decay is None else partial(reference.run, sites=decay)
-    running = as_float(state, layer.A.dtype)
+    running = recalled(state, layer.A.dtype)
     length = u.shape[1]
     span = OBSERVED_EVERY if sites["state"].mode == "observe" else length
     ys = []

@@ -12,7 +12,7 @@ from squamata.kernels.causal_conv1d import causal_conv1d
 from squamata.kernels.conv_selective_scan.ref import OBSERVED_EVERY, tokens
 from squamata.kernels.conv_ssd_scan import SSDScanLayer
 from squamata.kernels.decay import DecaySites
-from squamata.kernels.qtensor import Value, as_float, store
+from squamata.kernels.qtensor import Value, recalled, store
 from squamata.kernels.site import Site
 from squamata.kernels.ssd_scan import ref as reference
 from squamata.kernels.ssd_scan import ssd_scan
@@ -31,7 +31,7 @@ def run(
         return y
     decay = DecaySites.of(sites)
     scan = ssd_scan if decay is None else partial(reference.run, sites=decay)
-    running = as_float(state, layer.A.dtype)
+    running = recalled(state, layer.A.dtype)
     length = u.shape[1]
     span = OBSERVED_EVERY if sites["state"].mode == "observe" else length
     ys = []

@@ -14,9 +14,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from squamata.kernels.decode.records import LAYER, MODEL, PRIVATE, SHARED
+from squamata.kernels import landing
+from squamata.kernels.decode.records import DYNAMIC, LAYER, MODEL, PRIVATE, SHARED, STATIC
 from squamata.kernels.decode.rows import ROWS
-from squamata.kernels.decode.state import DYNAMIC, STATIC
 from squamata.kernels.decode.token import (
     decode_token,
     function_address,
@@ -34,7 +34,7 @@ from squamata.kernels.packing import PackedLinear, allocate
 
 Floats = NDArray[np.float32]
 States = tuple[NDArray, NDArray, Floats]
-ROUNDINGS = {"half-even": 0, "half-away": 1, "truncate": 2, "stochastic": STOCHASTIC}
+ROUNDINGS = landing.ROUNDINGS | {"stochastic": STOCHASTIC}
 
 
 @dataclass(frozen=True)
@@ -268,9 +268,9 @@ class DecodePlan:
         record["low"], record["high"], record["rounding"] = site.low, site.high, ROUNDINGS[site.rounding]
         record["span"] = site.span
         if site.scale is None:
-            record["mode"] = 2
+            record["mode"] = DYNAMIC
             return
-        record["mode"], record["land"] = 1, function_address(land_static)
+        record["mode"], record["land"] = STATIC, function_address(land_static)
         scale, inverse = site.expanded(features)
         record["scale"], record["inverse"], record["value"] = self._keep(scale), self._keep(inverse), site.scale.flat[0]
 
@@ -310,7 +310,7 @@ class DecodePlan:
             self._fill_rotation(record["rotation"], layer.rotation)
 
     def _fill_state(self, record: np.void, site: StateSitePlan, states: int) -> None:
-        record["integer"], record["rounding"] = DYNAMIC if site.dynamic else STATIC, ROUNDINGS[site.rounding]
+        record["mode"], record["rounding"] = DYNAMIC if site.dynamic else STATIC, ROUNDINGS[site.rounding]
         record["low"], record["high"], record["span"] = site.low, site.high, site.span
         if site.table is None:
             return
@@ -324,32 +324,36 @@ class DecodePlan:
         record["matrix"], record["factor"] = self._keep(rotation.matrix), (order * rotation.power) ** -0.5
 
     def _make_buffers(self, width: int, head: PackedLinear) -> None:
-        """Scratch, zeroed: products read activations past their end, where weights are zero."""
+        """Scratch of whole models: what threads share, and what each has alone.
+
+        It is zeroed and longer than it need be: products read activations past their end, where weights are zero, and
+        write whole tiles.
+        """
         linears = [linear for layer in self.layers for _, linear in layer.linears()] + [head]
         slack = max(linear.padded_columns - linear.columns for linear in linears) + 64
         inner = max((layer.inner for layer in self.layers), default=0) + slack
-        small = max((layer.groups * layer.states for layer in self.layers), default=0) + 64
-        low = max((layer.x_proj_dt.rows for layer in self.layers if layer.x_proj_dt), default=0) + slack
-        sums = 2 * max(linear.tiles.shape[1] // linear.group_lines for linear in linears) + 16
-        width += slack
-
-        def record(kind: np.dtype, lengths: dict[str, int]) -> np.ndarray:
-            table = np.zeros(1, kind)
-            for name, length in lengths.items():
-                buffer = allocate(4 * length, np.uint8)
-                self._alive.append(buffer)
-                table[0][name] = address(buffer)
-            return table
-
-        state = dict.fromkeys(("B", "C"), small)
-        shared = dict.fromkeys(("z", "x", "u", "u_codes", "dt", "y"), inner)
-        shared |= dict.fromkeys(("B", "C", "B_conv", "C_conv"), small)
-        self._shared = record(SHARED, shared)
-        self._h, logits = allocate(width, np.float32), allocate(head.padded_rows, np.float32)
+        group_states = max((layer.groups * layer.states for layer in self.layers), default=0) + 64
+        low_rank = max((layer.x_proj_dt.rows for layer in self.layers if layer.x_proj_dt), default=0) + slack
+        sums = 2 * max(linear.tiles.shape[1] // linear.group_lines for linear in linears) + 16  # a sum, a step a group
+        self._h = allocate(width + slack, np.float32)
+        logits = allocate(head.padded_rows, np.float32)
         self._logits = logits[: head.rows]
+        shared = dict.fromkeys(("z", "x", "u", "u_codes", "dt", "y"), inner)
+        shared |= dict.fromkeys(("B", "C", "B_conv", "C_conv"), group_states)
+        self._shared = self._buffers(SHARED, shared)
         self._shared[0]["h"], self._shared[0]["logits"] = address(self._h), address(logits)
-        private = dict.fromkeys(("residual", "row", "codes"), width) | dict.fromkeys(("low", "low_codes"), low)
-        private |= (
-            dict.fromkeys(("inner", "mixed", "inner_codes"), inner) | state | {"sums": sums, "state": ROWS * small}
-        )
-        self._privates = np.concatenate([record(PRIVATE, private) for _ in range(numba.config.NUMBA_NUM_THREADS)])  # type: ignore[attr-defined]
+        private = dict.fromkeys(("residual", "row", "codes"), width + slack)
+        private |= dict.fromkeys(("low", "low_codes"), low_rank)
+        private |= dict.fromkeys(("inner", "mixed", "inner_codes"), inner)
+        private |= {"B": group_states, "C": group_states, "sums": sums, "state": ROWS * group_states}
+        most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        self._privates = np.concatenate([self._buffers(PRIVATE, private) for _ in range(most)])
+
+    def _buffers(self, kind: np.dtype, lengths: dict[str, int]) -> np.ndarray:
+        """One record with the addresses of new buffers of so many float32, codes included."""
+        table = np.zeros(1, kind)
+        for name, length in lengths.items():
+            buffer = allocate(4 * length, np.uint8)
+            self._alive.append(buffer)
+            table[0][name] = address(buffer)
+        return table

@@ -1,4 +1,7 @@
-"""The plan as the compiled code sees it: tables of addresses and numbers, one record a layer."""
+"""The plan as the compiled code sees it: tables of addresses and numbers, one record a layer.
+
+An address of 0 stands for what a layer has not: a record full of zeros is a layer without rotation, bias, codes...
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ ADDRESS, COUNT, REAL = np.int64, np.int64, np.float32
 
 FUNCTION = np.int64  # address of a compiled C function
 
-SITE = _record(  # mode: 0 float, 1 static, 2 scale of the row itself. value: the scale where there is only one
+FLOAT, STATIC, DYNAMIC = 0, 1, 2  # SITE.mode, STATE.mode: float32; int8, scales known before; int8, a row's own scale
+
+SITE = _record(  # value: the scale where there is only one
     land=FUNCTION, mode=COUNT, rounding=COUNT, scale=ADDRESS, inverse=ADDRESS,
     low=REAL, high=REAL, value=REAL, span=REAL,
 )  # fmt: skip
@@ -22,8 +27,8 @@ LINEAR = _record(
     lines=COUNT, group_lines=COUNT, tile_count=COUNT, rows=COUNT,
 )  # fmt: skip
 ROTATION = _record(size=COUNT, order=COUNT, power=COUNT, matrix=ADDRESS, factor=REAL)
-STATE = _record(  # integer: 0 float32, 1 int8 with static scales, 2 int8 with a scale a row that each update renews
-    data=ADDRESS, integer=COUNT, index=ADDRESS, scale=ADDRESS, inverse=ADDRESS, rounding=COUNT,
+STATE = _record(  # index: of a static row's scales in the table at ``scale``; a dynamic row's scale is at ``scale``
+    data=ADDRESS, mode=COUNT, index=ADDRESS, scale=ADDRESS, inverse=ADDRESS, rounding=COUNT,
     low=REAL, high=REAL, span=REAL,
 )  # fmt: skip
 CONVOLUTION = _record(

@@ -6,7 +6,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from squamata.kernels.decode.records import DYNAMIC, FLOAT, STATIC
 from squamata.kernels.decode.rows import ROWS, head_rows, head_rows_int8, selective_rows, selective_rows_int8
+from squamata.kernels.grid import SMALLEST_SCALE
 from squamata.kernels.lanes import (
     STOCHASTIC,
     close_row,
@@ -22,11 +24,9 @@ from squamata.kernels.lanes import (
 from squamata.kernels.memory import view_float32, view_int8, view_int32
 from squamata.kernels.simd import clamp, divide, exp, floor, noise, rint, round_away, truncate
 
-FLOAT, STATIC, DYNAMIC = 0, 1, 2  # STATE.integer
-
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
-_LEAST_SCALE = np.float32(1e-8)
+_LEAST_SCALE = np.float32(SMALLEST_SCALE)
 
 
 @njit(cache=True)
@@ -37,20 +37,20 @@ def update_rows(state, first, last, states, scratch, a, b, c, decays, decay_step
     of the first row's A. ``soon_lines`` cache lines a row are prefetched from ``soon`` on.
     """
     row, end = first, first
-    if state.integer != STATIC and states % 16 == 0:
+    if state.mode != STATIC and states % 16 == 0:
         end = first + (last - first) // ROWS * ROWS
-    blocks, row_bytes = states // 16, states * (1 if state.integer else 4)
+    blocks, row_bytes = states // 16, states * (1 if state.mode else 4)
     low, high, span = state.low, state.high, state.span
     while row < end:
         done, rounding = row - first, rounding_of(state, row, states)
         data, scales, drive = state.data + row * row_bytes, state.scale + 4 * row, drives + 4 * row
         rate, weights, matrix = decays + done * decay_step, soon + done * soon_lines * 64, a + done * states * 4
-        if state.integer and selective:
+        if state.mode and selective:
             selective_rows_int8(
                 data, scratch, scales, matrix, b, c, rate, drive, blocks, decay_step, weights, soon_lines,
                 span, _LEAST_SCALE, low, high, rounding,
             )  # fmt: skip
-        elif state.integer:
+        elif state.mode:
             head_rows_int8(
                 data, scratch, scales, matrix, b, c, rate, drive, blocks, decay_step, weights, soon_lines,
                 span, _LEAST_SCALE, low, high, rounding,
@@ -81,9 +81,9 @@ def update_row(state, row, states, scratch, a, b, c, decay, drive, selective):
     ``scratch``: room for float32 (states,). ``a``: address of A's row (Mamba-1), where ``decay`` is dt; else ``decay``
     is the decay itself.
     """
-    if state.integer == DYNAMIC:
+    if state.mode == DYNAMIC:
         return update_row_dynamic(state, row, states, scratch, a, b, c, decay, drive, selective)
-    if state.integer == FLOAT:
+    if state.mode == FLOAT:
         return update_floats(state.data + row * states * 4, states, a, b, c, decay, drive, selective)
     blocks = states // 16
     table = np.int64(view_int32(state.index, row + 1)[row]) * states * 4
@@ -160,8 +160,13 @@ def round_code(state, scaled, counter):
     if state.rounding >= STOCHASTIC:
         below = floor(scaled)
         code = below + _ONE if noise(counter) < scaled - below else below
-    elif state.rounding == 1:
-        code = round_away(scaled)
-    else:
-        code = rint(scaled) if state.rounding == 0 else truncate(scaled)
-    return np.int8(np.int32(clamp(code, state.low, state.high)))
+        return np.int8(np.int32(clamp(code, state.low, state.high)))
+    return np.int8(np.int32(round_value(scaled, state.low, state.high, state.rounding)))
+
+
+@njit(cache=True)
+def round_value(x, low, high, rounding):
+    """One float32 to the nearest integer within low..high: 0 ties to even, 1 ties away from zero, 2 towards zero."""
+    if rounding == 0:
+        return clamp(rint(x), low, high)
+    return clamp(round_away(x) if rounding == 1 else truncate(x), low, high)

@@ -13,34 +13,24 @@ import numpy as np
 from numba import carray, cfunc, njit, prange, types
 
 from squamata.kernels.decode.convolution import convolve
-from squamata.kernels.decode.records import LAYER, MODEL, PRIVATE, SHARED, SITE
-from squamata.kernels.decode.state import update_rows
+from squamata.kernels.decode.records import DYNAMIC, LAYER, MODEL, PRIVATE, SHARED, SITE, STATIC
+from squamata.kernels.decode.state import round_value, update_rows
 from squamata.kernels.gemv import scale_rows, sum_groups
+from squamata.kernels.grid import SMALLEST_SCALE
 from squamata.kernels.hadamard.butterflies import rotate
 from squamata.kernels.halves import split_groups
-from squamata.kernels.lanes import (
-    land_all,
-    land_each,
-    largest_magnitude,
-    sum_of_squares,
-)
+from squamata.kernels.lanes import land_all, land_each, largest_magnitude, sum_of_squares
 from squamata.kernels.memory import call_address, pointer, record_address, slice_float32, view_float32, view_int8
-from squamata.kernels.simd import clamp, divide, exp, rint, round_away, silu, softplus, sqrt, truncate
+from squamata.kernels.packing import Kind
+from squamata.kernels.simd import clamp, divide, exp, silu, softplus, sqrt
 
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
-_LEAST_SCALE = np.float32(1e-8)
-_STATIC, _DYNAMIC = 1, 2
-_INTEGER_ACTIVATIONS, _INT4_INT8, _INT4_INT16 = 4, 5, 6  # Kind; the first: from here on integers are multiplied
+_LOST = np.float32(np.nan)
+_LEAST_SCALE = np.float32(SMALLEST_SCALE)
+_FIRST_OF_INTEGERS = int(Kind.INT8_INT8)  # from this kind on integers are multiplied
+_INT4_INT8, _INT4_INT16 = int(Kind.INT4_INT8), int(Kind.INT4_INT16)
 _PREFETCHED_LINES = 8192  # half a megabyte: what a core's second-level cache takes beside everything else
-
-
-@njit(cache=True)
-def round_value(x, low, high, rounding):
-    """One float32 to the nearest integer within low..high."""
-    if rounding == 0:
-        return clamp(rint(x), low, high)
-    return clamp(round_away(x) if rounding == 1 else truncate(x), low, high)
 
 
 def land_static(site_record, values, codes, start, stop):
@@ -61,14 +51,14 @@ def land_static(site_record, values, codes, start, stop):
 @njit(cache=True)
 def land(site, values, codes, start, stop):
     """``land_static`` if the site has a static scale."""
-    if site.mode == _STATIC:
+    if site.mode == STATIC:
         call_address(site.land, (record_address(site), values, codes, start, stop))
 
 
 @njit(cache=True)
 def land_row(site, values, codes, count):
     """``land`` of a whole row, also with the row's own scale; returns the scale of the integers."""
-    if site.mode != _DYNAMIC:
+    if site.mode != DYNAMIC:
         land(site, values, codes, 0, count)
         return site.value
     v = view_float32(values, count)
@@ -98,7 +88,7 @@ def prepare(layer, values, codes, sums):
 @njit(cache=True)
 def multiply(layer, values, codes, x_scale, sums, out, first, last):
     """Rows of tiles first..last of a linear layer, with scales and bias."""
-    integer = layer.kind >= _INTEGER_ACTIVATIONS
+    integer = layer.kind >= _FIRST_OF_INTEGERS
     x = codes if integer else values
     call_address(layer.product, (out, x, layer.tiles, layer.extra, sums, layer.lines, layer.group_lines, first, last))
     own = x_scale if integer and layer.kind != _INT4_INT16 else _ONE
@@ -126,6 +116,16 @@ def normalize(source, target, weight, start, stop, factor):
         w = slice_float32(weight, start, stop)
         for i in range(x.size):
             y[i] = (x[i] * factor) * w[i]
+
+
+@njit(cache=True)
+def finite(row, count):
+    """True if float32 (count,) at an address holds neither NaN nor infinity."""
+    v = view_float32(row, count)
+    nothing = _ZERO
+    for i in range(count):
+        nothing += v[i] * _ZERO
+    return nothing == _ZERO
 
 
 @njit(cache=True)
@@ -321,6 +321,8 @@ def project_head(model_record, shared_record, private_record, thread, threads):
         model.final_norm, model.epsilon, model.head_input, shared.h, private.residual, private.row, private.codes,
         model.width,
     )  # fmt: skip
+    if not finite(private.residual, model.width):
+        x_scale = _LOST  # codes would hide it: the logits become NaN, as those of a head in float
     prepare(model.head, private.row, private.codes, private.sums)
     first, last = model.head.tile_count * thread // threads, model.head.tile_count * (thread + 1) // threads
     multiply(model.head, private.row, private.codes, x_scale, private.sums, shared.logits, first, last)

@@ -34,6 +34,7 @@ def decompose(size: int, family: Family = "own") -> tuple[int, int] | None:
 
 
 @cache
+@torch.inference_mode(False)  # what is kept must serve whoever wants gradients, too
 def base_matrix(order: int, family: Family = "own") -> Tensor:
     """H_m, float32 entries +-1, H H^T = m I. Paley 1933, constructions I and II."""
     if order == 1:

@@ -79,7 +79,7 @@ def run(x: Value, layer: Linear, out: Sequence[Site | None]) -> tuple[Value, ...
         room = acc[: len(part)]
         if grouped:
             return _grouped_product(part, matrix, weight, room).numpy()
-        return torch._int_mm(part, matrix.t(), out=room).numpy()
+        return _integer_sums(part, matrix, room).numpy()
 
     factors = _factors(x.scale, torch.ones(()) if grouped else weight.scale, layer, len(codes))
     return _land_tiles(product, tile, factors, _landings(x, layer, out))
@@ -147,7 +147,7 @@ def _wide_product(x: Tensor, weight: QTensor, layer: Linear, out: Sequence[Site 
         whole = torch.round(rows[start : start + tile] / step[start : start + tile]).int()
         high = (whole + 128) >> 8
         both = torch.cat([high, whole - (high << 8)]).to(torch.int8)
-        sums = torch._int_mm(both, weight.data.t()).float()
+        sums = _integer_sums(both, weight.data).float()
         return (256 * sums[: len(whole)] + sums[len(whole) :]).numpy()
 
     return _land_tiles(product, tile, _factors(step, weight.scale, layer, len(rows)), _landings(x, layer, out))
@@ -211,9 +211,18 @@ def _grouped_product(x: Tensor, weight: Tensor, quantized: QTensor, acc: Tensor)
     parts = min(len(x), 4 * numba.get_num_threads())
     pieces = zip(x.split(group, dim=-1), weight.split(group, dim=-1), strict=True)
     for index, (x_group, weight_group) in enumerate(pieces):
-        torch._int_mm(x_group.contiguous(), weight_group.t(), out=acc)
+        _integer_sums(x_group.contiguous(), weight_group, acc)
         _add_group(acc.numpy(), scales[index], index == 0, total.numpy(), parts)
     return total
+
+
+def _integer_sums(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x W^T of int8 (M, K) and (N, K), as int32.
+
+    The transpose of a single column has the strides of a column still, and torch then multiplies by something else.
+    """
+    transposed = weight.t() if weight.shape[1] > 1 else weight.reshape(1, -1)
+    return torch._int_mm(x, transposed, out=out)
 
 
 @cache

@@ -19,6 +19,7 @@ from squamata.kernels import simd
 from squamata.kernels.landing import array, plain, read_row, readable, source
 from squamata.kernels.qtensor import Value, as_float
 from squamata.kernels.ssd_scan import HeadLayout
+from squamata.kernels.ssd_scan.ref import FORGOTTEN
 from squamata.kernels.ssd_scan.tile import LANES, ROWS, add_product
 
 CHUNK = 64  # tokens of a chunk
@@ -156,7 +157,7 @@ def _prepare(u, arrays, work, sample, head, chunk):  # type: ignore[no-untyped-d
     work.weighted[valid:] = types.float32(0.0)
     for t in range(valid):
         step = arrays.steps[first + t, head]
-        total += step * A
+        total += max(types.float64(step * A), FORGOTTEN)
         work.log_decay[t] = total
         work.rest[t] = total - work.log_decay[t]
         read_row(u, first + t, head * channels, work.u[t, :channels])

@@ -11,6 +11,7 @@ from squamata.kernels.qtensor import Value, as_float
 from squamata.kernels.ssd_scan import HeadLayout
 
 FEW = 4  # tokens up to which stepping is cheaper than a chunk
+FORGOTTEN = -1e4  # exp of it is 0, in float64 too
 
 
 def run(
@@ -66,9 +67,9 @@ def decays(exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     from token s to token t (B, H, t, s), 0 before s.
 
     Decays are differences of sums that grow with the chunk: in float32 their rounding would be the scan's largest
-    error by far.
+    error by far. A token whose decay is 0 anyway must not grow them beyond what float64 resolves.
     """
-    log_decay = exponent.double().cumsum(1).transpose(1, 2)
+    log_decay = exponent.double().clamp_min(FORGOTTEN).cumsum(1).transpose(1, 2)
     between = (log_decay[..., :, None] - log_decay[..., None, :]).to(dtype)
     causal = torch.ones(between.shape[-2:], dtype=torch.bool, device=exponent.device).tril()
     return log_decay, torch.exp(between.masked_fill(~causal, -torch.inf))
