@@ -165,10 +165,12 @@ class Product:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a product is cut: ``tile_rows`` rows a program, ``slices`` of K side by side."""
+    """How a product is cut: ``tile_rows`` rows a program, ``slices`` of K side by side; at most ``quads`` of each asked
+    for at once (0: as its format has it)."""
 
     tile_rows: int
     slices: int
+    quads: int = 0
 
 
 def choose_shape(
@@ -194,7 +196,8 @@ def choose_shape(
     wide = format == Format.BFLOAT16_FLOAT and quads // slices >= MOST_QUADS and not one_round
     if wide and 200 <= rows // tile_rows <= FEW_PROGRAMS:
         slices //= 2  # twice the programs on a multiprocessor: one wave, in two rounds
-    return Shape(tile_rows, slices)
+    few = FEW_QUADS_OF.get(format, 0) if together else 0
+    return Shape(tile_rows, slices, few // 2 if quads == few * slices else 0)  # two rounds, half the registers: 5 %
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,7 @@ def product(
     most = MOST_QUADS_OF.get(linear.format, MOST_QUADS)
     if linear.words.shape[0] <= FEW_PROGRAMS:
         most = FEW_QUADS_OF.get(linear.format, most)
+    most = shape.quads or most
     count = max(size for size in range(1, most + 1) if quads_per_slice % size == 0)
     grouped = linear.group_scale is not None
     halves = linear.format == Format.INT4_INT16
