@@ -63,9 +63,9 @@ def test_generate_takes_a_path_as_well(bundled_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        ([[1, 2]], "not list"),
-        ("text", "not str"),
-        (torch.tensor([1, 2]), r"not torch\.int64 \(2,\)"),
+        ([[1, 2]], "not a list"),
+        ("text", "not a str"),
+        (torch.tensor([1, 2]), r"not of shape \(2,\)"),
         (torch.zeros(1, 0, dtype=torch.int64), "at least one token"),
         (torch.ones(1, 2), r"not torch\.float32"),
         (torch.tensor([[3, -1]]), "token id -1 is outside"),  # which would be the last row of the embedding

@@ -158,8 +158,10 @@ class LanguageModel:
         return logits.masked_fill(~residual.isfinite().all(-1, keepdim=True), torch.nan)  # codes would hide it
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) -> logits (B, L, V) from a fresh state."""
+        """Token ids (B, L) -> logits (B, L, V) from a fresh state; SquamataError for other ids, or none."""
         _check_ids(ids)
+        if not ids.numel():
+            raise SquamataError(f"token ids must hold at least one token, not {tuple(ids.shape)}")
         return self.forward(ids, self.new_cache(ids.shape[0]))
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:

@@ -36,7 +36,7 @@ ODD = recipe_of(
     {"site": "*.mixer.[BC]", "spec": {"bits": 8, "granularity": "state"}},
     {"site": "*.mixer.[BC]_conv", "spec": {"bits": 8, "granularity": "ssd_group,state"}},
     {"site": "*.mixer.u", "spec": {"bits": 8, "granularity": "index"}, "architectures": ["mamba2"]},
-    {"site": "*.mixer.state", "spec": {"bits": 8, "granularity": "index,state"}},
+    {"site": "*.mixer.state", "spec": {"bits": 8, "granularity": "index,state"}, "architectures": ["mamba2"]},
     {"site": "*.in_proj.weight", "spec": {"bits": 4, "granularity": "group(7)", "scale_dtype": "float16"}},
     {"site": "*.out_proj.weight", "spec": {"bits": 4, "granularity": "out"}},
     {"site": "*.mixer.conv.weight", "spec": {"bits": 8, "granularity": "segment,tap"}},
